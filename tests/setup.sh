@@ -1,0 +1,37 @@
+#!/bin/sh
+# Installs what the tests and the benchmark run against. Does nothing, and touches no network, when all is there.
+set -eu
+export DEBIAN_FRONTEND=noninteractive
+
+# program:package pairs; a program that is missing names the package to install.
+wanted="haproxy:haproxy nginx:nginx wrk:wrk iperf3:iperf3 nft:nftables ip:iproute2 ping:iputils-ping
+psql:postgresql redis-server:redis-server redis-benchmark:redis-tools tcpdump:tcpdump socat:socat curl:curl
+openssl:openssl cc:build-essential"
+
+PATH="$PATH:/usr/sbin:/sbin"
+missing=""
+for pair in $wanted; do
+    command -v "${pair%%:*}" >/dev/null 2>&1 || missing="$missing ${pair##*:}"
+done
+# nginx's stream module is a file, not a program.
+[ -e /usr/lib/nginx/modules/ngx_stream_module.so ] || missing="$missing libnginx-mod-stream"
+# pgbench and initdb live in the server's own directory.
+ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || missing="$missing postgresql"
+
+if [ -n "$missing" ]; then
+    if [ "$(id -u)" != 0 ]; then
+        echo "tests/setup.sh: missing:$missing; run it as root, or install them yourself" >&2
+        exit 1
+    fi
+    # Debian starts servers when it installs them; the tests start their own.
+    policy=/usr/sbin/policy-rc.d
+    made_policy=""
+    if [ ! -e "$policy" ]; then
+        printf '#!/bin/sh\nexit 101\n' >"$policy" && chmod +x "$policy" && made_policy=yes
+    fi
+    trap '[ -z "$made_policy" ] || rm -f "$policy"' EXIT
+    apt-get update -qq
+    # shellcheck disable=SC2086
+    apt-get install -y -qq --no-install-recommends $missing
+fi
+echo "tests/setup.sh: everything is installed"

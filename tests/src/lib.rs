@@ -1,0 +1,16 @@
+//! What every scenario test and the benchmark stand on: network namespaces, processes inside them, and an emulated
+//! wide-area link between them.
+//!
+//! Everything made here is owned by a value: dropping a [`netns::Namespace`] removes it, dropping a
+//! [`process::Process`] ends exactly that process group, dropping a [`link::Link`] takes its two devices away. What a
+//! killed test run could not drop is reaped by the next run (see [`netns::reap_stale`]).
+//!
+//! A test that needs root or namespaces opens with [`capability::require_netns`]; where they are missing the test is
+//! listed as skipped and counted, never silently passed.
+
+pub mod capability;
+pub mod link;
+pub mod nat;
+pub mod netns;
+pub mod process;
+pub mod usage;
