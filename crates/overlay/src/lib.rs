@@ -4,4 +4,6 @@
 //! leaves, [`Overlay`] binds a socket and a quinn endpoint that use them, [`grpc`] carries tonic over its streams.
 
 pub mod cid;
+pub mod datagram;
 pub mod keys;
+pub mod rendezvous;
