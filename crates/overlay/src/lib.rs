@@ -6,4 +6,6 @@
 pub mod cid;
 pub mod datagram;
 pub mod keys;
+pub mod probe;
+pub mod register;
 pub mod rendezvous;

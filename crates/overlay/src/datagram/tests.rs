@@ -71,13 +71,31 @@ fn samples() -> Vec<(Datagram, &'static str)> {
     ]
 }
 
-const PROBE_HEX: &str = "";
-const PROBE_ACK_HEX: &str = "";
-const REGISTER_HEX: &str = "";
-const CHALLENGE_HEX: &str = "";
-const REGISTERED_HEX: &str = "";
-const GONE_HEX: &str = "";
-const ANNOUNCE_HEX: &str = "";
+const PROBE_HEX: &str = concat!(
+    "011200000700000000000000000000000a000000000000aabb0000000000000000000000000000000000",
+    "0000000000000000000000000000000000000000000000000000000000006a07f3de61829cf5",
+);
+const PROBE_ACK_HEX: &str = concat!(
+    "02020a0b0c112233450000000000000009000000000000aabb010203040506070804c000020700000000",
+    "00000000000000001d100100000302000001ffffff03caea5bf8d28bfd",
+);
+const REGISTER_HEX: &str = concat!(
+    "03020a0b0c112233450000000000000009010203040506070800000000000000cc000000000000000000",
+    "0000000000000000000000000000f8361ff45a53b1ca",
+);
+const CHALLENGE_HEX: &str = concat!(
+    "04020a0b0c112233450000000000000009010203040506070800000000000000cc2010e8039efa555b",
+);
+const REGISTERED_HEX: &str = concat!(
+    "05020a0b0c11223345000000000000000901020304050607080620010db8000000000000000000000001",
+    "1d11002ddb25bd926503a072",
+);
+const GONE_HEX: &str = concat!(
+    "06020a0b0c1122334500000000000000090000090000005501c89d391950f6a2e0",
+);
+const ANNOUNCE_HEX: &str = concat!(
+    "071200000700000000000000000000000a010203040506070802000000100000002161be66955603d0e7",
+);
 
 #[test]
 fn the_bytes_of_every_type_are_fixed_and_come_back() {
@@ -111,7 +129,7 @@ fn truncated_oversize_and_flipped_datagrams_are_refused() {
     for (datagram, _) in samples() {
         let bytes = datagram.encode(HOUR, &key(3));
         for len in 0..bytes.len() {
-            assert!(decode(&bytes[..len]).is_err_and(|_| true) || decode(&bytes[..len]).unwrap().verify(&key(3)).is_err());
+            assert!(decode(&bytes[..len]).and_then(|d| d.verify(&key(3))).is_err());
         }
         let mut longer = bytes.clone();
         longer.push(0);
