@@ -6,6 +6,7 @@
 pub mod cid;
 pub mod datagram;
 pub mod keys;
+pub mod lease;
 pub mod probe;
 pub mod register;
 pub mod rendezvous;

@@ -69,7 +69,10 @@ pub enum Event {
     /// The replica at the other end started anew: registrations there are lost.
     Restarted(StartNumber),
     /// The far end sees us at another address (a NAT rebound, a balancer moved us).
-    AddressChanged { old: Option<SocketAddr>, new: SocketAddr },
+    AddressChanged {
+        old: Option<SocketAddr>,
+        new: SocketAddr,
+    },
     /// See [`ProbeState::unreachable`].
     UnreachableChanged,
     MtuChanged(u16),
@@ -185,11 +188,16 @@ impl ProbeState {
 
     fn next_tick_planned(&self) -> Instant {
         let allowance = self.allowance();
-        let overdue_at = self.outstanding.iter().filter(|o| !o.searches && !o.overdue).map(|o| o.sent + allowance).min();
+        let overdue_at =
+            self.outstanding.iter().filter(|o| !o.searches && !o.overdue).map(|o| o.sent + allowance).min();
         let search = (self.health == Health::Alive).then(|| self.search.next_tick()).flatten();
         let planned = [overdue_at, search].into_iter().flatten().fold(self.next_due, Instant::min);
         // A verdict that was put off is due when the wait ends.
-        if self.outstanding.is_empty() { planned } else { planned.max(self.no_verdict_before.min(self.next_due)) }
+        if self.outstanding.is_empty() {
+            planned
+        } else {
+            planned.max(self.no_verdict_before.min(self.next_due))
+        }
     }
 
     /// A PROBE-ACK whose MAC held. Unknown sequences (too late, replayed, never sent) are ignored: `false`.
@@ -334,7 +342,8 @@ impl ProbeState {
         }
         let sequence = self.next_sequence;
         self.next_sequence += 1;
-        let sent_micros = u64::try_from(now.saturating_duration_since(self.origin).as_micros()).unwrap_or(u64::MAX);
+        let sent_micros =
+            u64::try_from(now.saturating_duration_since(self.origin).as_micros()).unwrap_or(u64::MAX);
         let outstanding = Outstanding { sequence, sent: now, sent_micros, bytes, searches, overdue: false };
         self.outstanding.push_back(outstanding);
         OutgoingProbe { sequence, probe: Probe { sent_micros, bytes } }

@@ -46,7 +46,10 @@ mod tests {
 
     #[test]
     fn the_hash_is_the_same_in_every_version() {
-        assert_eq!((weight(1, 2), key_of(b"tombolo")), (7_419_153_502_604_878_027, 14_029_506_509_192_974_979));
+        assert_eq!(
+            (weight(1, 2), key_of(b"tombolo")),
+            (7_419_153_502_604_878_027, 14_029_506_509_192_974_979)
+        );
     }
 
     #[test]

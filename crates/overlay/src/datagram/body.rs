@@ -6,7 +6,8 @@ use std::time::Duration;
 use tombolo_model::ids::{ClusterTag, EndpointId};
 
 use super::{
-    DecodeError, HEADER_BYTES, MAC_BYTES, MAX_ANNOUNCED, MAX_PROBE_BYTES, MIN_PROBE_BYTES, REGISTER_BYTES, Type,
+    DecodeError, HEADER_BYTES, MAC_BYTES, MAX_ANNOUNCED, MAX_PROBE_BYTES, MIN_PROBE_BYTES, REGISTER_BYTES,
+    Type,
 };
 
 const ADDRESS: usize = 19;
@@ -199,7 +200,8 @@ impl Body {
                 let received_bytes = reader.u16("received_bytes")?;
                 let unreachable_total = reader.u16("unreachable_total")?;
                 let [listed] = reader.take("listed")?;
-                let unreachable = (0..listed).map(|_| reader.tag("unreachable")).collect::<Result<Vec<_>, _>>()?;
+                let unreachable =
+                    (0..listed).map(|_| reader.tag("unreachable")).collect::<Result<Vec<_>, _>>()?;
                 if unreachable.len() > usize::from(unreachable_total) {
                     return Err(DecodeError::Field("unreachable_total"));
                 }
@@ -208,8 +210,10 @@ impl Body {
                 Self::ProbeAck(ack)
             }
             Type::Register => {
-                let register =
-                    Register { replica: StartNumber(reader.u64("replica")?), challenge: reader.u64("challenge")? };
+                let register = Register {
+                    replica: StartNumber(reader.u64("replica")?),
+                    challenge: reader.u64("challenge")?,
+                };
                 reader.zeros("padding")?;
                 Self::Register(register)
             }
@@ -236,7 +240,8 @@ impl Body {
             Type::Announce => {
                 let replica = StartNumber(reader.u64("replica")?);
                 let [count] = reader.take("count")?;
-                let endpoints = (0..count).map(|_| reader.endpoint("endpoints")).collect::<Result<Vec<_>, _>>()?;
+                let endpoints =
+                    (0..count).map(|_| reader.endpoint("endpoints")).collect::<Result<Vec<_>, _>>()?;
                 Self::Announce(Announce { replica, endpoints })
             }
         };

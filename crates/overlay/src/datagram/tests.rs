@@ -28,10 +28,7 @@ fn samples() -> Vec<(Datagram, &'static str)> {
     let endpoint = |body| Datagram { selector: endpoint_selector(), sequence: 9, body };
     let gateway = |body| Datagram { selector: Selector::Gateway { tag: tag(7) }, sequence: 10, body };
     vec![
-        (
-            gateway(Body::Probe(Probe { sent_micros: 0xaabb, bytes: MIN_PROBE_BYTES })),
-            PROBE_HEX,
-        ),
+        (gateway(Body::Probe(Probe { sent_micros: 0xaabb, bytes: MIN_PROBE_BYTES })), PROBE_HEX),
         (
             endpoint(Body::ProbeAck(ProbeAck {
                 sent_micros: 0xaabb,
@@ -83,19 +80,15 @@ const REGISTER_HEX: &str = concat!(
     "03020a0b0c112233450000000000000009010203040506070800000000000000cc000000000000000000",
     "0000000000000000000000000000f8361ff45a53b1ca",
 );
-const CHALLENGE_HEX: &str = concat!(
-    "04020a0b0c112233450000000000000009010203040506070800000000000000cc2010e8039efa555b",
-);
+const CHALLENGE_HEX: &str =
+    "04020a0b0c112233450000000000000009010203040506070800000000000000cc2010e8039efa555b";
 const REGISTERED_HEX: &str = concat!(
     "05020a0b0c11223345000000000000000901020304050607080620010db8000000000000000000000001",
     "1d11002ddb25bd926503a072",
 );
-const GONE_HEX: &str = concat!(
-    "06020a0b0c1122334500000000000000090000090000005501c89d391950f6a2e0",
-);
-const ANNOUNCE_HEX: &str = concat!(
-    "071200000700000000000000000000000a010203040506070802000000100000002161be66955603d0e7",
-);
+const GONE_HEX: &str = "06020a0b0c1122334500000000000000090000090000005501c89d391950f6a2e0";
+const ANNOUNCE_HEX: &str =
+    "071200000700000000000000000000000a010203040506070802000000100000002161be66955603d0e7";
 
 #[test]
 fn the_bytes_of_every_type_are_fixed_and_come_back() {
@@ -229,12 +222,26 @@ fn any_body() -> impl Strategy<Value = Body> {
     prop_oneof![
         (any::<u64>(), MIN_PROBE_BYTES..=MAX_PROBE_BYTES)
             .prop_map(|(sent_micros, bytes)| Body::Probe(Probe { sent_micros, bytes })),
-        (any::<u64>(), start(), any_address(), MIN_PROBE_BYTES..=MAX_PROBE_BYTES, proptest::collection::vec(any_tag(), 0..300))
+        (
+            any::<u64>(),
+            start(),
+            any_address(),
+            MIN_PROBE_BYTES..=MAX_PROBE_BYTES,
+            proptest::collection::vec(any_tag(), 0..300)
+        )
             .prop_map(|(sent_micros, start, observed, size, tags)| {
-                Body::ProbeAck(ProbeAck::answering(&Probe { sent_micros, bytes: size }, size, start, observed, &tags))
+                Body::ProbeAck(ProbeAck::answering(
+                    &Probe { sent_micros, bytes: size },
+                    size,
+                    start,
+                    observed,
+                    &tags,
+                ))
             }),
-        (start(), any::<u64>()).prop_map(|(replica, challenge)| Body::Register(Register { replica, challenge })),
-        (start(), any::<u64>()).prop_map(|(replica, challenge)| Body::Challenge(Challenge { replica, challenge })),
+        (start(), any::<u64>())
+            .prop_map(|(replica, challenge)| Body::Register(Register { replica, challenge })),
+        (start(), any::<u64>())
+            .prop_map(|(replica, challenge)| Body::Challenge(Challenge { replica, challenge })),
         (start(), any_address(), any::<u16>()).prop_map(|(replica, observed, held)| {
             Body::Registered(Registered { replica, observed, held: Duration::from_secs(u64::from(held)) })
         }),

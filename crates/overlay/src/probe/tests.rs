@@ -93,7 +93,9 @@ fn probes_go_every_100_ms_with_traffic_and_every_second_without() {
 
 #[test]
 fn a_dead_hop_is_noticed_well_under_a_second_with_traffic_and_within_1300_ms_when_idle() {
-    for (one_way, traffic, limit) in [(1, true, 380), (25, true, 420), (100, true, 720), (1, false, 1300), (25, false, 1350)] {
+    for (one_way, traffic, limit) in
+        [(1, true, 380), (25, true, 420), (100, true, 720), (1, false, 1300), (25, false, 1350)]
+    {
         let mut hop = Hop::new(one_way * MS);
         hop.run(Duration::from_secs(5), traffic);
         assert!(hop.state.alive() && !hop.state.suspect());
@@ -205,7 +207,11 @@ fn a_size_that_the_kernel_refuses_is_not_tried_again() {
     let mut state = ProbeState::new(now, 1);
     let out = state.on_tick(now, true).unwrap();
     let observed = "192.0.2.1:5000".parse().unwrap();
-    state.on_ack(now + MS, out.sequence, &ProbeAck::answering(&out.probe, 256, StartNumber(1), observed, &[]));
+    state.on_ack(
+        now + MS,
+        out.sequence,
+        &ProbeAck::answering(&out.probe, 256, StartNumber(1), observed, &[]),
+    );
     let big = state.on_tick(now + 2 * MS, true).unwrap();
     assert_eq!(big.probe.bytes, 1452);
     state.on_too_large(now + 2 * MS, big.sequence);

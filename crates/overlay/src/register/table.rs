@@ -120,7 +120,10 @@ impl Registrations {
             let challenge = self.token(from, endpoint, self.period(now));
             return Verdict::Challenge(Challenge { replica: self.start, challenge });
         }
-        if known.is_none() && !self.by_block.contains_key(&endpoint.block()) && self.by_block.len() >= self.capacity {
+        if known.is_none()
+            && !self.by_block.contains_key(&endpoint.block())
+            && self.by_block.len() >= self.capacity
+        {
             self.sweep(now);
             if self.by_block.len() >= self.capacity {
                 self.refusals.full += 1;

@@ -136,7 +136,9 @@ fn replayed_and_foreign_registers_are_refused_and_counted() {
     assert_eq!(ask(address(1), 11, START, 0), Verdict::Refused(Refusal::Replayed));
     assert_eq!(ask(address(1), 99, StartNumber(3), 0), Verdict::Refused(Refusal::WrongReplica));
     // A captured REGISTER from a spoofed address: neither without a token nor with another address's.
-    let Verdict::Challenge(first) = ask(address(9), 99, START, 0) else { panic!("a new address is challenged") };
+    let Verdict::Challenge(first) = ask(address(9), 99, START, 0) else {
+        panic!("a new address is challenged")
+    };
     assert!(matches!(ask(address(8), 100, START, first.challenge), Verdict::Challenge(_)));
     assert_eq!(server.get(endpoint(1).block(), start).copied(), Some(held));
     assert_eq!(server.refusals(), Refusals { wrong_replica: 1, replayed: 2, full: 0 });
@@ -153,7 +155,10 @@ fn a_token_ends_and_is_bound_to_its_endpoint() {
     let Verdict::Challenge(token) = ask(start, 1, 1, 0) else { panic!("challenged") };
     assert!(matches!(ask(start, 2, 2, token.challenge), Verdict::Challenge(_)));
     assert!(matches!(ask(start + seconds(21), 1, 3, token.challenge), Verdict::Challenge(_)));
-    assert!(matches!(ask(start + seconds(19), 1, 3, token.challenge), Verdict::Accepted { changed: true, .. }));
+    assert!(matches!(
+        ask(start + seconds(19), 1, 3, token.challenge),
+        Verdict::Accepted { changed: true, .. }
+    ));
 }
 
 #[test]
@@ -194,7 +199,10 @@ fn siblings_learn_who_holds_a_registration_and_forget_it() {
     let announced = server.on_tick(now);
     assert_eq!(announced.len(), 1);
     let (sequence, announce) = announced.into_iter().next().unwrap();
-    assert!(!siblings.on_announce(now, address(7440), Some(StartNumber(1)), sequence, &announce), "an earlier life");
+    assert!(
+        !siblings.on_announce(now, address(7440), Some(StartNumber(1)), sequence, &announce),
+        "an earlier life"
+    );
     assert!(siblings.on_announce(now, address(7440), Some(START), sequence, &announce));
     assert!(!siblings.on_announce(now, address(7440), Some(START), sequence, &announce), "a replay");
     assert_eq!(siblings.get(endpoint(1).block(), now), Some(address(7440)));
