@@ -41,14 +41,9 @@ impl Tun {
             bail!("device name {device:?}: use 1 to 15 bytes");
         }
         let file = namespace.run(|| open(device))??;
-        let (own, other) = (address.to_string(), peer.to_string());
-        let mut add = vec!["addr", "add", &own, "peer", &other, "dev", device];
-        if address.is_ipv6() {
-            // Duplicate detection would keep the address unusable for its first second.
-            add.push("nodad");
-        }
-        namespace.ip(&add)?;
+        namespace.add_address(device, &format!("{address}/{}", if address.is_ipv4() { 32 } else { 128 }))?;
         namespace.ip(&["link", "set", device, "mtu", &mtu.to_string(), "txqueuelen", QUEUE_PACKETS, "up"])?;
+        namespace.add_device_route(&peer.to_string(), device)?;
         Ok(Self { file })
     }
 

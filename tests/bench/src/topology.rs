@@ -1,0 +1,74 @@
+//! The ways from a client to the origin that are compared. Each starts its processes on a [`Site`] and says where
+//! clients enter; everything it started ends with the [`Running`] value.
+//!
+//! The mesh's own path is one more file here: start federators, gateways and sidecars from the `tombolo` binary,
+//! export the two origins, and return the sidecar's two upstream listeners as the entries.
+
+mod direct;
+mod haproxy;
+mod nginx;
+mod quic;
+
+use std::net::SocketAddr;
+
+use anyhow::Result;
+use tombolo_tests::process::Process;
+
+use crate::site::Site;
+
+/// The QUIC congestion control of a topology that has one to choose.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum QuicCongestion {
+    Cubic,
+    Bbr,
+}
+
+/// One way to the origin.
+pub trait Topology {
+    /// Short name, as in the table and in `--only`.
+    fn name(&self) -> String;
+
+    /// What runs, in one line.
+    fn description(&self) -> String;
+
+    /// The kernel's congestion control while this topology runs.
+    fn kernel_congestion(&self) -> &'static str {
+        "cubic"
+    }
+
+    fn start(&self, site: &Site) -> Result<Running>;
+}
+
+/// A started topology.
+#[derive(Debug)]
+pub struct Running {
+    pub http: SocketAddr,
+    pub bulk: SocketAddr,
+    /// Everything between client and origin, first hop first. The name is the role; same roles are reported apart.
+    pub hops: Vec<Process>,
+}
+
+/// Compared over loopback.
+pub fn local() -> Vec<Box<dyn Topology>> {
+    vec![
+        Box::new(direct::Direct { kernel_congestion: "cubic" }),
+        Box::new(haproxy::HaproxyChain { resumption: false, kernel_congestion: "cubic" }),
+        Box::new(haproxy::HaproxyChain { resumption: true, kernel_congestion: "cubic" }),
+        Box::new(nginx::NginxStream),
+        Box::new(quic::TerminatingQuic { congestion: QuicCongestion::Cubic }),
+    ]
+}
+
+/// Compared over the emulated link.
+pub fn wide_area() -> Vec<Box<dyn Topology>> {
+    vec![
+        Box::new(direct::Direct { kernel_congestion: "cubic" }),
+        Box::new(haproxy::HaproxyChain { resumption: false, kernel_congestion: "cubic" }),
+        Box::new(haproxy::HaproxyChain { resumption: false, kernel_congestion: "bbr" }),
+        Box::new(quic::TerminatingQuic { congestion: QuicCongestion::Bbr }),
+    ]
+}
+
+/// What the others are compared with, by name, in the local and the wide-area scenarios.
+pub const LOCAL_BASELINES: &[&str] = &["haproxy"];
+pub const WIDE_AREA_BASELINES: &[&str] = &["haproxy", "haproxy-bbr"];
