@@ -249,7 +249,10 @@ mod tests {
         let mut packet = vec![0xc3, 0, 0, 0, 1, 20];
         packet.extend_from_slice(cid.as_bytes());
         packet.extend_from_slice(&[2, 0xaa, 0xbb, 0, 0]);
-        assert_eq!(classify(&packet), Some(Packet::Long { dcid: cid, scid: &[0xaa, 0xbb], first_flight: true }));
+        assert_eq!(
+            classify(&packet),
+            Some(Packet::Long { dcid: cid, scid: &[0xaa, 0xbb], first_flight: true })
+        );
         packet[0] = 0xe3;
         assert!(matches!(classify(&packet), Some(Packet::Long { first_flight: false, .. })));
         packet[5] = 19;

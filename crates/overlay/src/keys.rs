@@ -277,7 +277,10 @@ mod tests {
         assert_eq!(ring.iter().count(), 27);
         let back = KeyRing::from_wire(&ring.to_wire()).unwrap();
         assert_eq!(back, ring);
-        assert_eq!(ring.for_phase(Hour::at(NOW).phase(), NOW), Some(&cluster.endpoint_key(block, Hour::at(NOW))));
+        assert_eq!(
+            ring.for_phase(Hour::at(NOW).phase(), NOW),
+            Some(&cluster.endpoint_key(block, Hour::at(NOW)))
+        );
         assert!(KeyRing::from_wire(&v1::KeyRing { first_hour: 0, keys: vec![vec![1; 15]] }).is_err());
     }
 

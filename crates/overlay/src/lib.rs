@@ -1,12 +1,35 @@
 //! The overlay: end-to-end QUIC connections whose packets are routed by connection ID (docs/protocol.md).
 //!
-//! [`cid`] and [`keys`] are the wire and its admission keys, [`routes`] says where a packet for a connection ID
-//! leaves, [`Overlay`] binds a socket and a quinn endpoint that use them, [`grpc`] carries tonic over its streams.
+//! [`cid`] and [`keys`] are the wire and its admission keys, [`datagram`], [`probe`] and [`register`] the small keyed
+//! datagrams beside QUIC, [`routes`] says where a packet for a connection ID leaves, [`Overlay`] binds a socket and a
+//! quinn endpoint that use them, [`congestion`] is the model-based controller, [`grpc`] carries tonic over streams.
 
+mod admission;
 pub mod cid;
+pub mod congestion;
+mod connection;
 pub mod datagram;
+mod dial;
+mod endpoint;
+mod generator;
+pub mod grpc;
+mod hops;
 pub mod keys;
+mod kick;
+mod learned;
 pub mod lease;
+mod liveness;
 pub mod probe;
 pub mod register;
 pub mod rendezvous;
+pub mod routes;
+mod socket;
+mod transport;
+
+pub use admission::{Inbound, InboundHandle, Refusal};
+pub use connection::{HandleClass, PeerConnection, Pinned, close_code};
+pub use dial::{DIAL_TIMEOUT, DialError, DialTarget};
+pub use endpoint::{BindError, Overlay, OverlayConfig, OverlayStats, ServerTls};
+pub use hops::{DRAINING, HopReport};
+pub use routes::{GatewayHop, Routes};
+pub use transport::{Limits, UnusableTls};

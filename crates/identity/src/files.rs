@@ -1,0 +1,63 @@
+//! Files that must never be half written or readable by others.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::Write;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+/// A file or directory that could not be used.
+#[derive(Debug, thiserror::Error)]
+#[error("{action} {path}: {source}", path = path.display())]
+pub struct FileError {
+    pub action: &'static str,
+    pub path: PathBuf,
+    pub source: std::io::Error,
+}
+
+impl FileError {
+    fn new(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.to_owned();
+        move |source| Self { action, path, source }
+    }
+}
+
+/// Creates a directory (and its parents) that only its owner can enter.
+pub fn private_dir(path: &Path) -> Result<(), FileError> {
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(path)
+        .map_err(FileError::new("can't create directory", path))
+}
+
+/// Writes a whole file or nothing: temporary file, fsync, rename, fsync of the directory.
+pub fn write_atomic(path: &Path, contents: &[u8], mode: u32) -> Result<(), FileError> {
+    let mut name = path.file_name().unwrap_or_default().to_owned();
+    name.push(format!(".{}.tmp", std::process::id()));
+    let temporary = path.with_file_name(name);
+    let write = || -> std::io::Result<()> {
+        let mut file =
+            OpenOptions::new().write(true).create(true).truncate(true).mode(mode).open(&temporary)?;
+        file.write_all(contents)?;
+        file.sync_all()?;
+        fs::rename(&temporary, path)?;
+        if let Some(parent) = path.parent().filter(|p| !p.as_os_str().is_empty()) {
+            File::open(parent)?.sync_all()?;
+        }
+        Ok(())
+    };
+    write().map_err(|source| {
+        let _ = fs::remove_file(&temporary);
+        FileError { action: "can't write", path: path.to_owned(), source }
+    })
+}
+
+/// Reads a file of at most `max` bytes.
+pub fn read(path: &Path, max: u64) -> Result<Vec<u8>, FileError> {
+    let size = fs::metadata(path).map_err(FileError::new("can't read", path))?.len();
+    if size > max {
+        let source = std::io::Error::other(format!("{size} bytes, at most {max} expected"));
+        return Err(FileError { action: "can't read", path: path.to_owned(), source });
+    }
+    fs::read(path).map_err(FileError::new("can't read", path))
+}

@@ -1,0 +1,19 @@
+//! Identities of the federation: SPIFFE IDs, the offline root, cluster intermediates, leaves, bundles, verification.
+//!
+//! [`authority`] signs clusters (offline), [`issuer`] signs leaves (federator), [`verify`] is the one place where a
+//! chain becomes a [`PeerIdentity`], [`tls`] puts it under rustls with hot-swappable snapshots. No clock is read
+//! except inside the rustls verifiers, which are handed the time by rustls.
+
+pub mod authority;
+pub mod bundle;
+pub mod cluster_binding;
+pub mod files;
+pub mod issuer;
+pub mod spiffe_id;
+pub mod tls;
+pub mod verify;
+
+pub use bundle::{BundleSet, TrustBundle};
+pub use spiffe_id::{SpiffeId, TrustDomain};
+pub use tls::{ExpectedPeer, Svid, SvidHandle};
+pub use verify::{IdentityError, PeerIdentity, peer_identity_from_certs};

@@ -1,0 +1,350 @@
+//! Identities under rustls: one snapshot of key, chain and bundles, swapped whole; verifiers that apply [`verify`].
+//!
+//! TLS 1.3 only, X25519MLKEM768 preferred, no resumption and no early data (a resumed session would skip the
+//! verifier), no SNI. A swap acts on the next handshake; live connections keep what they were made with.
+
+use std::sync::Arc;
+
+use arc_swap::ArcSwap;
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::client::{ResolvesClientCert, Resumption};
+use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms, aws_lc_rs};
+use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
+use rustls::server::{ClientHello, NoServerSessionStorage, ResolvesServerCert};
+use rustls::sign::CertifiedKey;
+use rustls::{
+    CertificateError, ClientConfig, DigitallySignedStruct, DistinguishedName, Error, OtherError,
+    ServerConfig, SignatureScheme,
+};
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, ServerName, UnixTime};
+use tombolo_model::names::ClusterName;
+
+use crate::bundle::{BundleSet, fingerprint};
+use crate::spiffe_id::SpiffeId;
+use crate::verify::{self, IdentityError, PeerIdentity, Usage};
+
+/// ALPN of application and control connections.
+pub const ALPN_MESH: &[u8] = b"tombolo/1";
+/// ALPN of joining.
+pub const ALPN_JOIN: &[u8] = b"tombolo-join/1";
+
+/// A key, its chain and the bundles to judge peers by: always consistent, because swapped whole.
+#[derive(Debug)]
+pub struct Svid {
+    pub spiffe_id: SpiffeId,
+    /// Unix seconds.
+    pub not_after: u64,
+    pub bundles: BundleSet,
+    certified: Arc<CertifiedKey>,
+    /// With the root appended: shown to joiners, who know only its fingerprint.
+    certified_with_root: Arc<CertifiedKey>,
+}
+
+/// Why a snapshot was refused.
+#[derive(Debug, thiserror::Error)]
+pub enum SvidError {
+    #[error("the private key can't be used: {0}")]
+    Key(String),
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
+}
+
+impl Svid {
+    /// `key_pkcs8`: DER; `chain`: leaf first. The key must be the leaf's.
+    pub fn new(
+        key_pkcs8: &[u8],
+        chain: Vec<CertificateDer<'static>>,
+        bundles: BundleSet,
+    ) -> Result<Self, SvidError> {
+        let identity = verify::peer_identity_from_certs(&chain)?;
+        let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key_pkcs8.to_vec()));
+        let key = aws_lc_rs::sign::any_supported_type(&key).map_err(|e| SvidError::Key(e.to_string()))?;
+        let certified = CertifiedKey::new(chain.clone(), Arc::clone(&key));
+        certified.keys_match().map_err(|e| SvidError::Key(e.to_string()))?;
+        let mut with_root = chain;
+        let roots =
+            bundles.get(&identity.spiffe_id.trust_domain()).map(|b| b.roots.clone()).unwrap_or_default();
+        with_root.extend(roots.into_iter().take(1));
+        Ok(Self {
+            spiffe_id: identity.spiffe_id,
+            not_after: u64::try_from(identity.not_after).unwrap_or(0),
+            bundles,
+            certified: Arc::new(certified),
+            certified_with_root: Arc::new(CertifiedKey::new(with_root, key)),
+        })
+    }
+
+    /// Leaf first.
+    pub fn chain(&self) -> &[CertificateDer<'static>] {
+        &self.certified.cert
+    }
+}
+
+/// The current snapshot; clones share it. Swapping it is rotation.
+#[derive(Clone, Debug)]
+pub struct SvidHandle(Arc<ArcSwap<Svid>>);
+
+impl SvidHandle {
+    pub fn new(svid: Svid) -> Self {
+        Self(Arc::new(ArcSwap::from_pointee(svid)))
+    }
+    pub fn load(&self) -> Arc<Svid> {
+        self.0.load_full()
+    }
+    /// The next handshake uses `svid`.
+    pub fn swap(&self, svid: Svid) {
+        self.0.store(Arc::new(svid));
+    }
+}
+
+/// Whom a dialler is willing to talk to.
+#[derive(Clone, Debug)]
+pub enum ExpectedPeer {
+    /// One of these identities: those that an export lists.
+    OneOf(Arc<[SpiffeId]>),
+    /// Any identity of this cluster whose path within it equals this, e.g. `/federator`.
+    Role { cluster: ClusterName, path: Arc<str> },
+    /// Whoever authenticates.
+    Any,
+}
+
+impl ExpectedPeer {
+    pub fn accepts(&self, peer: &PeerIdentity) -> bool {
+        match self {
+            Self::OneOf(ids) => ids.contains(&peer.spiffe_id),
+            Self::Role { cluster, path } => {
+                peer.cluster == *cluster && peer.spiffe_id.within_cluster() == Some(path)
+            }
+            Self::Any => true,
+        }
+    }
+}
+
+/// The one TLS provider: aws-lc-rs with the post-quantum hybrid first.
+pub fn provider() -> Arc<CryptoProvider> {
+    Arc::new(aws_lc_rs::default_provider())
+}
+
+fn refused(error: IdentityError) -> Error {
+    Error::InvalidCertificate(match error {
+        IdentityError::Expired(_) => CertificateError::Expired,
+        IdentityError::NotYetValid(_) => CertificateError::NotValidYet,
+        error => CertificateError::Other(OtherError(Arc::new(error))),
+    })
+}
+
+/// A peer that authenticated but is not the one that was asked for.
+#[derive(Debug, thiserror::Error)]
+#[error("the peer is {found}, which is not an identity that may serve this")]
+pub struct UnexpectedPeer {
+    pub found: SpiffeId,
+}
+
+fn chain<'a>(leaf: &CertificateDer<'a>, intermediates: &[CertificateDer<'a>]) -> Vec<CertificateDer<'a>> {
+    std::iter::once(leaf).chain(intermediates).cloned().collect()
+}
+
+#[derive(Debug)]
+struct MeshVerifier {
+    svid: SvidHandle,
+    expected: ExpectedPeer,
+    algorithms: WebPkiSupportedAlgorithms,
+}
+
+impl MeshVerifier {
+    fn new(svid: &SvidHandle, expected: ExpectedPeer) -> Self {
+        let algorithms = aws_lc_rs::default_provider().signature_verification_algorithms;
+        Self { svid: svid.clone(), expected, algorithms }
+    }
+    fn verify(&self, chain: &[CertificateDer<'_>], usage: Usage, now: UnixTime) -> Result<(), Error> {
+        let peer = verify::authenticate(chain, &self.svid.load().bundles, usage, now).map_err(refused)?;
+        if self.expected.accepts(&peer) {
+            return Ok(());
+        }
+        let error = UnexpectedPeer { found: peer.spiffe_id };
+        Err(Error::InvalidCertificate(CertificateError::Other(OtherError(Arc::new(error)))))
+    }
+}
+
+macro_rules! tls13_signatures {
+    () => {
+        fn verify_tls12_signature(
+            &self,
+            _: &[u8],
+            _: &CertificateDer<'_>,
+            _: &DigitallySignedStruct,
+        ) -> Result<HandshakeSignatureValid, Error> {
+            Err(Error::General("TLS 1.2 is not spoken".into()))
+        }
+        fn verify_tls13_signature(
+            &self,
+            message: &[u8],
+            certificate: &CertificateDer<'_>,
+            signature: &DigitallySignedStruct,
+        ) -> Result<HandshakeSignatureValid, Error> {
+            rustls::crypto::verify_tls13_signature(message, certificate, signature, &self.algorithms)
+        }
+        fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+            self.algorithms.supported_schemes()
+        }
+    };
+}
+
+impl ServerCertVerifier for MeshVerifier {
+    fn verify_server_cert(
+        &self,
+        leaf: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        _: &ServerName<'_>,
+        _: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, Error> {
+        self.verify(&chain(leaf, intermediates), Usage::Server, now)?;
+        Ok(ServerCertVerified::assertion())
+    }
+    tls13_signatures!();
+}
+
+impl ClientCertVerifier for MeshVerifier {
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        &[]
+    }
+    fn verify_client_cert(
+        &self,
+        leaf: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<ClientCertVerified, Error> {
+        self.verify(&chain(leaf, intermediates), Usage::Client, now)?;
+        Ok(ClientCertVerified::assertion())
+    }
+    tls13_signatures!();
+}
+
+/// Trusts a chain that ends in the pinned root and belongs to the expected peer: for joiners, who have no bundle yet.
+#[derive(Debug)]
+struct PinnedRootVerifier {
+    root_fingerprint: String,
+    expected: ExpectedPeer,
+    algorithms: WebPkiSupportedAlgorithms,
+}
+
+impl ServerCertVerifier for PinnedRootVerifier {
+    fn verify_server_cert(
+        &self,
+        leaf: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        _: &ServerName<'_>,
+        _: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, Error> {
+        let unknown = || Error::InvalidCertificate(CertificateError::UnknownIssuer);
+        let (root, intermediates) = intermediates.split_last().ok_or_else(unknown)?;
+        if fingerprint(root) != self.root_fingerprint {
+            return Err(unknown());
+        }
+        let chain = chain(leaf, intermediates);
+        let claimed = verify::peer_identity_from_certs(&chain).map_err(refused)?;
+        let bundle = crate::bundle::TrustBundle {
+            trust_domain: claimed.spiffe_id.trust_domain(),
+            sequence: 0,
+            roots: vec![root.clone().into_owned()],
+        };
+        let peer =
+            verify::authenticate(&chain, &BundleSet::of(bundle), Usage::Server, now).map_err(refused)?;
+        if self.expected.accepts(&peer) { Ok(ServerCertVerified::assertion()) } else { Err(unknown()) }
+    }
+    tls13_signatures!();
+}
+
+#[derive(Debug)]
+struct Resolver {
+    svid: SvidHandle,
+    with_root: bool,
+}
+
+impl Resolver {
+    fn certified(&self) -> Arc<CertifiedKey> {
+        let svid = self.svid.load();
+        Arc::clone(if self.with_root { &svid.certified_with_root } else { &svid.certified })
+    }
+}
+impl ResolvesServerCert for Resolver {
+    fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        Some(self.certified())
+    }
+}
+impl ResolvesClientCert for Resolver {
+    fn resolve(&self, _: &[&[u8]], _: &[SignatureScheme]) -> Option<Arc<CertifiedKey>> {
+        Some(self.certified())
+    }
+    fn has_certs(&self) -> bool {
+        true
+    }
+}
+
+fn alpn(protocol: &[u8]) -> Vec<Vec<u8>> {
+    vec![protocol.to_vec()]
+}
+
+fn finish_server(mut config: ServerConfig, protocol: &[u8]) -> Arc<ServerConfig> {
+    config.alpn_protocols = alpn(protocol);
+    config.session_storage = Arc::new(NoServerSessionStorage {});
+    config.send_tls13_tickets = 0;
+    config.max_early_data_size = 0;
+    Arc::new(config)
+}
+
+fn finish_client(mut config: ClientConfig, protocol: &[u8]) -> Arc<ClientConfig> {
+    config.alpn_protocols = alpn(protocol);
+    config.resumption = Resumption::disabled();
+    config.enable_early_data = false;
+    config.enable_sni = false;
+    Arc::new(config)
+}
+
+/// Server side of application and control connections: a client certificate is demanded.
+pub fn mesh_server_config(svid: &SvidHandle) -> Result<Arc<ServerConfig>, Error> {
+    let config = ServerConfig::builder_with_provider(provider())
+        .with_protocol_versions(&[&rustls::version::TLS13])?
+        .with_client_cert_verifier(Arc::new(MeshVerifier::new(svid, ExpectedPeer::Any)))
+        .with_cert_resolver(Arc::new(Resolver { svid: svid.clone(), with_root: false }));
+    Ok(finish_server(config, ALPN_MESH))
+}
+
+/// Server side of joining: shows its chain with the root; the joiner proves itself by its token.
+pub fn join_server_config(svid: &SvidHandle) -> Result<Arc<ServerConfig>, Error> {
+    let config = ServerConfig::builder_with_provider(provider())
+        .with_protocol_versions(&[&rustls::version::TLS13])?
+        .with_no_client_auth()
+        .with_cert_resolver(Arc::new(Resolver { svid: svid.clone(), with_root: true }));
+    Ok(finish_server(config, ALPN_JOIN))
+}
+
+/// Client side of application and control connections.
+pub fn mesh_client_config(svid: &SvidHandle, expected: ExpectedPeer) -> Result<Arc<ClientConfig>, Error> {
+    let config = ClientConfig::builder_with_provider(provider())
+        .with_protocol_versions(&[&rustls::version::TLS13])?
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(MeshVerifier::new(svid, expected)))
+        .with_client_cert_resolver(Arc::new(Resolver { svid: svid.clone(), with_root: false }));
+    Ok(finish_client(config, ALPN_MESH))
+}
+
+/// Client side of joining: the root is pinned by its fingerprint (`sha256:<hex>`).
+pub fn join_client_config(
+    root_fingerprint: &str,
+    expected: ExpectedPeer,
+) -> Result<Arc<ClientConfig>, Error> {
+    let verifier = PinnedRootVerifier {
+        root_fingerprint: root_fingerprint.to_owned(),
+        expected,
+        algorithms: aws_lc_rs::default_provider().signature_verification_algorithms,
+    };
+    let config = ClientConfig::builder_with_provider(provider())
+        .with_protocol_versions(&[&rustls::version::TLS13])?
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(verifier))
+        .with_no_client_auth();
+    Ok(finish_client(config, ALPN_JOIN))
+}

@@ -1,0 +1,254 @@
+//! Authentication: how a certificate chain becomes a [`PeerIdentity`] (X509-SVID specification, section 5).
+//!
+//! Rules, in order: one URI SAN that is a SPIFFE ID with a path; leaf not a CA, may sign digitally and nothing else;
+//! a path to a root in the bundle of the *peer's own* trust domain; the issuing intermediate carries no SPIFFE ID with
+//! a path and is bound to a cluster, and the leaf lies in that cluster. Authorisation is somebody else's.
+
+use std::time::Duration;
+
+use rustls_pki_types::{CertificateDer, UnixTime};
+use sha2::{Digest, Sha256};
+use tombolo_model::ids::ClusterTag;
+use tombolo_model::names::ClusterName;
+use webpki::{EndEntityCert, KeyUsage, anchor_from_trusted_cert};
+use x509_parser::prelude::*;
+use x509_parser::public_key::PublicKey;
+
+use crate::bundle::BundleSet;
+use crate::cluster_binding::{ClusterBinding, OID_TEXT};
+use crate::spiffe_id::{SpiffeId, TrustDomain};
+
+/// Leaf, intermediate, root, and one spare: a longer chain only costs CPU.
+const MAX_CHAIN: usize = 4;
+
+/// Why a chain was refused, one variant per rule.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum IdentityError {
+    #[error("the peer showed no certificate")]
+    NoCertificate,
+    #[error("the chain has {0} certificates, at most {MAX_CHAIN}")]
+    ChainTooLong(usize),
+    #[error("a certificate does not parse: {0}")]
+    Malformed(String),
+    #[error("the leaf has {0} URI SANs, exactly one is allowed")]
+    UriSans(usize),
+    #[error("the leaf's URI SAN is not a SPIFFE ID: {0}")]
+    SpiffeId(String),
+    #[error("the leaf's SPIFFE ID {0} has no path: that is a signer's")]
+    NoPath(SpiffeId),
+    #[error("the leaf of {0} is a CA")]
+    LeafIsCa(SpiffeId),
+    #[error(
+        "the leaf of {id} has key usage {found}: digitalSignature is needed, keyCertSign and cRLSign are forbidden"
+    )]
+    KeyUsage { id: SpiffeId, found: String },
+    #[error("the leaf of {0} has a weak key: RSA needs 2048 bits")]
+    WeakKey(SpiffeId),
+    #[error("there is no trust bundle for trust domain {0}")]
+    UnknownTrustDomain(TrustDomain),
+    #[error("the bundle of trust domain {0} is empty: everything of it is revoked")]
+    EmptyBundle(TrustDomain),
+    #[error("the leaf of {id} does not chain to a root of its trust domain: {reason}")]
+    Path { id: SpiffeId, reason: String },
+    #[error("the leaf of {0} has expired")]
+    Expired(SpiffeId),
+    #[error("the leaf of {0} is not valid yet")]
+    NotYetValid(SpiffeId),
+    #[error("the issuer of {0} carries a SPIFFE ID with a path")]
+    SignerPath(SpiffeId),
+    #[error("the issuer of {0} is not bound to a cluster")]
+    Unbound(SpiffeId),
+    #[error("{id} lies outside its issuer's cluster {cluster}")]
+    WrongCluster { id: SpiffeId, cluster: ClusterName },
+}
+
+impl IdentityError {
+    /// A metric label.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::NoCertificate => "no_certificate",
+            Self::ChainTooLong(_) => "chain_too_long",
+            Self::Malformed(_) => "malformed",
+            Self::UriSans(_) => "uri_sans",
+            Self::SpiffeId(_) => "spiffe_id",
+            Self::NoPath(_) => "no_path",
+            Self::LeafIsCa(_) => "leaf_is_ca",
+            Self::KeyUsage { .. } => "key_usage",
+            Self::WeakKey(_) => "weak_key",
+            Self::UnknownTrustDomain(_) => "unknown_trust_domain",
+            Self::EmptyBundle(_) => "empty_bundle",
+            Self::Path { .. } => "path",
+            Self::Expired(_) => "expired",
+            Self::NotYetValid(_) => "not_yet_valid",
+            Self::SignerPath(_) => "signer_path",
+            Self::Unbound(_) => "unbound",
+            Self::WrongCluster { .. } => "wrong_cluster",
+        }
+    }
+}
+
+/// Who a peer has proven to be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PeerIdentity {
+    pub spiffe_id: SpiffeId,
+    pub cluster: ClusterName,
+    pub tag: ClusterTag,
+    /// Big-endian, as in the certificate.
+    pub serial: Vec<u8>,
+    /// Unix seconds.
+    pub not_after: i64,
+    /// SHA-256 over the chain's certificates.
+    pub chain_hash: [u8; 32],
+    /// SHA-256 of the issuer's SubjectPublicKeyInfo.
+    pub issuer_spki: [u8; 32],
+}
+
+/// Which side of TLS the chain was shown on.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Usage {
+    Server,
+    Client,
+}
+
+fn malformed(error: impl ToString) -> IdentityError {
+    IdentityError::Malformed(error.to_string())
+}
+
+fn parse(der: &[u8]) -> Result<X509Certificate<'_>, IdentityError> {
+    match X509Certificate::from_der(der) {
+        Ok(([], certificate)) => Ok(certificate),
+        Ok(_) => Err(malformed("trailing bytes")),
+        Err(error) => Err(malformed(error)),
+    }
+}
+
+fn uris<'a>(certificate: &'a X509Certificate<'_>) -> Result<Vec<&'a str>, IdentityError> {
+    let names = certificate.subject_alternative_name().map_err(malformed)?;
+    let names = names.map(|san| san.value.general_names.as_slice()).unwrap_or_default();
+    Ok(names.iter().filter_map(|n| if let GeneralName::URI(uri) = n { Some(*uri) } else { None }).collect())
+}
+
+fn spiffe_id(leaf: &X509Certificate<'_>) -> Result<SpiffeId, IdentityError> {
+    let uris = uris(leaf)?;
+    let [uri] = uris.as_slice() else { return Err(IdentityError::UriSans(uris.len())) };
+    let id: SpiffeId =
+        uri.parse().map_err(|e: crate::spiffe_id::SpiffeIdError| IdentityError::SpiffeId(e.to_string()))?;
+    if id.path().is_empty() { Err(IdentityError::NoPath(id)) } else { Ok(id) }
+}
+
+fn check_leaf(leaf: &X509Certificate<'_>, id: &SpiffeId) -> Result<(), IdentityError> {
+    if leaf.basic_constraints().map_err(malformed)?.is_some_and(|b| b.value.ca) {
+        return Err(IdentityError::LeafIsCa(id.clone()));
+    }
+    let usage = leaf.key_usage().map_err(malformed)?;
+    let good = usage.as_ref().is_some_and(|usage| {
+        usage.value.digital_signature() && !usage.value.key_cert_sign() && !usage.value.crl_sign()
+    });
+    if !good {
+        let found = usage.map_or("none".to_owned(), |usage| usage.value.to_string());
+        return Err(IdentityError::KeyUsage { id: id.clone(), found });
+    }
+    match leaf.public_key().parsed() {
+        Ok(PublicKey::RSA(key)) if key.key_size() < 2048 => Err(IdentityError::WeakKey(id.clone())),
+        Ok(_) => Ok(()),
+        Err(error) => Err(malformed(error)),
+    }
+}
+
+/// Reads who a chain that has been verified belongs to. Checks names and binding, not signatures or time.
+pub fn peer_identity_from_certs(chain: &[CertificateDer<'_>]) -> Result<PeerIdentity, IdentityError> {
+    let [leaf_der, issuer_der, ..] = chain else {
+        return Err(if chain.is_empty() {
+            IdentityError::NoCertificate
+        } else {
+            malformed("no intermediate")
+        });
+    };
+    let leaf = parse(leaf_der)?;
+    let id = spiffe_id(&leaf)?;
+    let issuer = parse(issuer_der)?;
+    for uri in uris(&issuer)? {
+        if uri.parse::<SpiffeId>().is_ok_and(|signer| !signer.path().is_empty()) {
+            return Err(IdentityError::SignerPath(id));
+        }
+    }
+    let mut bindings = issuer.extensions().iter().filter(|e| e.oid.to_id_string() == OID_TEXT);
+    let binding = match (bindings.next(), bindings.next()) {
+        (Some(extension), None) => ClusterBinding::from_der(extension.value),
+        _ => None,
+    };
+    let Some(ClusterBinding { cluster, tag }) = binding else { return Err(IdentityError::Unbound(id)) };
+    if id.cluster().as_ref() != Some(&cluster) {
+        return Err(IdentityError::WrongCluster { id, cluster });
+    }
+    let mut hasher = Sha256::new();
+    chain.iter().for_each(|certificate| hasher.update(Sha256::digest(certificate)));
+    Ok(PeerIdentity {
+        spiffe_id: id,
+        cluster,
+        tag,
+        serial: leaf.raw_serial().to_vec(),
+        not_after: leaf.validity().not_after.timestamp(),
+        chain_hash: hasher.finalize().into(),
+        issuer_spki: Sha256::digest(issuer.public_key().raw).into(),
+    })
+}
+
+/// Authenticates a chain (leaf first) against the bundle of its own trust domain, at `now`.
+pub fn authenticate(
+    chain: &[CertificateDer<'_>],
+    bundles: &BundleSet,
+    usage: Usage,
+    now: UnixTime,
+) -> Result<PeerIdentity, IdentityError> {
+    if chain.len() > MAX_CHAIN {
+        return Err(IdentityError::ChainTooLong(chain.len()));
+    }
+    let leaf_der = chain.first().ok_or(IdentityError::NoCertificate)?;
+    let leaf = parse(leaf_der)?;
+    let id = spiffe_id(&leaf)?;
+    check_leaf(&leaf, &id)?;
+    let domain = id.trust_domain();
+    let bundle = bundles.get(&domain).ok_or_else(|| IdentityError::UnknownTrustDomain(domain.clone()))?;
+    if bundle.roots.is_empty() {
+        return Err(IdentityError::EmptyBundle(domain));
+    }
+    check_path(chain, &bundle.roots, &id, usage, now)?;
+    peer_identity_from_certs(chain)
+}
+
+/// RFC 5280 path validation by webpki: signatures, validity, CA bits, path lengths, extended key usage.
+pub(crate) fn check_path(
+    chain: &[CertificateDer<'_>],
+    roots: &[CertificateDer<'_>],
+    id: &SpiffeId,
+    usage: Usage,
+    now: UnixTime,
+) -> Result<(), IdentityError> {
+    let [leaf, intermediates @ ..] = chain else { return Err(IdentityError::NoCertificate) };
+    let anchors: Vec<_> = roots.iter().filter_map(|root| anchor_from_trusted_cert(root).ok()).collect();
+    let leaf = EndEntityCert::try_from(leaf).map_err(malformed)?;
+    let usage = match usage {
+        Usage::Server => KeyUsage::server_auth(),
+        Usage::Client => KeyUsage::client_auth(),
+    };
+    let algorithms = webpki::ALL_VERIFICATION_ALGS;
+    // The intermediate that webpki used must be the one whose binding is read: the first after the leaf.
+    let first_issuer = intermediates.first().map(|der| der.as_ref().to_vec());
+    let same_issuer = |path: &webpki::VerifiedPath<'_>| {
+        let used = path.intermediate_certificates().next().map(|cert| cert.der().as_ref().to_vec());
+        if used == first_issuer { Ok(()) } else { Err(webpki::Error::UnknownIssuer) }
+    };
+    leaf.verify_for_usage(algorithms, &anchors, intermediates, now, usage, None, Some(&same_issuer))
+        .map(drop)
+        .map_err(|error| match error {
+            webpki::Error::CertExpired { .. } => IdentityError::Expired(id.clone()),
+            webpki::Error::CertNotValidYet { .. } => IdentityError::NotYetValid(id.clone()),
+            error => IdentityError::Path { id: id.clone(), reason: error.to_string() },
+        })
+}
+
+/// Seconds since the epoch as the verifier's time.
+pub fn unix_time(since_epoch: Duration) -> UnixTime {
+    UnixTime::since_unix_epoch(since_epoch)
+}

@@ -1,0 +1,387 @@
+//! [`Overlay`]: one socket, one endpoint id, one quinn endpoint, and the tasks that keep them honest.
+//!
+//! Owned by a sidecar's runtime thread, a gateway's control side or a federator. Tasks: accepting (one per pending
+//! handshake, bounded), one per live connection for its control stream, hops (probes and registrations), liveness
+//! (kicks and GONE). All end with the [`TaskGroup`] given to [`Overlay::bind`], or with [`Overlay::close`].
+
+use std::collections::HashSet;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use quinn::{Incoming, TokioRuntime, TransportConfig};
+use tokio::sync::{mpsc, watch};
+use tombolo_model::ids::{ClusterTag, EndpointId};
+use tombolo_runtime::tasks::TaskGroup;
+
+use crate::admission::Inbound;
+use crate::cid::Kind;
+use crate::connection::{HandleClass, PeerConnection, Pinned, close_code};
+use crate::dial::{DialError, DialTarget, Dialler, peer_identity};
+use crate::generator::{Generator, Identity};
+use crate::hops::{self, HopReport, HopsHandle};
+use crate::keys::KeyRing;
+use crate::liveness::{self, LivenessHandle};
+use crate::routes::{RouteState, Routes};
+use crate::socket::{OverlaySocket, Slot};
+use crate::transport::{self, Limits, UnusableTls};
+
+/// A handshake of an authenticated peer over the longest paths takes a second; a trickled one is an attack.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
+/// Accepted connections that wait for their owner: beyond this, new handshakes wait.
+const ACCEPT_QUEUE: usize = 256;
+/// Control datagrams that wait for the hops task: probes come every 100 ms per replica.
+const CONTROL_QUEUE: usize = 512;
+/// Closing frames have left by then.
+const CLOSE_PATIENCE: Duration = Duration::from_millis(500);
+
+/// TLS of the server side, by class of handle.
+#[derive(Clone, Debug)]
+pub struct ServerTls {
+    /// Mesh and control: a client certificate is demanded.
+    pub mesh: Arc<rustls::ServerConfig>,
+    /// Joining: the server alone is authenticated; federators only.
+    pub join: Option<Arc<rustls::ServerConfig>>,
+}
+
+/// How to bind an overlay.
+#[derive(Debug)]
+pub struct OverlayConfig {
+    pub tag: ClusterTag,
+    pub endpoint: EndpointId,
+    /// Keys of the own block.
+    pub keys: KeyRing,
+    /// Endpoint; or join, for a joiner that dials a federator directly.
+    pub kind: Kind,
+    pub bind: SocketAddr,
+    /// This endpoint has no address that gateways could know: tell them by REGISTER.
+    pub registers: bool,
+    /// Answer long-header packets of the own cluster to where they came from: federators.
+    pub learns: bool,
+    pub server: Option<ServerTls>,
+    pub limits: Limits,
+}
+
+/// Why an overlay could not be bound.
+#[derive(Debug, thiserror::Error)]
+pub enum BindError {
+    #[error(
+        "the overlay's UDP address {address} can't be bound: {source}; stop what uses it or choose another with --bind"
+    )]
+    Socket { address: SocketAddr, source: std::io::Error },
+    #[error(transparent)]
+    Tls(#[from] UnusableTls),
+}
+
+/// Counters of one overlay, for metrics.
+#[derive(Debug, Default)]
+pub struct OverlayCounters {
+    pub accepted: AtomicU64,
+    pub refused: AtomicU64,
+    pub retried: AtomicU64,
+    pub handshakes_failed: AtomicU64,
+    pub importer_mismatch: AtomicU64,
+}
+
+/// A snapshot of what an overlay did.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct OverlayStats {
+    pub open_connections: usize,
+    pub accepted: u64,
+    pub refused: u64,
+    pub retried: u64,
+    pub handshakes_failed: u64,
+    pub importer_mismatch: u64,
+    pub no_route: u64,
+    pub send_errors: u64,
+    pub control_overflow: u64,
+    pub malformed: u64,
+}
+
+#[derive(Debug)]
+struct Inner {
+    tag: ClusterTag,
+    endpoint_id: EndpointId,
+    quic: quinn::Endpoint,
+    socket: Arc<OverlaySocket>,
+    keys: Arc<ArcSwap<KeyRing>>,
+    inbound: ArcSwap<Inbound>,
+    client_transport: Arc<TransportConfig>,
+    accepted: tokio::sync::Mutex<mpsc::Receiver<PeerConnection>>,
+    liveness: LivenessHandle,
+    hops: HopsHandle,
+    counters: OverlayCounters,
+    tasks: TaskGroup,
+    local_addr: SocketAddr,
+    /// Smoothed handshake-to-RTT knowledge for dial timing, in microseconds; 0 = unknown.
+    rtt_micros: Mutex<std::collections::HashMap<ClusterTag, Duration>>,
+}
+
+/// One overlay socket with its quinn endpoint; clones share it.
+#[derive(Clone, Debug)]
+pub struct Overlay(Arc<Inner>);
+
+impl Overlay {
+    /// Binds the socket and starts the tasks in the current tokio runtime.
+    pub fn bind(config: OverlayConfig, tasks: &TaskGroup) -> Result<Self, BindError> {
+        let OverlayConfig { tag, endpoint, keys, kind, bind, registers, learns, server, limits } = config;
+        let socket_error = |source| BindError::Socket { address: bind, source };
+        let slot = Slot::bind(bind).map_err(socket_error)?;
+        let local_addr = slot.local_addr().map_err(socket_error)?;
+        let state = RouteState { routes: Arc::new(Routes::empty(tag)), paths: Vec::new() };
+        let (control_sender, control) = mpsc::channel(CONTROL_QUEUE);
+        let socket = Arc::new(OverlaySocket::new(tag, slot, state, learns, control_sender));
+        let keys = Arc::new(ArcSwap::from_pointee(keys));
+        let me = Identity { kind, tag, target: endpoint.value() };
+
+        let mut endpoint_config = transport::endpoint_config(&limits);
+        let generator_keys = Arc::clone(&keys);
+        endpoint_config.cid_generator(move || Box::new(Generator { me, keys: Arc::clone(&generator_keys) }));
+        let servers = server.map(|tls| Servers::new(&tls, &limits)).transpose()?;
+        let quic = quinn::Endpoint::new_with_abstract_socket(
+            endpoint_config,
+            servers.as_ref().map(|s| (*s.mesh).clone()),
+            Arc::clone(&socket) as _,
+            Arc::new(TokioRuntime),
+        )
+        .map_err(socket_error)?;
+
+        let liveness = liveness::spawn(Arc::clone(&socket), tasks);
+        let hops = hops::spawn(
+            hops::HopsConfig { tag, endpoint, keys: Arc::clone(&keys), registers, bind, kind },
+            Arc::clone(&socket),
+            control,
+            liveness.clone(),
+            tasks,
+        );
+        let (accepted_sender, accepted) = mpsc::channel(ACCEPT_QUEUE);
+        let overlay = Self(Arc::new(Inner {
+            tag,
+            endpoint_id: endpoint,
+            client_transport: transport::transport(&limits, true),
+            quic,
+            socket,
+            keys,
+            inbound: ArcSwap::from_pointee(Inbound::default()),
+            accepted: tokio::sync::Mutex::new(accepted),
+            liveness,
+            hops,
+            counters: OverlayCounters::default(),
+            tasks: tasks.clone(),
+            local_addr,
+            rtt_micros: Mutex::default(),
+        }));
+        if let Some(servers) = servers {
+            // A weak handle: the accept loop must not keep a dropped overlay alive.
+            let task = accept_loop(overlay.clone(), servers, limits, accepted_sender);
+            tasks.spawn("overlay accept", task);
+        }
+        Ok(overlay)
+    }
+
+    pub fn local_addr(&self) -> SocketAddr {
+        self.0.local_addr
+    }
+    pub fn endpoint_id(&self) -> EndpointId {
+        self.0.endpoint_id
+    }
+    pub fn tag(&self) -> ClusterTag {
+        self.0.tag
+    }
+    /// Where things are, from now on.
+    pub fn set_routes(&self, routes: Routes) {
+        self.0.hops.set_routes(routes);
+    }
+    /// Renewed keys of the own block: IDs made from now on use them.
+    pub fn set_keys(&self, keys: KeyRing) {
+        self.0.keys.store(Arc::new(keys));
+    }
+    /// The handles served from now on. Connections that are open keep what is pinned to them.
+    pub fn set_inbound(&self, inbound: Inbound) {
+        self.0.inbound.store(Arc::new(inbound));
+    }
+
+    /// Dials any endpoint of what the target's handle stands for. ALPN and expected identity are in `tls`.
+    pub async fn dial(
+        &self,
+        target: &DialTarget,
+        tls: Arc<rustls::ClientConfig>,
+    ) -> Result<PeerConnection, DialError> {
+        let class = if target.kind == Kind::Service { HandleClass::Mesh } else { HandleClass::Control };
+        let rtt = self.0.rtt_micros.lock().unwrap_or_else(PoisonError::into_inner).get(&target.tag).copied();
+        let dialler =
+            Dialler { endpoint: &self.0.quic, transport: Arc::clone(&self.0.client_transport), rtt, class };
+        let connection = dialler.dial(target, tls).await?;
+        let known = &self.0.rtt_micros;
+        known.lock().unwrap_or_else(PoisonError::into_inner).insert(target.tag, connection.rtt());
+        self.adopt(&connection).await;
+        Ok(connection)
+    }
+
+    /// The next authenticated connection; `None` once the overlay is closed or was bound without a server side.
+    pub async fn accept(&self) -> Option<PeerConnection> {
+        self.0.accepted.lock().await.recv().await
+    }
+
+    /// What probing knows of each gateway path.
+    pub fn hops(&self) -> Vec<HopReport> {
+        self.0.hops.reports()
+    }
+    /// Clusters that no live gateway of ours reaches now.
+    pub fn unreachable_tags(&self) -> watch::Receiver<Arc<HashSet<ClusterTag>>> {
+        self.0.hops.unreachable()
+    }
+
+    pub fn stats(&self) -> OverlayStats {
+        let counters = &self.0.counters;
+        let socket = &self.0.socket.counters;
+        OverlayStats {
+            open_connections: self.0.quic.open_connections(),
+            accepted: counters.accepted.load(Relaxed),
+            refused: counters.refused.load(Relaxed),
+            retried: counters.retried.load(Relaxed),
+            handshakes_failed: counters.handshakes_failed.load(Relaxed),
+            importer_mismatch: counters.importer_mismatch.load(Relaxed),
+            no_route: socket.no_route.load(Relaxed),
+            send_errors: socket.send_errors.load(Relaxed),
+            control_overflow: socket.control_overflow.load(Relaxed),
+            malformed: socket.malformed.load(Relaxed),
+        }
+    }
+
+    /// Closes every connection and waits until the peers have been told.
+    pub async fn close(&self) {
+        self.0.quic.close(close_code::DRAINING.into(), b"closing");
+        let _ = tokio::time::timeout(CLOSE_PATIENCE, self.0.quic.wait_idle()).await;
+    }
+
+    /// Announces ourselves on the connection, listens to the peer's control stream, and watches its liveness.
+    async fn adopt(&self, connection: &PeerConnection) {
+        self.0.liveness.watch(connection.clone()).await;
+        let (tag, endpoint) = (self.0.tag, self.0.endpoint_id);
+        let connection = connection.clone();
+        let liveness = self.0.liveness.clone();
+        self.0.tasks.spawn("peer control stream", async move {
+            let heard = connection.read_control(|peer| liveness.announced(peer.clone()));
+            let _ = tokio::join!(connection.announce(tag, endpoint), heard);
+        });
+    }
+}
+
+/// quinn server configurations, one per class of handle.
+struct Servers {
+    mesh: Arc<quinn::ServerConfig>,
+    join: Option<Arc<quinn::ServerConfig>>,
+}
+
+impl Servers {
+    fn new(tls: &ServerTls, limits: &Limits) -> Result<Self, UnusableTls> {
+        let token_key = transport::token_key();
+        let join = tls.join.as_ref().map(|tls| transport::server_config(tls, &token_key, limits));
+        Ok(Self { mesh: transport::server_config(&tls.mesh, &token_key, limits)?, join: join.transpose()? })
+    }
+}
+
+async fn accept_loop(
+    overlay: Overlay,
+    servers: Servers,
+    limits: Limits,
+    accepted: mpsc::Sender<PeerConnection>,
+) {
+    let pending = Arc::new(AtomicUsize::new(0));
+    while let Some(incoming) = overlay.0.quic.accept().await {
+        let counters = &overlay.0.counters;
+        let pinned = match overlay.0.inbound.load().admit(overlay.0.tag, &incoming.orig_dst_cid()) {
+            Ok(pinned) => pinned,
+            Err(refusal) => {
+                counters.refused.fetch_add(1, Relaxed);
+                tracing::debug!(reason = refusal.kind(), "first packet ignored");
+                incoming.ignore();
+                continue;
+            }
+        };
+        let in_progress = pending.load(Relaxed);
+        if in_progress >= limits.max_pending {
+            counters.refused.fetch_add(1, Relaxed);
+            incoming.ignore();
+            continue;
+        }
+        if in_progress >= limits.retry_above_pending && !incoming.remote_address_validated() {
+            counters.retried.fetch_add(1, Relaxed);
+            if let Err(error) = incoming.retry() {
+                error.into_incoming().ignore();
+            }
+            continue;
+        }
+        let server = match pinned.class {
+            HandleClass::Mesh | HandleClass::Control => Some(&servers.mesh),
+            HandleClass::Join => servers.join.as_ref(),
+        };
+        let Some(server) = server.cloned() else {
+            counters.refused.fetch_add(1, Relaxed);
+            incoming.ignore();
+            continue;
+        };
+        pending.fetch_add(1, Relaxed);
+        let slot = PendingSlot(Arc::clone(&pending));
+        let (overlay, accepted) = (overlay.clone(), accepted.clone());
+        let tasks = overlay.0.tasks.clone();
+        tasks.spawn("handshake", async move {
+            let connection = handshake(&overlay, incoming, server, pinned).await;
+            drop(slot);
+            if let Some(connection) = connection {
+                overlay.adopt(&connection).await;
+                let _ = accepted.send(connection).await;
+            }
+        });
+    }
+}
+
+/// Counts a handshake in progress for as long as it is held.
+struct PendingSlot(Arc<AtomicUsize>);
+
+impl Drop for PendingSlot {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Relaxed);
+    }
+}
+
+async fn handshake(
+    overlay: &Overlay,
+    incoming: Incoming,
+    server: Arc<quinn::ServerConfig>,
+    pinned: Pinned,
+) -> Option<PeerConnection> {
+    let counters = &overlay.0.counters;
+    let connecting = incoming.accept_with(server).ok()?;
+    let connection = match tokio::time::timeout(HANDSHAKE_TIMEOUT, connecting).await {
+        Ok(Ok(connection)) => connection,
+        Ok(Err(error)) => {
+            counters.handshakes_failed.fetch_add(1, Relaxed);
+            tracing::debug!(%error, service = %pinned.service, "handshake failed");
+            return None;
+        }
+        Err(_) => {
+            counters.handshakes_failed.fetch_add(1, Relaxed);
+            tracing::debug!(service = %pinned.service, "handshake timed out");
+            return None;
+        }
+    };
+    let identity = peer_identity(&connection).ok()?;
+    // The handle was allotted to one cluster: nobody else may use it, whoever leaked the key.
+    let caller = identity.as_ref().map(|id| &id.cluster);
+    let admitted = match pinned.class {
+        HandleClass::Join => true,
+        _ => caller.is_some() && pinned.importer.as_ref() == caller,
+    };
+    if !admitted {
+        counters.importer_mismatch.fetch_add(1, Relaxed);
+        tracing::warn!(?caller, importer = ?pinned.importer, service = %pinned.service, "caller is not of the handle's cluster");
+        connection.close(close_code::NOT_ADMITTED.into(), b"the handle is another cluster's");
+        return None;
+    }
+    counters.accepted.fetch_add(1, Relaxed);
+    Some(PeerConnection::new(connection, identity, pinned.class, Some(pinned)))
+}

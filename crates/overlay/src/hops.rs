@@ -1,0 +1,403 @@
+//! The hops task: probes each gateway path, registers where the endpoint has no address of its own, keeps the route
+//! table's view of the paths, and takes control datagrams off the socket.
+//!
+//! Owns the paths; publishes [`RouteState`] to the socket, [`HopReport`]s and the set of unreachable clusters to
+//! readers. A hop behind a balancer gets several source ports, so that several of its replicas are in use, and a port
+//! whose replica died is replaced. Ends with its task group.
+
+use std::collections::HashSet;
+use std::hash::Hasher;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::time::{Duration, Instant};
+
+use arc_swap::ArcSwap;
+use siphasher::sip::SipHasher13;
+use tokio::sync::{mpsc, watch};
+use tombolo_model::ids::{ClusterTag, EndpointId};
+use tombolo_runtime::clock;
+use tombolo_runtime::tasks::TaskGroup;
+
+use crate::cid::Kind;
+use crate::datagram::{self, Body, Datagram, ProbeAck, Selector};
+use crate::keys::KeyRing;
+use crate::liveness::LivenessHandle;
+use crate::probe::{Event, Health, ProbeState};
+use crate::register::ClientState;
+use crate::routes::{GatewayHop, PathView, RouteState, Routes};
+use crate::socket::{ControlPacket, OverlaySocket, Slot};
+
+/// Source ports kept towards a balancer: with two replicas behind it, all four land on one of them once in eight.
+const BALANCED_SLOTS: usize = 4;
+/// Probe states ask for less; this bounds how stale a report or a new registration may be.
+const LONGEST_SLEEP: Duration = Duration::from_millis(500);
+/// A gateway that says so many clusters are unreachable is draining: it still forwards, but take another.
+pub const DRAINING: u16 = u16::MAX;
+
+/// What is known of one gateway path, for status and metrics.
+#[derive(Clone, Debug)]
+pub struct HopReport {
+    pub name: String,
+    pub address: SocketAddr,
+    /// Which source port; 0 is the endpoint's own.
+    pub slot: usize,
+    pub alive: bool,
+    pub draining: bool,
+    pub rtt: Option<Duration>,
+    pub loss_per_mille: u32,
+    /// Largest UDP payload known to pass.
+    pub mtu: u16,
+    pub last_ack: Option<Instant>,
+    pub unreachable: Arc<[ClusterTag]>,
+    pub registered: bool,
+}
+
+pub(crate) struct HopsConfig {
+    pub tag: ClusterTag,
+    pub endpoint: EndpointId,
+    pub keys: Arc<ArcSwap<KeyRing>>,
+    pub registers: bool,
+    pub bind: SocketAddr,
+    pub kind: Kind,
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct HopsHandle {
+    routes: watch::Sender<Arc<Routes>>,
+    reports: Arc<ArcSwap<Vec<HopReport>>>,
+    unreachable: watch::Receiver<Arc<HashSet<ClusterTag>>>,
+}
+
+impl HopsHandle {
+    pub fn set_routes(&self, routes: Routes) {
+        self.routes.send_replace(Arc::new(routes));
+    }
+    pub fn reports(&self) -> Vec<HopReport> {
+        self.reports.load().to_vec()
+    }
+    pub fn unreachable(&self) -> watch::Receiver<Arc<HashSet<ClusterTag>>> {
+        self.unreachable.clone()
+    }
+}
+
+pub(crate) fn spawn(
+    config: HopsConfig,
+    socket: Arc<OverlaySocket>,
+    control: mpsc::Receiver<ControlPacket>,
+    liveness: LivenessHandle,
+    tasks: &TaskGroup,
+) -> HopsHandle {
+    let (routes, routes_receiver) = watch::channel(Arc::new(Routes::empty(config.tag)));
+    let (unreachable_sender, unreachable) = watch::channel(Arc::default());
+    let reports = Arc::new(ArcSwap::from_pointee(Vec::new()));
+    let task = HopsTask {
+        config,
+        socket,
+        liveness,
+        routes: routes_receiver,
+        reports: Arc::clone(&reports),
+        unreachable: unreachable_sender,
+        paths: Vec::new(),
+    };
+    tasks.spawn("overlay hops", task.run(control));
+    HopsHandle { routes, reports, unreachable }
+}
+
+/// One way to a gateway: hop and source port.
+struct Path {
+    hop: GatewayHop,
+    slot: usize,
+    id: u64,
+    probe: ProbeState,
+    register: Option<ClientState>,
+    traffic: Arc<AtomicBool>,
+    unreachable: Arc<[ClusterTag]>,
+}
+
+impl Path {
+    fn new(hop: GatewayHop, slot: usize, registers: bool, now: Instant) -> Self {
+        let mut hasher = SipHasher13::new_with_keys(0x746f_6d62_6f6c_6f31, 0x7061_7468_0000_0001);
+        hasher.write(hop.address.to_string().as_bytes());
+        hasher.write_u64(slot as u64);
+        Self {
+            hop,
+            slot,
+            id: hasher.finish(),
+            probe: ProbeState::new(now, rand::random()),
+            register: registers.then(|| ClientState::new(now, clock::since_unix_epoch().as_micros() as u64)),
+            traffic: Arc::default(),
+            unreachable: Arc::from([]),
+        }
+    }
+    fn draining(&self) -> bool {
+        self.probe.unreachable_total() == DRAINING
+    }
+}
+
+struct HopsTask {
+    config: HopsConfig,
+    socket: Arc<OverlaySocket>,
+    liveness: LivenessHandle,
+    routes: watch::Receiver<Arc<Routes>>,
+    reports: Arc<ArcSwap<Vec<HopReport>>>,
+    unreachable: watch::Sender<Arc<HashSet<ClusterTag>>>,
+    paths: Vec<Path>,
+}
+
+impl HopsTask {
+    async fn run(mut self, mut control: mpsc::Receiver<ControlPacket>) {
+        loop {
+            let wake = self.next_wake(Instant::now());
+            tokio::select! {
+                packet = control.recv() => match packet {
+                    Some(packet) => self.on_control(&packet),
+                    None => return,
+                },
+                changed = self.routes.changed() => {
+                    if changed.is_err() {
+                        return; // the overlay is gone
+                    }
+                    self.adopt_routes();
+                }
+                () = tokio::time::sleep_until(wake.into()) => {}
+            }
+            self.tick(Instant::now());
+        }
+    }
+
+    fn next_wake(&self, now: Instant) -> Instant {
+        let latest = now + LONGEST_SLEEP;
+        if !self.probes() {
+            return latest;
+        }
+        // Not in a tight loop when a probe is overdue but rate-limited: at least a millisecond.
+        let due = |p: &Path| {
+            let register = p.register.as_ref().and_then(|r| r.next_tick());
+            register.map_or(p.probe.next_tick(), |at| at.min(p.probe.next_tick()))
+        };
+        let probes = self.paths.iter().map(due).min().unwrap_or(latest);
+        probes.clamp(now + Duration::from_millis(1), latest)
+    }
+
+    /// A joiner without a lease has no key to probe with: its only path is used as it is.
+    fn probes(&self) -> bool {
+        self.config.kind == Kind::Endpoint
+    }
+
+    fn adopt_routes(&mut self) {
+        let now = Instant::now();
+        let routes = Arc::clone(&self.routes.borrow_and_update());
+        if routes.gateways.iter().any(|hop| hop.balanced) {
+            self.open_slots();
+        }
+        let wanted: Vec<(GatewayHop, usize)> = routes
+            .gateways
+            .iter()
+            .flat_map(|hop| {
+                let slots = if hop.balanced { 1..1 + BALANCED_SLOTS } else { 0..1 };
+                slots.map(move |slot| (hop.clone(), slot))
+            })
+            .collect();
+        self.paths.retain(|path| wanted.iter().any(|(hop, slot)| path.hop == *hop && path.slot == *slot));
+        for (hop, slot) in wanted {
+            if !self.paths.iter().any(|path| path.hop == hop && path.slot == slot) {
+                self.paths.push(Path::new(hop, slot, self.config.registers, now));
+            }
+        }
+        self.publish(routes);
+    }
+
+    fn fresh_slot(&self) -> Option<Arc<Slot>> {
+        let address = SocketAddr::new(self.config.bind.ip(), 0);
+        match Slot::bind(address) {
+            Ok(slot) => Some(Arc::new(slot)),
+            Err(error) => {
+                tracing::warn!(%error, %address, "no further source port for a balanced gateway");
+                None
+            }
+        }
+    }
+
+    fn open_slots(&self) {
+        let mut slots = self.socket.slots().to_vec();
+        while slots.len() < 1 + BALANCED_SLOTS {
+            let Some(slot) = self.fresh_slot() else { return };
+            slots.push(slot);
+        }
+        self.socket.set_slots(slots);
+    }
+
+    fn replace_slot(&mut self, slot: usize, now: Instant) {
+        let Some(fresh) = self.fresh_slot() else { return };
+        let mut slots = self.socket.slots().to_vec();
+        let Some(entry) = slots.get_mut(slot) else { return };
+        *entry = fresh;
+        self.socket.set_slots(slots);
+        for path in self.paths.iter_mut().filter(|path| path.slot == slot) {
+            *path = Path::new(path.hop.clone(), slot, self.config.registers, now);
+        }
+    }
+
+    fn on_control(&mut self, packet: &ControlPacket) {
+        let datagram = match self.verified(packet) {
+            Ok(datagram) => datagram,
+            Err(error) => {
+                self.socket.counters.malformed.fetch_add(1, Relaxed);
+                tracing::trace!(%error, source = %packet.source, "control datagram dropped");
+                return;
+            }
+        };
+        let now = Instant::now();
+        match &datagram.body {
+            Body::ProbeAck(ack) => self.on_ack(packet, datagram.sequence, ack, now),
+            Body::Gone(gone) => self.liveness.hint_gone(gone.tag, gone.endpoint),
+            Body::Challenge(challenge) => {
+                if let Some(register) = self.path_of(packet).and_then(|path| path.register.as_mut()) {
+                    register.on_challenge(now, datagram.sequence, challenge);
+                }
+            }
+            Body::Registered(registered) => {
+                if let Some(register) = self.path_of(packet).and_then(|path| path.register.as_mut()) {
+                    register.on_registered(now, datagram.sequence, registered);
+                }
+            }
+            // Nobody probes or registers at an endpoint.
+            Body::Probe(_) | Body::Register(_) | Body::Announce(_) => {}
+        }
+    }
+
+    fn path_of(&mut self, packet: &ControlPacket) -> Option<&mut Path> {
+        self.paths.iter_mut().find(|path| path.hop.address == packet.source && path.slot == packet.slot)
+    }
+
+    fn verified(&self, packet: &ControlPacket) -> Result<Datagram, datagram::DecodeError> {
+        let unverified = datagram::decode(&packet.bytes)?;
+        let ours = matches!(unverified.selector, Selector::Endpoint { tag, endpoint }
+            if tag == self.config.tag && endpoint.block() == self.config.endpoint.block());
+        if !ours {
+            return Err(datagram::DecodeError::Field("selector"));
+        }
+        let keys = self.config.keys.load();
+        let key = keys
+            .for_phase(unverified.phase, clock::since_unix_epoch())
+            .ok_or(datagram::DecodeError::Field("phase"))?;
+        unverified.verify(key)
+    }
+
+    fn on_ack(&mut self, packet: &ControlPacket, sequence: u64, ack: &ProbeAck, now: Instant) {
+        let Some(path) = self.path_of(packet) else { return };
+        if path.probe.on_ack(now, sequence, ack)
+            && let Some(register) = &mut path.register
+        {
+            register.on_probe_ack(now, ack.start, ack.observed);
+        }
+    }
+
+    fn tick(&mut self, now: Instant) {
+        if !self.probes() {
+            return;
+        }
+        let mut changed = false;
+        let mut dead_slots = Vec::new();
+        for index in 0..self.paths.len() {
+            changed |= self.tick_path(index, now, &mut dead_slots);
+        }
+        dead_slots.sort_unstable();
+        dead_slots.dedup();
+        for slot in dead_slots {
+            self.replace_slot(slot, now);
+            changed = true;
+        }
+        if changed {
+            let routes = Arc::clone(&self.routes.borrow());
+            self.publish(routes);
+        } else {
+            self.reports.store(Arc::new(self.report()));
+        }
+    }
+
+    fn tick_path(&mut self, index: usize, now: Instant, dead_slots: &mut Vec<usize>) -> bool {
+        let slots = self.socket.slots();
+        let keys = self.config.keys.load_full();
+        let selector = Selector::Endpoint { tag: self.config.tag, endpoint: self.config.endpoint };
+        let Some(path) = self.paths.get_mut(index) else { return false };
+        let Some(slot) = slots.get(path.slot) else { return false };
+        let Some((hour, key)) = keys.current(clock::since_unix_epoch()) else { return false };
+        let before = path.probe.health();
+        let has_traffic = path.traffic.swap(false, Relaxed);
+        // Two probes at most per tick: one for life, one for the MTU.
+        for _ in 0..2 {
+            let Some(probe) = path.probe.on_tick(now, has_traffic) else { break };
+            let packet = Datagram { selector, sequence: probe.sequence, body: Body::Probe(probe.probe) };
+            if let Err(error) = slot.send_control(path.hop.address, &packet.encode(hour, key))
+                && error.raw_os_error() == Some(libc::EMSGSIZE)
+            {
+                path.probe.on_too_large(now, probe.sequence);
+            }
+        }
+        if let Some(register) = &mut path.register
+            && let Some((sequence, register)) = register.on_tick(now)
+        {
+            let packet = Datagram { selector, sequence, body: Body::Register(register) };
+            let _ = slot.send_control(path.hop.address, &packet.encode(hour, key));
+        }
+        let mut changed = path.probe.health() != before;
+        for event in path.probe.take_events() {
+            changed = true;
+            match event {
+                Event::UnreachableChanged => path.unreachable = Arc::from(path.probe.unreachable()),
+                Event::Dead if path.hop.balanced => dead_slots.push(path.slot),
+                Event::Dead => {
+                    tracing::info!(gateway = path.hop.name, address = %path.hop.address, "gateway does not answer")
+                }
+                Event::Alive => {
+                    tracing::info!(gateway = path.hop.name, address = %path.hop.address, "gateway answers")
+                }
+                _ => {}
+            }
+        }
+        changed
+    }
+
+    fn publish(&self, routes: Arc<Routes>) {
+        let probed = self.probes();
+        let paths = self.paths.iter().map(|path| PathView {
+            address: path.hop.address,
+            slot: path.slot,
+            id: path.id,
+            // A suspect is left at once: packets then take a replica that answers, and come back with the next ACK.
+            alive: !probed || (path.probe.health() == Health::Alive && !path.draining()),
+            unreachable: Arc::clone(&path.unreachable),
+            traffic: Arc::clone(&path.traffic),
+        });
+        let state = RouteState { routes, paths: paths.collect() };
+        let tags = state.unreachable_tags();
+        self.socket.routes.store(Arc::new(state));
+        self.unreachable.send_if_modified(|current| {
+            let changed = **current != tags;
+            if changed {
+                *current = Arc::new(tags);
+            }
+            changed
+        });
+        self.reports.store(Arc::new(self.report()));
+    }
+
+    fn report(&self) -> Vec<HopReport> {
+        let report = |path: &Path| HopReport {
+            name: path.hop.name.clone(),
+            address: path.hop.address,
+            slot: path.slot,
+            alive: path.probe.alive(),
+            draining: path.draining(),
+            rtt: path.probe.rtt(),
+            loss_per_mille: path.probe.loss_per_mille(),
+            mtu: path.probe.mtu(),
+            last_ack: path.probe.last_ack(),
+            unreachable: Arc::clone(&path.unreachable),
+            registered: path.register.as_ref().is_some_and(|r| r.registered(Instant::now())),
+        };
+        self.paths.iter().map(report).collect()
+    }
+}

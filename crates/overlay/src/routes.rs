@@ -1,0 +1,226 @@
+//! Where a packet leaves a sidecar's or federator's socket: a pure choice by destination connection ID.
+//!
+//! [`Routes`] is the snapshot its owner sets; [`RouteState`] adds what probing found out about each path. Same
+//! cluster: straight to the endpoint; anything else, and what is not reachable directly: through a gateway replica,
+//! chosen by rendezvous hashing among the live ones, so that replicas need not agree on anything.
+
+use std::collections::HashMap;
+use std::hash::Hasher;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+
+use siphasher::sip::SipHasher13;
+use tombolo_model::ids::{Block, ClusterTag, EndpointId, Handle};
+
+use crate::cid::{Cid, Kind};
+
+/// A snapshot of where things are, set whole by whoever owns the overlay.
+#[derive(Clone, Debug)]
+pub struct Routes {
+    /// The own cluster's tag.
+    pub tag: ClusterTag,
+    /// Endpoints of the own cluster that can be reached directly.
+    pub endpoints: HashMap<Block, SocketAddr>,
+    /// The own cluster's services that may be dialled directly: handle to healthy endpoints.
+    pub services: HashMap<Handle, Vec<EndpointId>>,
+    /// The own cluster's federators that can be reached directly.
+    pub control: Vec<(EndpointId, SocketAddr)>,
+    /// Where everything else goes.
+    pub gateways: Vec<GatewayHop>,
+}
+
+impl Routes {
+    /// No route to anywhere yet.
+    pub fn empty(tag: ClusterTag) -> Self {
+        Self {
+            tag,
+            endpoints: HashMap::new(),
+            services: HashMap::new(),
+            control: Vec::new(),
+            gateways: Vec::new(),
+        }
+    }
+}
+
+/// A gateway replica, or a balancer's address with several replicas behind it.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub struct GatewayHop {
+    pub name: String,
+    pub address: SocketAddr,
+    /// One address stands for several replicas: several source ports are kept, so that several are in use.
+    pub balanced: bool,
+}
+
+/// One way to a gateway: its address and the local source port (slot) used for it.
+#[derive(Clone, Debug)]
+pub(crate) struct PathView {
+    pub address: SocketAddr,
+    pub slot: usize,
+    /// Stable for the path's life; feeds the rendezvous hash.
+    pub id: u64,
+    pub alive: bool,
+    /// Clusters that this gateway can't reach now, by its own word.
+    pub unreachable: Arc<[ClusterTag]>,
+    /// Set by each send, cleared by the hops task: paths with traffic are probed faster.
+    pub traffic: Arc<AtomicBool>,
+}
+
+/// Routes plus what is known of the paths; replaced whole.
+#[derive(Clone, Debug)]
+pub(crate) struct RouteState {
+    pub routes: Arc<Routes>,
+    pub paths: Vec<PathView>,
+}
+
+/// Where one packet goes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Exit {
+    pub address: SocketAddr,
+    pub slot: usize,
+}
+
+impl Exit {
+    fn direct(address: SocketAddr) -> Self {
+        Self { address, slot: 0 }
+    }
+}
+
+fn hash(parts: [u64; 3]) -> u64 {
+    let mut hasher = SipHasher13::new_with_keys(0x746f_6d62_6f6c_6f31, 0x726f_7574_6573_0001);
+    parts.iter().for_each(|part| hasher.write_u64(*part));
+    hasher.finish()
+}
+
+fn nonce_of(cid: &Cid) -> u64 {
+    cid.nonce().iter().fold(0, |acc, byte| (acc << 8) | u64::from(*byte))
+}
+
+impl RouteState {
+    /// Where a packet for `dcid` leaves; `rotation` counts the kicks that asked for another replica.
+    pub fn exit(&self, dcid: &Cid, rotation: u64) -> Option<Exit> {
+        let own = dcid.tag_value() == self.routes.tag.value();
+        let direct = if own { self.direct(dcid) } else { None };
+        direct.or_else(|| self.gateway(dcid, rotation))
+    }
+
+    fn direct(&self, dcid: &Cid) -> Option<Exit> {
+        match dcid.kind() {
+            Kind::Endpoint => self.routes.endpoints.get(&dcid.endpoint().block()).copied().map(Exit::direct),
+            Kind::Service => {
+                let endpoints = self.routes.services.get(&dcid.handle())?;
+                let nonce = nonce_of(dcid);
+                let chosen = endpoints.iter().max_by_key(|e| hash([nonce, u64::from(e.value()), 0]))?;
+                self.routes.endpoints.get(&chosen.block()).copied().map(Exit::direct)
+            }
+            Kind::Control => {
+                let nonce = nonce_of(dcid);
+                let (_, address) =
+                    self.routes.control.iter().max_by_key(|(e, _)| hash([nonce, u64::from(e.value()), 0]))?;
+                Some(Exit::direct(*address))
+            }
+            Kind::Join => None,
+        }
+    }
+
+    /// Live replicas that reach the cluster first, then live ones, then any: a dead path may have just come back.
+    fn gateway(&self, dcid: &Cid, rotation: u64) -> Option<Exit> {
+        let tag = dcid.tag_value();
+        let key = nonce_of(dcid) ^ (u64::from(dcid.target()) << 8);
+        let best = |usable: &dyn Fn(&PathView) -> bool| {
+            let paths = self.paths.iter().enumerate().filter(|(_, path)| usable(path));
+            paths.map(|(index, path)| (hash([key, path.id, rotation]), index)).max()
+        };
+        let best = best(&|path| path.alive && !path.unreachable.iter().any(|t| t.value() == tag))
+            .or_else(|| best(&|path| path.alive))
+            .or_else(|| best(&|_| true));
+        let (_, index) = best?;
+        let path = self.paths.get(index)?;
+        path.traffic.store(true, Relaxed);
+        Some(Exit { address: path.address, slot: path.slot })
+    }
+
+    /// Clusters that no live path reaches, of those some gateway has named unreachable.
+    pub fn unreachable_tags(&self) -> std::collections::HashSet<ClusterTag> {
+        let mut live = self.paths.iter().filter(|p| p.alive).peekable();
+        let Some(first) = live.next() else { return Default::default() };
+        let mut tags: std::collections::HashSet<_> = first.unreachable.iter().copied().collect();
+        live.for_each(|path| tags.retain(|tag| path.unreachable.contains(tag)));
+        tags
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::keys::{CidKey, Hour};
+
+    fn tag(n: u32) -> ClusterTag {
+        ClusterTag::new(n).unwrap()
+    }
+    fn cid(kind: Kind, t: u32, target: u32, nonce: u8) -> Cid {
+        Cid::mint(kind, tag(t), target, [nonce; 7], Hour(0), &CidKey::from_bytes([0; 16]))
+    }
+    fn path(n: u8, alive: bool, unreachable: &[u32]) -> PathView {
+        PathView {
+            address: SocketAddr::from(([127, 0, 0, n], 7441)),
+            slot: 0,
+            id: u64::from(n),
+            alive,
+            unreachable: unreachable.iter().map(|t| tag(*t)).collect(),
+            traffic: Arc::default(),
+        }
+    }
+    fn state(paths: Vec<PathView>) -> RouteState {
+        let mut routes = Routes::empty(tag(1));
+        let block = Block::new(7).unwrap();
+        routes.endpoints.insert(block, SocketAddr::from(([127, 0, 1, 1], 7442)));
+        routes.services.insert(Handle::from_u32(300), vec![EndpointId::from_u32(7 << 4)]);
+        RouteState { routes: Arc::new(routes), paths }
+    }
+
+    #[test]
+    fn the_own_cluster_is_reached_directly_and_others_through_a_gateway() {
+        let state = state(vec![path(9, true, &[])]);
+        let direct = Some(Exit { address: SocketAddr::from(([127, 0, 1, 1], 7442)), slot: 0 });
+        let gateway = Some(Exit { address: SocketAddr::from(([127, 0, 0, 9], 7441)), slot: 0 });
+        assert_eq!(state.exit(&cid(Kind::Endpoint, 1, 7 << 4, 0), 0), direct);
+        assert_eq!(state.exit(&cid(Kind::Service, 1, 300, 0), 0), direct);
+        assert_eq!(
+            state.exit(&cid(Kind::Endpoint, 1, 8 << 4, 0), 0),
+            gateway,
+            "unknown blocks go to the gateway"
+        );
+        assert_eq!(state.exit(&cid(Kind::Endpoint, 2, 7 << 4, 0), 0), gateway);
+    }
+
+    #[test]
+    fn dead_and_unreaching_gateways_are_avoided_while_there_is_a_better_one() {
+        let state = state(vec![path(1, false, &[]), path(2, true, &[5]), path(3, true, &[])]);
+        for nonce in 0..50 {
+            let exit = state.exit(&cid(Kind::Service, 5, 300, nonce), 0).unwrap();
+            assert_eq!(exit.address.ip().to_string(), "127.0.0.3");
+        }
+        assert!(state.unreachable_tags().is_empty());
+        let all_dead = RouteState { paths: vec![path(1, false, &[])], ..state };
+        assert!(all_dead.exit(&cid(Kind::Service, 5, 300, 0), 0).is_some());
+    }
+
+    #[test]
+    fn a_cluster_is_unreachable_when_every_live_gateway_says_so() {
+        let state = state(vec![path(1, true, &[5, 6]), path(2, true, &[5]), path(3, false, &[])]);
+        assert_eq!(state.unreachable_tags(), [tag(5)].into());
+    }
+
+    #[test]
+    fn connections_spread_over_replicas_and_a_rotation_moves_one() {
+        let state = state(vec![path(1, true, &[]), path(2, true, &[])]);
+        let exits: Vec<_> = (0..100).map(|n| state.exit(&cid(Kind::Endpoint, 5, 1, n), 0).unwrap()).collect();
+        let on_first = exits.iter().filter(|e| e.address.ip().to_string() == "127.0.0.1").count();
+        assert!((25..75).contains(&on_first), "{on_first}");
+        let dcid = cid(Kind::Endpoint, 5, 1, 0);
+        let rotated: std::collections::HashSet<_> =
+            (0..8).map(|r| state.exit(&dcid, r).unwrap().address).collect();
+        assert_eq!(rotated.len(), 2);
+    }
+}

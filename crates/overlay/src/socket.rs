@@ -1,0 +1,348 @@
+//! The UDP socket under quinn: routes what leaves by connection ID, and shows quinn one constant peer address.
+//!
+//! quinn never sees a path change: whatever gateway replica carries a packet, it seems to come from
+//! [`VIRTUAL_PEER`]. Several source ports (slots) are kept where a balancer hides several replicas behind one
+//! address. Control datagrams that arrive on the same port are taken out and handed to the hops task; when that
+//! falls behind they are dropped with a counter. Nothing here ever returns an error that would end quinn's driver.
+
+use std::collections::HashMap;
+use std::io::{self, IoSliceMut};
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
+use std::pin::Pin;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll, Waker};
+use std::time::Instant;
+
+use arc_swap::ArcSwap;
+use bytes::Bytes;
+use quinn::udp::{RecvMeta, Transmit, UdpSocketState};
+use quinn::{AsyncUdpSocket, UdpPoller};
+use tokio::io::Interest;
+use tokio::net::UdpSocket;
+use tokio::sync::mpsc;
+use tombolo_model::ids::{ClusterTag, EndpointId};
+
+use crate::cid::{Cid, Kind, Packet, classify};
+use crate::learned::Learned;
+use crate::routes::{Exit, RouteState};
+
+/// The one peer address quinn knows, for every peer (TEST-NET range of RFC 2544: never on a real wire).
+pub(crate) const VIRTUAL_PEER: SocketAddr =
+    SocketAddr::V4(SocketAddrV4::new(Ipv4Addr::new(198, 18, 0, 1), 4433));
+
+/// sendmsg refuses more than 65507 bytes of UDP payload; GSO batches of large segments are split below that.
+const MAX_SEND_BYTES: usize = 65_000;
+
+/// Asked of the kernel for both directions; net.core.{r,w}mem_max caps it silently. 2 MiB holds 20 ms at 800 Mbit/s.
+const SOCKET_BUFFER_BYTES: usize = 2 * 1024 * 1024;
+
+/// A control datagram and where it came from.
+#[derive(Debug)]
+pub(crate) struct ControlPacket {
+    pub slot: usize,
+    pub source: SocketAddr,
+    pub bytes: Bytes,
+}
+
+/// What the socket did; read for metrics.
+#[derive(Debug, Default)]
+pub struct SocketCounters {
+    pub no_route: AtomicU64,
+    pub send_errors: AtomicU64,
+    pub control_overflow: AtomicU64,
+    pub malformed: AtomicU64,
+}
+
+#[derive(Debug)]
+pub(crate) struct Slot {
+    io: UdpSocket,
+    state: UdpSocketState,
+}
+
+impl Slot {
+    pub fn bind(address: SocketAddr) -> io::Result<Self> {
+        let socket = socket2::Socket::new(
+            socket2::Domain::for_address(address),
+            socket2::Type::DGRAM,
+            Some(socket2::Protocol::UDP),
+        )?;
+        socket.set_nonblocking(true)?;
+        // Refused only where the operator forbids it; the kernel clamps to its limit and that is fine.
+        let _ = socket.set_recv_buffer_size(SOCKET_BUFFER_BYTES);
+        let _ = socket.set_send_buffer_size(SOCKET_BUFFER_BYTES);
+        socket.bind(&address.into())?;
+        let io = UdpSocket::from_std(socket.into())?;
+        let state = UdpSocketState::new((&io).into())?;
+        Ok(Self { io, state })
+    }
+
+    pub fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.io.local_addr()
+    }
+
+    /// Sends one control datagram; full buffers and unreachable peers are what probes are there to notice.
+    pub fn send_control(&self, to: SocketAddr, contents: &[u8]) -> io::Result<()> {
+        self.io.try_send_to(contents, to).map(drop)
+    }
+
+    fn send(&self, to: SocketAddr, transmit: &Transmit<'_>) -> io::Result<()> {
+        let send = |contents, segment_size| {
+            let part = Transmit { destination: to, ecn: transmit.ecn, contents, segment_size, src_ip: None };
+            self.io.try_io(Interest::WRITABLE, || self.state.try_send((&self.io).into(), &part))
+        };
+        match transmit.segment_size {
+            Some(size) if size > 0 && transmit.contents.len() > MAX_SEND_BYTES => {
+                let batch = (MAX_SEND_BYTES / size).max(1) * size;
+                transmit.contents.chunks(batch).try_for_each(|chunk| send(chunk, Some(size)))
+            }
+            segment_size => send(transmit.contents, segment_size),
+        }
+    }
+}
+
+/// Shared by quinn, the hops task and the liveness task.
+#[derive(Debug)]
+pub(crate) struct OverlaySocket {
+    tag: ClusterTag,
+    slots: ArcSwap<Vec<Arc<Slot>>>,
+    pub routes: ArcSwap<RouteState>,
+    /// How often the route to an endpoint was asked to use another replica (kicks). Bounded by [`MAX_ROTATIONS`].
+    rotations: ArcSwap<HashMap<(u32, EndpointId), u64>>,
+    learned: Option<Mutex<Learned>>,
+    control: mpsc::Sender<ControlPacket>,
+    receiver: Mutex<Option<Waker>>,
+    pub counters: SocketCounters,
+}
+
+/// Rotations are hints: when the table is full it starts over, which only re-spreads connections.
+const MAX_ROTATIONS: usize = 4096;
+
+impl OverlaySocket {
+    /// `learn`: answer long-header packets of the own cluster to where they came from (federators).
+    pub fn new(
+        tag: ClusterTag,
+        slot: Slot,
+        routes: RouteState,
+        learn: bool,
+        control: mpsc::Sender<ControlPacket>,
+    ) -> Self {
+        Self {
+            tag,
+            slots: ArcSwap::from_pointee(vec![Arc::new(slot)]),
+            routes: ArcSwap::from_pointee(routes),
+            rotations: ArcSwap::from_pointee(HashMap::new()),
+            learned: learn.then(Mutex::default),
+            control,
+            receiver: Mutex::new(None),
+            counters: SocketCounters::default(),
+        }
+    }
+
+    pub fn slots(&self) -> Arc<Vec<Arc<Slot>>> {
+        self.slots.load_full()
+    }
+
+    /// Replaces the source ports; slot 0 stays what it was.
+    pub fn set_slots(&self, slots: Vec<Arc<Slot>>) {
+        self.slots.store(Arc::new(slots));
+        // The receive loop must poll, and so register with, the new ones.
+        if let Some(waker) = self.receiver.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            waker.wake();
+        }
+    }
+
+    /// The next packets to `endpoint` take another replica where there is one.
+    pub fn rotate(&self, tag: ClusterTag, endpoint: EndpointId) {
+        self.rotations.rcu(|current| {
+            let mut next = if current.len() >= MAX_ROTATIONS { HashMap::new() } else { (**current).clone() };
+            *next.entry((tag.value(), endpoint)).or_default() += 1;
+            next
+        });
+    }
+
+    /// Where a packet for `dcid` leaves now.
+    pub fn exit(&self, dcid: &Cid) -> Option<Exit> {
+        let own = dcid.tag_value() == self.tag.value();
+        if own && matches!(dcid.kind(), Kind::Join | Kind::Endpoint) {
+            let learned = self.learned.as_ref().and_then(|learned| {
+                learned.lock().unwrap_or_else(PoisonError::into_inner).address(dcid.target(), Instant::now())
+            });
+            if let Some(address) = learned {
+                return Some(Exit { address, slot: 0 });
+            }
+        }
+        let rotations = self.rotations.load();
+        let rotation = if rotations.is_empty() || dcid.kind() != Kind::Endpoint {
+            0
+        } else {
+            rotations.get(&(dcid.tag_value(), dcid.endpoint())).copied().unwrap_or(0)
+        };
+        self.routes.load().exit(dcid, rotation)
+    }
+
+    /// Takes control datagrams out of one received buffer, learns sources, and returns what is left for quinn.
+    fn sift(&self, slot: usize, buffer: &mut [u8], meta: &mut RecvMeta) {
+        let stride = if meta.stride == 0 { meta.len } else { meta.stride };
+        let mut kept = 0;
+        let mut at = 0;
+        while at < meta.len {
+            let end = (at + stride).min(meta.len);
+            let packet = buffer.get(at..end).unwrap_or_default();
+            let keep = match classify(packet) {
+                Some(Packet::Short { dcid }) => dcid.tag_value() == self.tag.value(),
+                Some(Packet::Long { scid, .. }) => {
+                    self.learn(scid, meta.addr);
+                    true
+                }
+                Some(Packet::Datagram) => {
+                    let packet =
+                        ControlPacket { slot, source: meta.addr, bytes: Bytes::copy_from_slice(packet) };
+                    if self.control.try_send(packet).is_err() {
+                        self.counters.control_overflow.fetch_add(1, Relaxed);
+                    }
+                    false
+                }
+                None => {
+                    self.counters.malformed.fetch_add(1, Relaxed);
+                    false
+                }
+            };
+            if keep {
+                // Only whole strides may precede others; a short last segment ends the batch anyway.
+                if kept != at {
+                    buffer.copy_within(at..end, kept);
+                }
+                kept += end - at;
+            }
+            at = end;
+        }
+        meta.len = kept;
+        meta.stride = stride.min(kept).max(1);
+        meta.addr = VIRTUAL_PEER;
+        meta.dst_ip = None;
+    }
+
+    fn learn(&self, scid: &[u8], source: SocketAddr) {
+        let Some(learned) = &self.learned else { return };
+        let Some(scid) = Cid::from_bytes(scid) else { return };
+        if scid.tag_value() == self.tag.value() && matches!(scid.kind(), Kind::Join | Kind::Endpoint) {
+            let mut learned = learned.lock().unwrap_or_else(PoisonError::into_inner);
+            learned.learn(scid.target(), source, Instant::now());
+        }
+    }
+}
+
+impl AsyncUdpSocket for OverlaySocket {
+    fn create_io_poller(self: Arc<Self>) -> Pin<Box<dyn UdpPoller>> {
+        Box::pin(Poller { socket: self, writable: None })
+    }
+
+    fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
+        let dcid = match classify(transmit.contents) {
+            Some(Packet::Long { dcid, .. } | Packet::Short { dcid }) => dcid,
+            // quinn's stateless resets carry random bytes where the ID would be: they can't be routed.
+            _ => return Ok(()),
+        };
+        let Some(exit) = self.exit(&dcid) else {
+            self.counters.no_route.fetch_add(1, Relaxed);
+            return Ok(());
+        };
+        let slots = self.slots.load();
+        let Some(slot) = slots.get(exit.slot).or_else(|| slots.first()) else { return Ok(()) };
+        match slot.send(exit.address, transmit) {
+            Ok(()) => Ok(()),
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock && exit.slot == 0 => Err(e),
+            // Over-size MTU probes, unreachable networks, full extra slots: the same as a lost packet.
+            Err(e) => {
+                if e.raw_os_error() != Some(libc::EMSGSIZE) {
+                    self.counters.send_errors.fetch_add(1, Relaxed);
+                }
+                Ok(())
+            }
+        }
+    }
+
+    fn poll_recv(
+        &self,
+        cx: &mut Context<'_>,
+        bufs: &mut [IoSliceMut<'_>],
+        meta: &mut [RecvMeta],
+    ) -> Poll<io::Result<usize>> {
+        let slots = self.slots.load();
+        for (index, slot) in slots.iter().enumerate() {
+            while let Poll::Ready(ready) = slot.io.poll_recv_ready(cx) {
+                if ready.is_err() {
+                    break;
+                }
+                let received =
+                    slot.io.try_io(Interest::READABLE, || slot.state.recv((&slot.io).into(), bufs, meta));
+                match received {
+                    Ok(count) => {
+                        for (buffer, meta) in bufs.iter_mut().zip(meta.iter_mut()).take(count) {
+                            self.sift(index, buffer, meta);
+                        }
+                        return Poll::Ready(Ok(count));
+                    }
+                    Err(e) if e.kind() == io::ErrorKind::WouldBlock => continue,
+                    // A queued ICMP error of an earlier send; an error returned here would end quinn's driver.
+                    Err(_) => continue,
+                }
+            }
+        }
+        *self.receiver.lock().unwrap_or_else(PoisonError::into_inner) = Some(cx.waker().clone());
+        Poll::Pending
+    }
+
+    fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.slots
+            .load()
+            .first()
+            .map_or_else(|| Err(io::ErrorKind::NotConnected.into()), |slot| slot.local_addr())
+    }
+
+    fn max_transmit_segments(&self) -> usize {
+        self.slots.load().first().map_or(1, |slot| slot.state.max_gso_segments())
+    }
+
+    fn max_receive_segments(&self) -> usize {
+        self.slots.load().first().map_or(1, |slot| slot.state.gro_segments())
+    }
+
+    fn may_fragment(&self) -> bool {
+        false
+    }
+}
+
+/// One connection's wait for write-readiness: each holds a future of its own, because `poll_send_ready` on the
+/// socket itself would keep only the last of many wakers.
+struct Poller {
+    socket: Arc<OverlaySocket>,
+    writable: Option<Pin<Box<dyn Future<Output = io::Result<()>> + Send + Sync>>>,
+}
+
+impl std::fmt::Debug for Poller {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Poller").finish_non_exhaustive()
+    }
+}
+
+impl UdpPoller for Poller {
+    fn poll_writable(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.writable.is_none() {
+            let slot = self.socket.slots.load().first().cloned();
+            self.writable = Some(Box::pin(async move {
+                match slot {
+                    Some(slot) => slot.io.writable().await,
+                    None => Ok(()),
+                }
+            }));
+        }
+        let Some(writable) = self.writable.as_mut() else { return Poll::Ready(Ok(())) };
+        let result = writable.as_mut().poll(cx);
+        if result.is_ready() {
+            self.writable = None;
+        }
+        result
+    }
+}
