@@ -1,0 +1,218 @@
+//! Two overlays of one cluster on loopback: dialling by handle, admission, identity, streams, GONE, gRPC plumbing.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tombolo_identity::authority::{Existing, RootAuthority};
+use tombolo_identity::issuer::{KeyAndCsr, LEAF_LIFE, LeafIssuer};
+use tombolo_identity::{BundleSet, ExpectedPeer, SpiffeId, Svid, SvidHandle, tls};
+use tombolo_model::ids::{Block, ClusterTag, Handle, Incarnation};
+use tombolo_model::names::ClusterName;
+use tombolo_overlay::cid::Kind;
+use tombolo_overlay::keys::{ClusterKey, HandleBinding, KeyRing, LinkKey};
+use tombolo_overlay::routes::Routes;
+use tombolo_overlay::{
+    DialError, DialTarget, HandleClass, Inbound, InboundHandle, Limits, Overlay, OverlayConfig, ServerTls,
+};
+use tombolo_runtime::clock;
+use tombolo_runtime::tasks::TaskGroup;
+
+const HANDLE: Handle = Handle::JOIN; // any number will do without a gateway in between
+
+struct World {
+    issuer: LeafIssuer,
+    cluster_key: ClusterKey,
+    link_key: LinkKey,
+    name: ClusterName,
+    tag: ClusterTag,
+    tasks: TaskGroup,
+    _dir: tempfile::TempDir,
+}
+
+impl World {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let now = clock::since_unix_epoch();
+        let mut root = RootAuthority::init(dir.path(), "acme.example".parse().unwrap(), now).unwrap();
+        let name: ClusterName = "east".parse().unwrap();
+        let material = root.sign_cluster(&name, Existing::Refuse, now).unwrap();
+        let tag = material.tag;
+        Self {
+            issuer: LeafIssuer::new(material).unwrap(),
+            cluster_key: ClusterKey::generate(),
+            link_key: LinkKey::generate(),
+            name,
+            tag,
+            tasks: TaskGroup::new(),
+            _dir: dir,
+        }
+    }
+
+    fn id(&self, account: &str) -> SpiffeId {
+        SpiffeId::workload(&self.issuer.material.trust_domain, &self.name, "shop", account).unwrap()
+    }
+
+    fn svid(&self, account: &str) -> SvidHandle {
+        let key = KeyAndCsr::generate().unwrap();
+        let leaf = self.issuer.issue(&key.csr_der, &self.id(account), LEAF_LIFE, clock::since_unix_epoch()).unwrap();
+        let bundles = BundleSet::of(self.issuer.material.bundle.clone());
+        SvidHandle::new(Svid::new(&key.key_der, leaf.chain, bundles).unwrap())
+    }
+
+    fn overlay(&self, block: u32, incarnation: u8, svid: &SvidHandle) -> Overlay {
+        let block = Block::new(block).unwrap();
+        let keys = KeyRing::derive_now(clock::since_unix_epoch(), |h| self.cluster_key.endpoint_key(block, h));
+        let mesh = tls::mesh_server_config(svid).unwrap();
+        let config = OverlayConfig {
+            tag: self.tag,
+            endpoint: block.endpoint(Incarnation::new(incarnation).unwrap()),
+            keys,
+            kind: Kind::Endpoint,
+            bind: SocketAddr::from(([127, 0, 0, 1], 0)),
+            registers: false,
+            learns: false,
+            server: Some(ServerTls { mesh, join: None }),
+            limits: Limits::default(),
+        };
+        Overlay::bind(config, &self.tasks).unwrap()
+    }
+
+    fn target(&self) -> DialTarget {
+        let binding = HandleBinding {
+            handle: HANDLE,
+            importer: self.name.clone(),
+            service: "shop/web".into(),
+            export_uid: [1; 16],
+        };
+        let keys = KeyRing::derive_now(clock::since_unix_epoch(), |h| self.link_key.handle_key(&binding, h));
+        DialTarget { kind: Kind::Service, tag: self.tag, handle: HANDLE, keys: Arc::new(keys) }
+    }
+
+    fn inbound(&self, importer: &str) -> Inbound {
+        let handle = InboundHandle {
+            class: HandleClass::Mesh,
+            importer: Some(importer.parse().unwrap()),
+            service: "shop/web".into(),
+        };
+        Inbound { handles: [(HANDLE, handle)].into() }
+    }
+
+    /// Everyone knows everyone; the handle leads to `servers`.
+    fn connect(&self, all: &[&Overlay], servers: &[&Overlay]) {
+        let endpoints: HashMap<_, _> = all.iter().map(|o| (o.endpoint_id().block(), o.local_addr())).collect();
+        for overlay in all {
+            let mut routes = Routes::empty(self.tag);
+            routes.endpoints = endpoints.clone();
+            routes.services.insert(HANDLE, servers.iter().map(|o| o.endpoint_id()).collect());
+            overlay.set_routes(routes);
+        }
+    }
+}
+
+async fn eventually(what: &str, check: impl Fn() -> bool) {
+    for _ in 0..500 {
+        if check() {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    panic!("not within 5 s: {what}");
+}
+
+#[tokio::test]
+async fn a_dial_by_handle_reaches_the_service_and_both_sides_know_each_other() {
+    let world = World::new();
+    let (web, cart) = (world.svid("web"), world.svid("cart"));
+    let (server, client) = (world.overlay(1, 0, &web), world.overlay(2, 3, &cart));
+    server.set_inbound(world.inbound("east"));
+    world.connect(&[&server, &client], &[&server]);
+    tokio::time::sleep(Duration::from_millis(20)).await;
+
+    let expected = ExpectedPeer::OneOf([world.id("web")].into());
+    let target = world.target();
+    let dialled = client.dial(&target, tls::mesh_client_config(&cart, expected).unwrap());
+    let (dialled, accepted) = tokio::join!(dialled, server.accept());
+    let (dialled, accepted) = (dialled.unwrap(), accepted.unwrap());
+    assert_eq!(dialled.identity().unwrap().spiffe_id, world.id("web"));
+    assert_eq!(accepted.identity().unwrap().spiffe_id, world.id("cart"));
+    assert_eq!(accepted.service().unwrap().as_ref(), "shop/web");
+    eventually("the endpoints are announced", || {
+        dialled.peer_endpoint() == Some((world.tag, server.endpoint_id()))
+            && accepted.peer_endpoint() == Some((world.tag, client.endpoint_id()))
+    })
+    .await;
+
+    let (mut send, mut recv) = dialled.quic().open_bi().await.unwrap();
+    let body = vec![7u8; 3_000_000];
+    let upload = async {
+        send.write_all(&body).await.unwrap();
+        send.finish().unwrap();
+    };
+    let echo = async {
+        let (mut send, mut recv) = accepted.quic().accept_bi().await.unwrap();
+        let received = recv.read_to_end(4_000_000).await.unwrap();
+        send.write_all(&received).await.unwrap();
+        send.finish().unwrap();
+        let _ = send.stopped().await;
+    };
+    let (_, _, back) = tokio::join!(upload, echo, recv.read_to_end(4_000_000));
+    assert!(back.unwrap() == body, "three megabytes come back as they were sent");
+}
+
+#[tokio::test]
+async fn a_valid_workload_that_is_not_the_services_is_refused_by_the_caller() {
+    let world = World::new();
+    let (thief, cart) = (world.svid("thief"), world.svid("cart"));
+    let (server, client) = (world.overlay(1, 0, &thief), world.overlay(2, 0, &cart));
+    server.set_inbound(world.inbound("east"));
+    world.connect(&[&server, &client], &[&server]);
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    let expected = ExpectedPeer::OneOf([world.id("web")].into());
+    let error = client.dial(&world.target(), tls::mesh_client_config(&cart, expected).unwrap()).await.unwrap_err();
+    assert!(matches!(error, DialError::Handshake(_)), "{error}");
+    assert!(error.to_string().contains("thief"), "the error names who answered: {error}");
+}
+
+#[tokio::test]
+async fn a_handle_of_another_cluster_or_an_unknown_one_opens_nothing() {
+    let world = World::new();
+    let (web, cart) = (world.svid("web"), world.svid("cart"));
+    let (server, client) = (world.overlay(1, 0, &web), world.overlay(2, 0, &cart));
+    server.set_inbound(world.inbound("north"));
+    world.connect(&[&server, &client], &[&server]);
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    let tls = tls::mesh_client_config(&cart, ExpectedPeer::Any).unwrap();
+    // TLS ends before the callee can look at the importer: the connection is closed at once with the reason.
+    if let Ok(connection) = client.dial(&world.target(), Arc::clone(&tls)).await {
+        let reason = connection.closed().await.to_string();
+        assert!(reason.contains("another cluster"), "{reason}");
+    }
+    assert_eq!(server.stats().importer_mismatch, 1);
+    server.set_inbound(Inbound::default());
+    assert!(matches!(client.dial(&world.target(), tls).await, Err(DialError::NoAnswer)));
+    assert!(server.stats().refused >= 1);
+}
+
+#[tokio::test]
+async fn a_restarted_endpoint_closes_the_connections_of_its_former_life() {
+    let world = World::new();
+    let (web, cart) = (world.svid("web"), world.svid("cart"));
+    let (server, old) = (world.overlay(1, 0, &web), world.overlay(2, 0, &cart));
+    server.set_inbound(world.inbound("east"));
+    world.connect(&[&server, &old], &[&server]);
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    let tls = tls::mesh_client_config(&cart, ExpectedPeer::Any).unwrap();
+    let target = world.target();
+    let (_before, accepted) = tokio::join!(old.dial(&target, Arc::clone(&tls)), server.accept());
+    let accepted = accepted.unwrap();
+    eventually("the old endpoint is announced", || accepted.peer_endpoint().is_some()).await;
+
+    let new = world.overlay(2, 1, &cart);
+    world.connect(&[&server, &new], &[&server]);
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    let (after, _) = tokio::join!(new.dial(&target, tls), server.accept());
+    assert!(after.is_ok());
+    eventually("the old connection is closed", || accepted.is_closed()).await;
+}
