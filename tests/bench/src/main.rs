@@ -12,6 +12,7 @@ mod quic_hop;
 mod report;
 mod samples;
 mod site;
+mod targets;
 mod topology;
 
 use std::path::PathBuf;

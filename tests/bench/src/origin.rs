@@ -22,14 +22,12 @@ pub struct OriginArgs {
 
 pub fn run(args: &OriginArgs) -> Result<()> {
     let listener = TcpListener::bind(args.listen).with_context(|| format!("listen on {}", args.listen))?;
-    for stream in listener.incoming() {
-        // A connection that fails to be accepted or served is the client's loss; it reports what it got.
-        if let Ok(stream) = stream {
-            std::thread::Builder::new()
-                .stack_size(128 << 10)
-                .spawn(move || serve(stream))
-                .context("start a thread")?;
-        }
+    // A connection that fails to be accepted or served is the client's loss; it reports what it got.
+    for stream in listener.incoming().flatten() {
+        std::thread::Builder::new()
+            .stack_size(128 << 10)
+            .spawn(move || serve(stream))
+            .context("start a thread")?;
     }
     Ok(())
 }

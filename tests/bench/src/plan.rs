@@ -71,7 +71,7 @@ impl Scenario {
         }
         // A window under loss needs several congestion epochs; the slow start before it is not measured.
         let (bulk, warm_up, requests, first) =
-            if quick { (2.0, 1.0, 2.0, 0.6) } else { (6.0, 2.0, 4.0, 2.0) };
+            if quick { (2.0, 1.0, 2.0, 0.6) } else { (5.0, 1.5, 3.0, 2.0) };
         vec![
             // First, while nothing is warm: `first_ms` is the cold one.
             row("first", "first byte of a new connection", Work::Connections { at_a_time: 1 }, first, 0.0),

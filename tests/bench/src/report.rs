@@ -38,8 +38,9 @@ struct ScenarioHead {
     baselines: Vec<String>,
 }
 
+/// All runs of one row on one topology.
 #[derive(Debug, Serialize)]
-struct Line {
+pub struct Line {
     scenario: String,
     row: String,
     title: String,
@@ -50,15 +51,17 @@ struct Line {
     failures: Vec<String>,
 }
 
+/// A figure over all passes.
 #[derive(Debug, Clone, Copy, Serialize)]
-struct Spread {
-    median: f64,
-    min: f64,
-    max: f64,
+pub struct Spread {
+    pub median: f64,
+    pub min: f64,
+    pub max: f64,
 }
 
 impl Line {
-    fn spread(&self, figure: &str) -> Option<Spread> {
+    /// `None` when no run has the figure.
+    pub fn spread(&self, figure: &str) -> Option<Spread> {
         let mut values: Vec<f64> =
             self.samples.iter().filter_map(|sample| sample.get(figure).copied()).collect();
         values.sort_by(f64::total_cmp);
@@ -67,6 +70,13 @@ impl Line {
         let upper = *values.get(middle)?;
         let median = if values.len() % 2 == 1 { upper } else { (upper + *values.get(middle - 1)?) / 2.0 };
         Some(Spread { median, min, max })
+    }
+
+    /// `role value` of a figure that is kept per process.
+    fn per_process(&self, figure: &str) -> Vec<String> {
+        let role = |key: &str| key.strip_prefix(figure)?.strip_prefix(':').map(str::to_owned);
+        let spreads = self.spreads();
+        spreads.iter().filter_map(|(key, s)| Some(format!("{} {}", role(key)?, short(s.median)))).collect()
     }
 
     fn spreads(&self) -> BTreeMap<&str, Spread> {
@@ -102,9 +112,8 @@ impl Report {
 
     pub fn add(&mut self, sample: Sample) {
         let Sample { scenario, row, title, main_figure, topology, command, outcome } = sample;
-        let same =
-            |line: &&mut Line| line.scenario == scenario && line.row == row && line.topology == topology;
-        let line = match self.lines.iter_mut().position(|mut line| same(&&mut line)) {
+        let same = |line: &Line| line.scenario == scenario && line.row == row && line.topology == topology;
+        let line = match self.lines.iter().position(same) {
             Some(at) => self.lines.get_mut(at),
             None => {
                 let (samples, failures) = (Vec::new(), Vec::new());
@@ -128,15 +137,9 @@ impl Report {
         }
     }
 
-    fn baseline(&self, line: &Line, name: &str) -> Option<&Line> {
-        self.lines
-            .iter()
-            .find(|other| other.scenario == line.scenario && other.row == line.row && other.topology == name)
-    }
-
     /// `line`'s median of `figure` divided by the baseline's.
-    fn ratio(&self, line: &Line, baseline: &str, figure: &str) -> Option<f64> {
-        let base = self.baseline(line, baseline)?.spread(figure)?.median;
+    pub fn ratio(&self, line: &Line, baseline: &str, figure: &str) -> Option<f64> {
+        let base = self.line(&line.scenario, &line.row, baseline)?.spread(figure)?.median;
         let own = line.spread(figure)?.median;
         (base > 0.0).then(|| own / base)
     }
@@ -166,6 +169,52 @@ impl Report {
             }
         }
         println!("\n{} ({}){}\n{table}", head.title, head.name, if self.quick { ", quick look" } else { "" });
+        self.print_derived(name);
+    }
+
+    /// What one row alone does not show: CPU and memory per process, and what bulk does to requests beside it.
+    fn print_derived(&self, name: &str) {
+        let in_scenario = || self.lines.iter().filter(|line| line.scenario == name);
+        for line in in_scenario() {
+            let shown: &[(&str, &str)] = match line.row.as_str() {
+                "req1" => &[("idle_rss_mb", "RSS idle, MB")],
+                "req256" => &[("rss_mb", "RSS at c=256, MB")],
+                "bulk1" => &[("cpu_s_per_gb", "CPU-s per GB")],
+                "req32" => &[("cpu_s_per_10k_requests", "CPU-s per 10k requests")],
+                _ => &[],
+            };
+            for (figure, title) in shown {
+                let parts = line.per_process(figure);
+                if !parts.is_empty() {
+                    println!("- {title}, {}: {}", line.topology, parts.join(", "));
+                }
+            }
+        }
+        for beside in in_scenario().filter(|line| line.row == "mixed32") {
+            if let Some(ratio) = self.beside_bulk(beside) {
+                println!(
+                    "- p99 at c=32 beside bulk over its own quiet p99, {}: {ratio:.1}x",
+                    beside.topology
+                );
+            }
+        }
+        for verdict in crate::targets::verdicts(self, name) {
+            println!("- {verdict}");
+        }
+    }
+
+    /// p99 of requests with bulk beside, over the same topology's p99 without.
+    pub fn beside_bulk(&self, beside: &Line) -> Option<f64> {
+        let quiet = self.line(&beside.scenario, "req32", &beside.topology)?.spread("p99_ms")?.median;
+        let loaded = beside.spread("p99_ms")?.median;
+        (quiet > 0.0).then(|| loaded / quiet)
+    }
+
+    /// The line of a row on a topology.
+    pub fn line(&self, scenario: &str, row: &str, topology: &str) -> Option<&Line> {
+        self.lines
+            .iter()
+            .find(|line| line.scenario == scenario && line.row == row && line.topology == topology)
     }
 
     fn cells(&self, head: &ScenarioHead, line: &Line) -> Vec<Cell> {
@@ -249,6 +298,11 @@ impl Report {
             "scenarios": self.scenarios,
             "skipped": self.skipped,
             "topologies": self.topologies,
+            "targets": self
+                .scenarios
+                .iter()
+                .flat_map(|head| crate::targets::verdicts(self, &head.name))
+                .collect::<Vec<_>>(),
             "rows": lines,
         });
         let text = serde_json::to_string_pretty(&json)?;
