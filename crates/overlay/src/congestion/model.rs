@@ -10,10 +10,11 @@
 //! ```
 //! - **Bandwidth** is the highest delivery rate of the last 10 rounds that had data to send; application-limited
 //!   samples only raise it. **Minimum RTT** is the lowest of the last 10 s.
-//! - **Loss** alone says little on a WAN: 1 % at random changes nothing. Over 3 % in two rounds running while the RTT
-//!   grows, over 12 % in one, or an ECN mark lower a cap on the window by 15 %; rounds without raise it again.
+//! - **Loss** alone says little on a WAN: 1 % at random changes nothing. Over 2 % while the RTT grows, in two rounds running
+//!   or around Up, over 12 % in one, or an ECN mark lower a cap on the window by 15 %; rounds without raise it again.
 //! - **Crowded.** A loss-based flow fills the buffer and would starve one that keeps out of it. When Down still sees
-//!   1.35 x the minimum RTT the queue is somebody else's, and Cruise takes 2 BDP until Down sees it gone.
+//!   1.35 x the minimum RTT the queue is somebody else's, and Cruise holds as many BDP as that RTT is longer, up to 2.
+//!   Flows of our own kind that find each other so come down together: each sees less than all hold.
 //! - **LAN.** Below 2 ms the bandwidth is the CPU's: the product counts with at least 1 ms, and the window has a floor.
 //!
 //! All in bytes; time is passed in.
@@ -35,16 +36,20 @@ const CRUISE_GAIN: f64 = 1.1;
 const UP_GAIN: f64 = 1.25;
 const PROBE_RTT_GAIN: f64 = 0.5;
 /// A buffer of one BDP is common: with 2 BDP we hold half of what is there.
-const CROWDED_GAIN: f64 = 2.0;
-const CROWDED_UP_GAIN: f64 = 2.25;
+const MOST_CROWDED: f64 = 2.0;
+/// Up in a crowd: the same relation to Cruise as without one.
+const CROWDED_UP: f64 = UP_GAIN / CRUISE_GAIN;
 const CROWDED_RTT: f64 = 1.35;
 const CRUISE_ROUNDS: u32 = 5;
 const CROWDED_CRUISE_ROUNDS: u32 = 12;
 /// A longer drain than this means that the queue is not ours.
 const DRAIN_ROUNDS: u32 = 4;
-const LOSSY: f64 = 0.03;
+const LOSSY: f64 = 0.02;
 const VERY_LOSSY: f64 = 0.12;
 const CAP_STEP: f64 = 0.85;
+/// Per round without losses: a cap that was too low is gone within seconds, one that is right costs little loss.
+const CAP_RISE: f64 = 1.01;
+const CAP_RISE_UP: f64 = 1.04;
 /// Below this minimum RTT a path is a LAN.
 const LAN_RTT: Duration = Duration::from_millis(2);
 /// Queues shorter than this are not worth limiting: the scheduler's noise is as large.
@@ -130,7 +135,9 @@ pub(super) struct Model {
     full_rounds: u32,
     cap: Option<f64>,
     lossy_rounds: u32,
-    crowded: bool,
+    /// How many BDP a crowd makes us hold; `None` without one.
+    crowd: Option<f64>,
+    crowded_before: bool,
     round: Round,
     aggregation: Aggregation,
     in_flight: u64,
@@ -156,7 +163,8 @@ impl Model {
             full_rounds: 0,
             cap: None,
             lossy_rounds: 0,
-            crowded: false,
+            crowd: None,
+            crowded_before: false,
             round: Round::default(),
             aggregation: Aggregation { since: now, acked: 0, extra: [0.0; 2], rounds: 0 },
             in_flight: 0,
@@ -180,7 +188,7 @@ impl Model {
     }
     #[cfg(test)]
     pub fn is_crowded(&self) -> bool {
-        self.crowded
+        self.crowd.is_some()
     }
 
     pub fn on_sent(&mut self, now: Instant, in_flight_before: u64) {
@@ -215,7 +223,7 @@ impl Model {
             self.bandwidth = BandwidthFilter::default();
             self.window = self.initial_window();
             self.cap = None;
-            self.crowded = false;
+            self.crowd = None;
             self.full_bandwidth = 0.0;
             self.full_rounds = 0;
             self.enter(Phase::Startup, now);
@@ -287,19 +295,22 @@ impl Model {
             Phase::Down if self.phase_rounds >= DRAIN_ROUNDS || (self.settled && self.phase_rounds >= 1) => {
                 let stretch = self.stretch(self.phase_min_rtt);
                 let more = self.phase_min_rtt.zip(self.min_rtt).map(|(seen, min)| seen.saturating_sub(min));
-                self.crowded =
+                let crowded =
                     !self.is_lan() && stretch > CROWDED_RTT && more.is_some_and(|more| more > LAN_RTT);
+                // Twice running: two of our own kind may meet in one Down.
+                self.crowd = (crowded && self.crowded_before).then_some(stretch.min(MOST_CROWDED));
+                self.crowded_before = crowded;
                 self.enter(Phase::Cruise, now);
             }
             Phase::Cruise => {
-                let rounds = if self.crowded { CROWDED_CRUISE_ROUNDS } else { CRUISE_ROUNDS };
+                let rounds = if self.crowd.is_some() { CROWDED_CRUISE_ROUNDS } else { CRUISE_ROUNDS };
                 if self.phase_rounds >= rounds {
                     self.enter(Phase::Up, now);
                 }
             }
             Phase::Up => {
                 // The first round only sends more; what comes of it shows in the second.
-                let queue = stretch > if self.crowded { CROWDED_GAIN } else { UP_GAIN - 0.1 };
+                let queue = stretch > self.crowd.unwrap_or(UP_GAIN - 0.1);
                 if self.phase_rounds >= 3 || (self.phase_rounds >= 2 && queue) || loss > LOSSY {
                     self.enter(Phase::Down, now);
                 }
@@ -317,8 +328,7 @@ impl Model {
         self.aggregation.rounds += 1;
         if self.aggregation.rounds >= BANDWIDTH_ROUNDS as u32 / 2 {
             self.aggregation.rounds = 0;
-            let [current, before] = self.aggregation.extra;
-            let _ = before;
+            let [current, _] = self.aggregation.extra;
             self.aggregation.extra = [0.0, current];
         }
         self.round = Round { delivered_before: self.delivery.delivered(), ..Round::default() };
@@ -347,7 +357,9 @@ impl Model {
         } else {
             self.lossy_rounds = 0;
         }
-        let congested = self.round.marked || loss > VERY_LOSSY || self.lossy_rounds >= 2;
+        // The losses of Up show while it lasts and in the round after it.
+        let enough = if matches!(self.phase, Phase::Up | Phase::Down) { 1 } else { 2 };
+        let congested = self.round.marked || loss > VERY_LOSSY || self.lossy_rounds >= enough;
         if congested && self.phase != Phase::Startup {
             let held = self.round.max_in_flight.min(self.window) as f64;
             let least = (DRAIN_GAIN * self.bdp()).max((MIN_PACKETS * self.mtu) as f64);
@@ -357,8 +369,9 @@ impl Model {
             && loss <= LOSSY
             && !self.round.app_limited
         {
-            let raised = cap * if self.phase == Phase::Up { 1.1 } else { 1.02 };
-            self.cap = (raised < CROWDED_UP_GAIN * self.bdp().max(self.lan_floor() as f64)).then_some(raised);
+            let raised = cap * if self.phase == Phase::Up { CAP_RISE_UP } else { CAP_RISE };
+            self.cap = (raised < CROWDED_UP * MOST_CROWDED * self.bdp().max(self.lan_floor() as f64))
+                .then_some(raised);
         }
     }
 
@@ -398,10 +411,8 @@ impl Model {
             Phase::Startup => STARTUP_GAIN * bdp + clumps,
             Phase::Drain => DRAIN_GAIN * bdp,
             Phase::Down => DOWN_GAIN * bdp,
-            Phase::Cruise if self.crowded => CROWDED_GAIN * bdp + clumps,
-            Phase::Cruise => CRUISE_GAIN * bdp + clumps,
-            Phase::Up if self.crowded => CROWDED_UP_GAIN * bdp + clumps,
-            Phase::Up => UP_GAIN * bdp + clumps,
+            Phase::Cruise => self.crowd.unwrap_or(CRUISE_GAIN) * bdp + clumps,
+            Phase::Up => self.crowd.map_or(UP_GAIN, |crowd| CROWDED_UP * crowd) * bdp + clumps,
             Phase::ProbeRtt => PROBE_RTT_GAIN * bdp,
         } + headroom;
         let grown = (self.window + acked) as f64;

@@ -163,12 +163,6 @@ impl Link {
             Control::Cubic(_) => panic!("flow {flow} is cubic"),
         }
     }
-    pub fn controller(&self, flow: usize) -> &ModelController {
-        match &self.flows[flow].control {
-            Control::Ours(ours) => ours,
-            Control::Cubic(_) => panic!("flow {flow} is cubic"),
-        }
-    }
     /// The queueing delay that this share of the packets since the last `run` did not exceed.
     pub fn queue_at(&mut self, quantile: f64) -> Duration {
         self.queued.sort_unstable();
@@ -302,7 +296,8 @@ impl Link {
         if let Some(srtt) = flow.srtt {
             // quinn's pacer: 1.25 windows per srtt, bursts of 2 ms within 10 to 256 packets.
             let per_second = 1.25 * window as f64 / srtt.as_secs_f64();
-            let capacity = (window as f64 * 0.002 / srtt.as_secs_f64()).clamp(10.0 * MTU as f64, 256.0 * MTU as f64);
+            let capacity =
+                (window as f64 * 0.002 / srtt.as_secs_f64()).clamp(10.0 * MTU as f64, 256.0 * MTU as f64);
             let refill = per_second * (now - flow.tokens_at).as_secs_f64();
             flow.tokens = (flow.tokens + refill).min(capacity);
         }

@@ -52,12 +52,13 @@ fn two_flows_share_within_two_to_one_whoever_comes_first() {
         link.ours();
         link.run(seconds(10));
         let shares = link.run(seconds(20));
-        let p95 = link.queue_at(0.95);
-        println!("loss {loss}: {shares:.1?}, queue p95 {p95:?}");
+        let (median, p95) = (link.queue_at(0.5), link.queue_at(0.95));
+        println!("loss {loss}: {shares:.1?}, queue p50 {median:?} p95 {p95:?}");
         let (a, b) = (shares[0].megabits, shares[1].megabits);
         assert!(a <= 2.0 * b && b <= 2.0 * a, "loss {loss}: {a} and {b}");
         assert!(a + b >= 0.8 * 300.0, "loss {loss}: {a} and {b}");
-        assert!(p95 <= RTT / 2, "loss {loss}: queue {p95:?}");
+        // Each holds up to a quarter of what it measured while the other drained: about half a BDP together.
+        assert!(median <= RTT / 2 && p95 <= RTT * 3 / 4, "loss {loss}: queue {median:?} {p95:?}");
     }
 }
 
@@ -79,7 +80,10 @@ fn it_neither_starves_a_cubic_flow_nor_is_starved_by_it() {
         }
         link.run(seconds(10));
         let shares = link.run(seconds(40));
-        println!("buffer {buffer}, cubic first {cubic_first}: ours {:.1?} cubic {:.1?}", shares[ours], shares[cubic]);
+        println!(
+            "buffer {buffer}, cubic first {cubic_first}: ours {:.1?} cubic {:.1?}",
+            shares[ours], shares[cubic]
+        );
         for share in &shares {
             assert!(share.megabits >= 100.0 / 6.0, "buffer {buffer}, cubic first {cubic_first}: {shares:?}");
         }
