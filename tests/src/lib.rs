@@ -8,6 +8,7 @@
 //! A test that needs root or namespaces opens with [`capability::require_netns`]; where they are missing the test is
 //! listed as skipped and counted, never silently passed.
 
+pub mod balancer;
 pub mod capability;
 pub mod link;
 pub mod nat;

@@ -1,15 +1,15 @@
 //! Namespaces, processes inside them and the masquerading router: what the harness promises.
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4, UdpSocket};
 use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use nix::sys::signal::Signal;
 use tombolo_tests::capability::require_netns;
-use tombolo_tests::nat;
 use tombolo_tests::netns::{Namespace, VethEnd, veth};
 use tombolo_tests::process::ProcessSpec;
+use tombolo_tests::{balancer, nat};
 
 #[test]
 fn a_dropped_namespace_is_gone_and_two_of_the_same_label_differ() -> Result<()> {
@@ -148,5 +148,63 @@ fn an_in_process_role_runs_inside_a_namespace() -> Result<()> {
     );
     ensure!(UdpSocket::bind("10.98.0.1:0").is_err(), "the address leaked out of its namespace");
     runtime.shutdown_background();
+    Ok(())
+}
+
+#[test]
+fn a_sticky_balancer_keeps_each_5_tuple_on_one_backend_and_uses_them_all() -> Result<()> {
+    let test = "a_sticky_balancer_keeps_each_5_tuple_on_one_backend_and_uses_them_all";
+    let Some(_) = require_netns(test) else { return Ok(()) };
+    let (client, router, cluster) =
+        (Namespace::create("cl")?, Namespace::create("lb")?, Namespace::create("gw")?);
+    let end = |namespace, device, address| VethEnd { namespace, device, address };
+    veth(end(&client, "eth0", "198.51.100.2/24"), end(&router, "wan", "198.51.100.1/24"), 1500)?;
+    veth(end(&router, "lan", "10.50.0.1/24"), end(&cluster, "eth0", "10.50.0.11/24"), 1500)?;
+    cluster.add_address("eth0", "10.50.0.12/24")?;
+    cluster.add_route("default", IpAddr::V4(Ipv4Addr::new(10, 50, 0, 1)))?;
+    client.add_route("default", IpAddr::V4(Ipv4Addr::new(198, 51, 100, 1)))?;
+    let front: SocketAddrV4 = "203.0.113.50:7443".parse()?;
+    let backends = [Ipv4Addr::new(10, 50, 0, 11), Ipv4Addr::new(10, 50, 0, 12)];
+    balancer::sticky(&router, front, &backends)?;
+
+    let bind = |namespace: &Namespace, address: SocketAddr| -> Result<UdpSocket> {
+        let socket = namespace.run(|| UdpSocket::bind(address))??;
+        socket.set_read_timeout(Some(Duration::from_millis(300)))?;
+        Ok(socket)
+    };
+    let gateways = backends
+        .iter()
+        .map(|address| bind(&cluster, SocketAddr::from((*address, front.port()))))
+        .collect::<Result<Vec<_>>>()?;
+    // Each gateway answers with its own number.
+    for (n, gateway) in gateways.iter().enumerate() {
+        let gateway = gateway.try_clone()?;
+        std::thread::spawn(move || {
+            let mut buffer = [0; 64];
+            let mut quiet = 0;
+            // Twenty quiet read timeouts are 6 s, longer than the test.
+            while quiet < 20 {
+                match gateway.recv_from(&mut buffer) {
+                    Ok((_, from)) => drop(gateway.send_to(&[n as u8], from)),
+                    Err(_) => quiet += 1,
+                }
+            }
+        });
+    }
+    let mut used = [0; 2];
+    for port in 30000..30032 {
+        let socket = bind(&client, SocketAddr::from(([198, 51, 100, 2], port)))?;
+        let mut seen = Vec::new();
+        for _ in 0..3 {
+            socket.send_to(b"hello", front)?;
+            let mut answer = [0; 8];
+            let (length, from) = socket.recv_from(&mut answer)?;
+            ensure!(length == 1 && from == SocketAddr::V4(front), "{length} bytes from {from}");
+            seen.push(answer[0]);
+        }
+        ensure!(seen.iter().all(|backend| *backend == seen[0]), "port {port} wandered: {seen:?}");
+        used[usize::from(seen[0])] += 1;
+    }
+    ensure!(used.iter().all(|flows| *flows > 4), "{used:?}");
     Ok(())
 }
