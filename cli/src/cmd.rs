@@ -1,0 +1,55 @@
+//! The verbs. Each file owns the arguments of its verb and what the verb does; this one only dispatches.
+
+use std::future::Future;
+
+use crate::args::{Cli, Command};
+use crate::failure::{Exit, Failure};
+
+pub mod apply;
+pub mod completion;
+pub mod confirm;
+pub mod delete;
+pub mod demo;
+pub mod demo_app;
+pub mod describe;
+pub mod federator;
+pub mod gateway;
+pub mod get;
+pub mod link;
+pub mod role;
+pub mod sidecar;
+pub mod status;
+pub mod token;
+pub mod trust;
+pub mod unlink;
+pub mod vm;
+
+pub fn run(cli: Cli) -> Result<Exit, Failure> {
+    let Cli { connect, command } = cli;
+    match command {
+        // Roles set up logging and runtimes of their own.
+        Command::Federator(args) => federator::run(args, connect.socket),
+        Command::Gateway(args) => gateway::run(args),
+        Command::Sidecar(args) => sidecar::run(args),
+        Command::Demo(args) => demo::run(args),
+        Command::DemoApp(args) => demo_app::run(args),
+        Command::Trust(args) => trust::run(args),
+        Command::Completion(args) => completion::run(args),
+        Command::Link(args) => operate(link::run(args, connect)),
+        Command::Unlink(args) => operate(unlink::run(args, connect)),
+        Command::Token(args) => operate(token::run(args, connect)),
+        Command::Vm(args) => operate(vm::run(args, connect)),
+        Command::Apply(args) => operate(apply::run(args, connect)),
+        Command::Get(args) => operate(get::run(args, connect)),
+        Command::Describe(args) => operate(describe::run(args, connect)),
+        Command::Delete(args) => operate(delete::run(args, connect)),
+        Command::Status(args) => operate(status::run(args, connect)),
+    }
+}
+
+/// Runs an operator's command to its end.
+fn operate(command: impl Future<Output = Result<Exit, Failure>>) -> Result<Exit, Failure> {
+    let runtime =
+        tombolo_runtime::rt::one_thread().map_err(|e| Failure::new(format_args!("cannot start: {e}")))?;
+    runtime.block_on(command)
+}

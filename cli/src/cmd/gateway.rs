@@ -1,0 +1,114 @@
+//! `tombolo gateway`: one replica of a cluster's packet forwarders.
+
+use std::net::SocketAddr;
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+
+use clap::Args;
+use serde::Deserialize;
+
+use super::role::{self, layered};
+use crate::failure::{Exit, Failure};
+
+/// Run one replica of a cluster's packet forwarders
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  tombolo token create --role gateway --name gw-1 > gw-1.token      where the federator runs
+  tombolo gateway --name gw-1 --join-token-file gw-1.token
+  tombolo gateway --name gw-1 --advertise-border 203.0.113.7:7440 --workers 2")]
+pub struct GatewayArgs {
+    #[command(flatten)]
+    settings: Settings,
+    /// YAML file with settings, named as the flags are but in camelCase; unknown keys are errors
+    #[arg(long, env = "TOMBOLO_CONFIG", value_name = "FILE")]
+    config: Option<PathBuf>,
+}
+
+#[derive(Debug, Default, Args, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+struct Settings {
+    /// Name of the replica, unique in its cluster
+    #[arg(long, env = "TOMBOLO_NAME")]
+    name: Option<String>,
+    /// File with the token of `tombolo token create --role gateway`; needed for the first start only
+    #[arg(long, env = "TOMBOLO_JOIN_TOKEN_FILE", value_name = "FILE")]
+    join_token_file: Option<PathBuf>,
+    /// Identity, lease and last configuration [default: <state directory>/gateway/<name>]
+    #[arg(long, env = "TOMBOLO_STATE_DIR", value_name = "DIR")]
+    state_dir: Option<PathBuf>,
+    /// Socket towards other clusters [default: 0.0.0.0:7440]
+    #[arg(long, env = "TOMBOLO_BORDER", value_name = "ADDRESS:PORT/udp")]
+    border: Option<SocketAddr>,
+    /// Socket towards this cluster [default: 0.0.0.0:7441]
+    #[arg(long, env = "TOMBOLO_INNER", value_name = "ADDRESS:PORT/udp")]
+    inner: Option<SocketAddr>,
+    /// Address that other clusters reach the border socket by [default: --border]
+    #[arg(long, env = "TOMBOLO_ADVERTISE_BORDER", value_name = "ADDRESS:PORT")]
+    advertise_border: Option<SocketAddr>,
+    /// Address that this cluster reaches the inner socket by [default: --inner]
+    #[arg(long, env = "TOMBOLO_ADVERTISE_INNER", value_name = "ADDRESS:PORT")]
+    advertise_inner: Option<SocketAddr>,
+    /// The advertised border address is a balancer's, shared by several replicas
+    #[arg(long, env = "TOMBOLO_BALANCED", num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
+    balanced: Option<bool>,
+    /// Forwarding threads [default: what the CPU quota allows]
+    #[arg(long, env = "TOMBOLO_WORKERS", value_name = "N")]
+    workers: Option<NonZeroUsize>,
+    /// Metrics and readiness [default: 127.0.0.1:7445]
+    #[arg(long, env = "TOMBOLO_ADMIN", value_name = "ADDRESS:PORT")]
+    admin: Option<SocketAddr>,
+    /// Level, or `target=level,...` [default: info]
+    #[arg(long, env = "TOMBOLO_LOG", value_name = "FILTER", help_heading = "Logs")]
+    log_level: Option<String>,
+    /// human or json [default: human]
+    #[arg(long, env = "TOMBOLO_LOG_FORMAT", value_name = "FORMAT", help_heading = "Logs")]
+    log_format: Option<String>,
+}
+
+layered!(Settings {
+    name,
+    join_token_file,
+    state_dir,
+    border,
+    inner,
+    advertise_border,
+    advertise_inner,
+    balanced,
+    workers,
+    admin,
+    log_level,
+    log_format
+});
+
+pub fn run(args: GatewayArgs) -> Result<Exit, Failure> {
+    let GatewayArgs { settings, config } = args;
+    let Settings {
+        name,
+        join_token_file,
+        state_dir,
+        border,
+        inner,
+        advertise_border,
+        advertise_inner,
+        balanced,
+        workers,
+        admin,
+        log_level,
+        log_format,
+    } = settings.over(role::file(config.as_deref())?);
+    role::logging(log_format, log_level)?;
+    let _ = (
+        role::required(name, "--name", "gw-1")?,
+        join_token_file,
+        state_dir,
+        border,
+        inner,
+        advertise_border,
+        advertise_inner,
+        balanced,
+        workers,
+        admin,
+    );
+    Err(Failure::new("gateway: not built into this binary"))
+}

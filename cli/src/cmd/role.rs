@@ -1,0 +1,71 @@
+//! What the three roles have in common: settings layered as flag > environment > file, logging, the runtime.
+
+use std::future::Future;
+use std::path::Path;
+
+use serde::de::DeserializeOwned;
+use tombolo_runtime::settings;
+use tombolo_runtime::telemetry::{self, LogFormat};
+
+use crate::failure::{Exit, Failure};
+
+/// Fills every setting that flags and environment left open from the file. Destructured without `..`: a setting that
+/// is forgotten here does not compile.
+macro_rules! layered {
+    ($name:ident { $($field:ident),* $(,)? }) => {
+        impl $name {
+            pub fn over(self, file: Self) -> Self {
+                let Self { $($field),* } = self;
+                Self { $($field: $field.or(file.$field)),* }
+            }
+        }
+    };
+}
+pub(crate) use layered;
+
+/// The file's part of a role's settings, which flags and environment come before.
+pub fn file<T: DeserializeOwned + Default>(config: Option<&Path>) -> Result<T, Failure> {
+    config.map_or_else(|| Ok(T::default()), |path| settings::load(path).map_err(Failure::usage))
+}
+
+/// Sets up logging.
+pub fn logging(format: Option<String>, level: Option<String>) -> Result<(), Failure> {
+    let format: LogFormat =
+        format.map(|text| text.parse()).transpose().map_err(Failure::usage)?.unwrap_or_default();
+    telemetry::init(format, level.as_deref().unwrap_or("info")).map_err(Failure::usage)
+}
+
+/// A setting that has no default.
+pub fn required<T>(value: Option<T>, flag: &str, example: &str) -> Result<T, Failure> {
+    value.ok_or_else(|| {
+        let environment =
+            format!("TOMBOLO_{}", flag.trim_start_matches("--").replace('-', "_").to_ascii_uppercase());
+        Failure::usage(format_args!("{flag} is not set")).remedy(format_args!(
+            "give {flag} {example}, or set {environment}, or put it into the file of --config"
+        ))
+    })
+}
+
+/// A secret given in a file, so that it shows in no process list. Absent when the file is not there and `optional`.
+pub fn secret_file(path: &Path) -> Result<String, Failure> {
+    const MAX_BYTES: u64 = 64 * 1024;
+    let bytes = tombolo_identity::files::read(path, MAX_BYTES)
+        .map_err(|e| Failure::new(crate::failure::chain(&e)))?;
+    let text = String::from_utf8(bytes).map_err(|_| Failure::new("not text").at(path.display()))?;
+    let text = text.trim();
+    if text.is_empty() {
+        return Err(Failure::new("is empty").at(path.display()).remedy("put the token into it"));
+    }
+    Ok(text.to_owned())
+}
+
+/// Runs a role to its end on a runtime of one thread.
+pub fn run<E: std::error::Error>(
+    role: &str,
+    work: impl Future<Output = Result<(), E>>,
+) -> Result<Exit, Failure> {
+    let runtime =
+        tombolo_runtime::rt::one_thread().map_err(|e| Failure::new(format_args!("cannot start: {e}")))?;
+    let ended = runtime.block_on(work);
+    ended.map(|()| Exit::Done).map_err(|error| Failure::new(crate::failure::chain(&error)).at(role))
+}

@@ -1,0 +1,205 @@
+//! Manifests as the operator gives them: a file, a directory or standard input, YAML or JSON, several documents each.
+//!
+//! Everything is read and checked before anything is sent, so a wrong file changes nothing. Sizes are bounded before
+//! parsing; every complaint names the file and, where the parser knows it, the line.
+
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+use serde_saphyr::Spanned;
+
+use crate::failure::Failure;
+use crate::kinds;
+
+/// A manifest is text by people or a generator; 1,024 objects of a usual size are near 2 MB.
+pub const MAX_FILE_BYTES: u64 = 16 * 1024 * 1024;
+/// What the federator's store accepts for one object, in JSON.
+pub const MAX_OBJECT_BYTES: usize = 1024 * 1024;
+/// Documents in one file.
+const MAX_OBJECTS: usize = 1024;
+
+/// One object and where it came from.
+#[derive(Debug)]
+pub struct Manifest {
+    pub object: Value,
+    /// `file:line` of its first line.
+    pub place: String,
+}
+
+impl Manifest {
+    pub fn kind(&self) -> &str {
+        crate::output::objects::text(&self.object, "/kind")
+    }
+    pub fn namespace(&self) -> &str {
+        crate::output::objects::text(&self.object, "/metadata/namespace")
+    }
+    pub fn name(&self) -> &str {
+        crate::output::objects::text(&self.object, "/metadata/name")
+    }
+    /// The object as the admin API takes it.
+    pub fn json(&self) -> String {
+        self.object.to_string()
+    }
+}
+
+/// Reads every source in turn; `-` is standard input.
+pub fn read(sources: &[PathBuf]) -> Result<Vec<Manifest>, Failure> {
+    let mut manifests = Vec::new();
+    for source in sources {
+        if source == Path::new("-") {
+            let text = bounded(std::io::stdin().lock(), "standard input")?;
+            manifests.extend(parse("standard input", &text)?);
+            continue;
+        }
+        for file in files(source)? {
+            let place = file.display().to_string();
+            let opened = std::fs::File::open(&file).map_err(|e| Failure::new(e).at(&place))?;
+            // Refused by its size before a byte is read; the bounded read below covers pipes and growing files.
+            let size = opened.metadata().map(|m| m.len()).unwrap_or(0);
+            if size > MAX_FILE_BYTES {
+                return Err(too_large(&place, size));
+            }
+            manifests.extend(parse(&place, &bounded(opened, &place)?)?);
+        }
+    }
+    if manifests.is_empty() {
+        let names: Vec<_> = sources.iter().map(|source| source.display().to_string()).collect();
+        return Err(Failure::new("no objects found").at(names.join(", ")));
+    }
+    Ok(manifests)
+}
+
+/// The file itself, or a directory's manifests in the order of their names.
+fn files(source: &Path) -> Result<Vec<PathBuf>, Failure> {
+    let failed = |e: std::io::Error| {
+        Failure::new(format_args!("cannot be read ({e})"))
+            .at(source.display())
+            .remedy("check the path after -f")
+    };
+    if !std::fs::metadata(source).map_err(failed)?.is_dir() {
+        return Ok(vec![source.to_owned()]);
+    }
+    let mut files = Vec::new();
+    for entry in std::fs::read_dir(source).map_err(failed)? {
+        let path = entry.map_err(failed)?.path();
+        let manifest = path.extension().is_some_and(|e| e == "yaml" || e == "yml" || e == "json");
+        if manifest && path.is_file() {
+            files.push(path);
+        }
+    }
+    files.sort();
+    Ok(files)
+}
+
+fn bounded(from: impl Read, place: &str) -> Result<String, Failure> {
+    let mut bytes = Vec::new();
+    from.take(MAX_FILE_BYTES + 1).read_to_end(&mut bytes).map_err(|e| Failure::new(e).at(place))?;
+    if bytes.len() as u64 > MAX_FILE_BYTES {
+        return Err(too_large(place, bytes.len() as u64));
+    }
+    String::from_utf8(bytes).map_err(|e| {
+        Failure::new(format_args!("not UTF-8 text (byte {})", e.utf8_error().valid_up_to())).at(place)
+    })
+}
+
+fn too_large(place: &str, bytes: u64) -> Failure {
+    Failure::new(format_args!("{bytes} bytes is more than a manifest may have ({MAX_FILE_BYTES})"))
+        .at(place)
+        .remedy("check that this is the right file, or split it")
+}
+
+/// Parses one text of YAML documents (JSON is YAML).
+pub fn parse(place: &str, text: &str) -> Result<Vec<Manifest>, Failure> {
+    let documents: Vec<Spanned<Value>> = serde_saphyr::from_multiple(text).map_err(|error| {
+        let at = error
+            .location()
+            .map_or_else(|| place.to_owned(), |l| format!("{place}:{}:{}", l.line(), l.column()));
+        let message = error.without_snippet().to_string();
+        Failure::new(message.lines().next().unwrap_or("not YAML"))
+            .at(at)
+            .remedy("correct the YAML; nothing was sent")
+    })?;
+    let mut manifests = Vec::new();
+    for document in documents {
+        let at = format!("{place}:{}", document.referenced.line());
+        match document.value {
+            Value::Object(mut list) if list.get("kind").and_then(Value::as_str) == Some("List") => {
+                let Some(Value::Array(items)) = list.remove("items") else {
+                    return Err(Failure::new("field items: a List needs a list of objects").at(at));
+                };
+                for item in items {
+                    manifests.push(check(item, &at)?);
+                }
+            }
+            object => manifests.push(check(object, &at)?),
+        }
+        if manifests.len() > MAX_OBJECTS {
+            return Err(Failure::new(format_args!("more than {MAX_OBJECTS} objects in one file"))
+                .at(place)
+                .remedy("split it"));
+        }
+    }
+    Ok(manifests)
+}
+
+/// The head every object must have. Field-by-field checks are the model's, in the federator.
+fn check(object: Value, place: &str) -> Result<Manifest, Failure> {
+    let wrong = |what: String| Err(Failure::new(what).at(place).remedy("correct it; nothing was sent"));
+    let Some(map) = object.as_object() else {
+        return wrong(format!(
+            "an object (apiVersion, kind, metadata, spec) is expected, not {}",
+            type_name(&object)
+        ));
+    };
+    for field in ["apiVersion", "kind"] {
+        match map.get(field) {
+            Some(Value::String(_)) => {}
+            Some(other) => {
+                return wrong(format!("field {field}: a string is expected, not {}", type_name(other)));
+            }
+            None => return wrong(format!("field {field} is missing")),
+        }
+    }
+    let kind = match kinds::exact(crate::output::objects::text(&object, "/kind")) {
+        Ok(kind) => kind,
+        Err(reason) => return wrong(format!("field kind: {reason}")),
+    };
+    let mut object = object;
+    match object.pointer("/metadata/name") {
+        Some(Value::String(name)) if !name.is_empty() => {}
+        Some(other) if !other.is_null() => {
+            return wrong(format!("{}: field metadata.name: a name is expected, not {other}", kind.name));
+        }
+        _ => return wrong(format!("{}: field metadata.name is missing", kind.name)),
+    }
+    if kind.namespaced && object.pointer("/metadata/namespace").is_none() {
+        if let Some(Value::Object(metadata)) = object.get_mut("metadata") {
+            metadata.insert("namespace".to_owned(), Value::String("default".to_owned()));
+        }
+    }
+    let manifest = Manifest { object, place: place.to_owned() };
+    let size = manifest.json().len();
+    if size > MAX_OBJECT_BYTES {
+        return wrong(format!(
+            "{} {}: {size} bytes is more than one object may have ({MAX_OBJECT_BYTES})",
+            kind.name,
+            manifest.name()
+        ));
+    }
+    Ok(manifest)
+}
+
+fn type_name(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "nothing",
+        Value::Bool(_) => "a boolean",
+        Value::Number(_) => "a number",
+        Value::String(_) => "a string",
+        Value::Array(_) => "a list",
+        Value::Object(_) => "a map",
+    }
+}
+
+#[cfg(test)]
+mod tests;
