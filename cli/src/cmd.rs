@@ -53,3 +53,6 @@ fn operate(command: impl Future<Output = Result<Exit, Failure>>) -> Result<Exit,
         tombolo_runtime::rt::one_thread().map_err(|e| Failure::new(format_args!("cannot start: {e}")))?;
     runtime.block_on(command)
 }
+
+#[cfg(test)]
+mod tests;

@@ -115,10 +115,8 @@ pub fn parse(place: &str, text: &str) -> Result<Vec<Manifest>, Failure> {
         let at = error
             .location()
             .map_or_else(|| place.to_owned(), |l| format!("{place}:{}:{}", l.line(), l.column()));
-        let message = error.without_snippet().to_string();
-        Failure::new(message.lines().next().unwrap_or("not YAML"))
-            .at(at)
-            .remedy("correct the YAML; nothing was sent")
+        let said = error.without_snippet().to_string();
+        Failure::new(complaint(&said)).at(at).remedy("correct the YAML; nothing was sent")
     })?;
     let mut manifests = Vec::new();
     for document in documents {
@@ -141,6 +139,13 @@ pub fn parse(place: &str, text: &str) -> Result<Vec<Manifest>, Failure> {
         }
     }
     Ok(manifests)
+}
+
+/// The parser's message without what is said elsewhere: its own place, and how a program would set its options.
+fn complaint(said: &str) -> &str {
+    let line = said.lines().next().unwrap_or_default();
+    let line = line.split(" at line ").next().unwrap_or(line);
+    line.split(", set DuplicateKeyPolicy").next().unwrap_or(line)
 }
 
 /// The head every object must have. Field-by-field checks are the model's, in the federator.

@@ -144,11 +144,7 @@ fn cluster(name: &str, out: Option<PathBuf>, existing: Existing, dir: &Path) -> 
     dirs::ensure_private(&out).map_err(Failure::new)?;
     let material = root.sign_cluster(&name, existing, clock::since_unix_epoch()).map_err(Failure::new)?;
     material.save(&out).map_err(Failure::new)?;
-    output::line(format_args!(
-        "intermediate of {name} (tag {}) written to {}",
-        material.tag.value(),
-        out.display()
-    ))?;
+    output::line(format_args!("intermediate of {name} (tag {}) written to {}", material.tag, out.display()))?;
     eprintln!("next, where {name} runs: tombolo federator --cluster {name} --trust-dir {}", out.display());
     Ok(Exit::Done)
 }
@@ -161,7 +157,7 @@ fn show(dir: &Path, format: Format) -> Result<Exit, Failure> {
         "fingerprint": root.fingerprint(),
         "directory": dir,
         "clusters": root.registry().iter().map(|entry| json!({
-            "name": entry.name, "tag": entry.tag.value(), "issuedAt": time_text(entry.issued_at),
+            "name": entry.name, "tag": entry.tag.to_string(), "issuedAt": time_text(entry.issued_at),
             "spkiSha256": entry.spki_sha256, "superseded": entry.superseded,
         })).collect::<Vec<_>>(),
     });
@@ -186,8 +182,7 @@ fn registry(entries: &[RegistryEntry], wide: bool) -> String {
     let mut table = output::table(&headers);
     for RegistryEntry { name, tag, spki_sha256, issued_at, superseded } in entries {
         let state = if *superseded { "superseded" } else { "current" };
-        let mut row =
-            vec![name.to_string(), tag.value().to_string(), time_text(*issued_at), state.to_owned()];
+        let mut row = vec![name.to_string(), tag.to_string(), time_text(*issued_at), state.to_owned()];
         if wide {
             row.push(spki_sha256.clone());
         }
