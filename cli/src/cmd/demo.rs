@@ -1,12 +1,15 @@
 //! `tombolo demo`: see [`crate::demo`].
 
+use std::time::Duration;
+
 use clap::Args;
+use tokio::signal::unix::{SignalKind, signal};
 use tombolo_runtime::signals::Signals;
 
 use crate::demo::plan::Plan;
 use crate::demo::progress::Progress;
 use crate::demo::stage::Stage;
-use crate::demo::workspace::Workspace;
+use crate::demo::workspace::{Keep, Workspace};
 use crate::demo::{guide, scenario};
 use crate::failure::{Exit, Failure};
 use crate::output;
@@ -53,7 +56,7 @@ pub fn run(args: DemoArgs) -> Result<Exit, Failure> {
 async fn demo(args: DemoArgs) -> Result<Exit, Failure> {
     let DemoArgs { scenario, json, keep, loopback } = args;
     let mut signals = Signals::listen().map_err(|e| Failure::new(e).at("signals"))?;
-    let workspace = Workspace::create(keep)?;
+    let workspace = Workspace::create(if keep { Keep::Everything } else { Keep::Nothing })?;
     let plan = Plan::new(&workspace.path, loopback);
     let mut stage = Stage::new(plan, workspace)?;
     let progress = Progress::new(false);
@@ -64,8 +67,8 @@ async fn demo(args: DemoArgs) -> Result<Exit, Failure> {
     };
     // Some failures are explained by logs only.
     if !matches!(result, Ok(Exit::Done)) {
-        stage.workspace.keep();
-        progress.line(&format!("logs are kept in {}", stage.plan.root.join("logs").display()));
+        stage.workspace.keep_logs();
+        progress.line(&format!("logs are kept in {}", stage.workspace.logs().display()));
     }
     progress.doing("stopping");
     // A second Ctrl-C does not wait for the graceful end: dropping the stage kills what is left.
@@ -83,8 +86,7 @@ async fn act(stage: &mut Stage, progress: &Progress, scenario: bool, json: bool)
     if !scenario {
         progress.line("ready");
         output::line(guide::text(&stage.plan, &stage.supervisor))?;
-        progress.doing("running; Ctrl-C ends it");
-        return std::future::pending().await;
+        return attend(stage, progress).await;
     }
     let report = scenario::run(stage, progress, json).await?;
     if json {
@@ -94,6 +96,29 @@ async fn act(stage: &mut Stage, progress: &Progress, scenario: bool, json: bool)
         output::line(format_args!("{held} of {} steps held", report.steps.len()))?;
     }
     Ok(if report.held { Exit::Done } else { Exit::ProblemsFound })
+}
+
+/// Says what dies, and brings it back on SIGHUP, until somebody ends the demo.
+async fn attend(stage: &mut Stage, progress: &Progress) -> Result<Exit, Failure> {
+    const LOOK: Duration = Duration::from_millis(250);
+    let mut hangup = signal(SignalKind::hangup()).map_err(|e| Failure::new(e).at("signals"))?;
+    progress.doing("running; Ctrl-C ends it");
+    loop {
+        tokio::select! {
+            _ = hangup.recv() => {
+                // Whoever breaks things on purpose may break them while they come back: say so, go on.
+                if let Err(failure) = stage.bring_back(progress).await {
+                    progress.line(&failure.to_string());
+                }
+            }
+            () = tokio::time::sleep(LOOK) => {
+                for dead in stage.supervisor.casualties() {
+                    progress.line(dead.lines().next().unwrap_or_default().split(';').next().unwrap_or_default());
+                }
+            }
+        }
+        progress.doing("running; Ctrl-C ends it");
+    }
 }
 
 #[cfg(test)]

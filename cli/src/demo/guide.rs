@@ -9,7 +9,6 @@ pub fn text(plan: &Plan, supervisor: &Supervisor) -> String {
     let pid = |name: &str| supervisor.pid(name).map_or_else(|| "?".to_owned(), |pid| pid.to_string());
     let [east, west] = CLUSTERS.map(|cluster| plan.socket(cluster).display().to_string());
     let call = plan.upstream("east");
-    let [a, b] = plan.prefix;
     format!(
         "
 Two clusters, east and west, and a machine that is a member of west are running. shop/web lives in west and on the
@@ -33,17 +32,16 @@ machine (and in east, as a fallback). Paste these into another terminal:
     kill -9 {vm}
     {program} --socket {east} status
 
-  Bring both back. Traffic returns once they have been healthy for 3 s:
-    {program} demo-app --listen {a}.{b}.2.21:8080 --name west &
-    {program} demo-app --listen {a}.{b}.3.21:8080 --name vm &
+  Bring everything back that you have killed. Traffic returns once west has been healthy for 3 s:
+    kill -HUP {me}
 
   Logs: {logs}
-  Ctrl-C here ends everything{kept}.
+  Ctrl-C here ends everything and removes what it wrote (unless --keep).
 ",
         gateway = pid("west/gw-1"),
         web = pid("west/web-app"),
         vm = pid("vm/web-app"),
         logs = plan.root.join("logs").display(),
-        kept = " and removes what it wrote (unless --keep)",
+        me = std::process::id(),
     )
 }

@@ -131,12 +131,24 @@ impl Stage {
         self.ready(name, progress).await
     }
 
-    /// Ends everything and removes the directory, unless it is kept.
+    /// Starts whatever is not running.
+    pub async fn bring_back(&mut self, progress: &Progress) -> Result<(), Failure> {
+        let _ = self.supervisor.casualties();
+        let dead: Vec<_> =
+            self.plan.processes().filter(|p| self.supervisor.pid(&p.name).is_none()).cloned().collect();
+        for process in &dead {
+            self.supervisor.start(process)?;
+        }
+        for process in &dead {
+            self.ready(&process.name, progress).await?;
+            progress.line(&format!("{} is back", process.name));
+        }
+        Ok(())
+    }
+
+    /// Ends everything; the directory goes with the stage.
     pub async fn down(mut self) {
         self.supervisor.stop().await;
-        if self.workspace.is_kept() {
-            super::workspace::mark_kept(&self.workspace.path);
-        }
     }
 }
 
