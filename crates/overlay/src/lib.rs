@@ -19,6 +19,7 @@ mod kick;
 mod learned;
 pub mod lease;
 mod liveness;
+pub mod member;
 pub mod probe;
 pub mod register;
 pub mod rendezvous;

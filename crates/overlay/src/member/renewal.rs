@@ -1,0 +1,104 @@
+//! Renewal of the SVID at half its life, jittered, and of the keys that come with it. A failed renewal is tried again
+//! with backoff: half a life is left. The swap acts on the next handshake.
+
+use std::time::Duration;
+
+use tombolo_identity::issuer::KeyAndCsr;
+use tombolo_proto::v1;
+use tombolo_proto::v1::config_client::ConfigClient;
+use tombolo_runtime::clock;
+use tombolo_runtime::tasks::TaskGroup;
+
+use super::backoff::Backoff;
+use super::{ControlError, Member, MemberError};
+use crate::endpoint::Overlay;
+use crate::keys::KeyRing;
+use crate::lease::EndpointLease;
+
+/// Looked at again at least this often: the clock may have been set.
+const LONGEST_SLEEP: Duration = Duration::from_secs(300);
+/// Control keys reach 24 h ahead; renewed below this, a federator may be away for half a day.
+const KEYS_LOW: Duration = Duration::from_secs(12 * 3600);
+const CALL_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Why a renewal failed.
+#[derive(Debug, thiserror::Error)]
+pub enum RenewError {
+    #[error(transparent)]
+    Control(#[from] ControlError),
+    #[error("the federator refused to renew: {}", .0.message())]
+    Refused(#[from] Box<tonic::Status>),
+    #[error("the federator did not answer within {}s", CALL_TIMEOUT.as_secs())]
+    Late,
+    #[error("the federator's answer carries no SVID")]
+    Empty,
+    #[error(transparent)]
+    Member(#[from] MemberError),
+}
+
+/// When to renew: half of the life that is left at the start, moved by up to a tenth so that members that joined together
+/// don't renew together. All in seconds since the Unix epoch; `random` in 0..1.
+pub fn due_at(issued_at: u64, not_after: u64, random: f64) -> u64 {
+    let life = not_after.saturating_sub(issued_at);
+    let share = 0.45 + 0.1 * random.clamp(0.0, 1.0);
+    issued_at + (life as f64 * share) as u64
+}
+
+impl Member {
+    /// Renews for as long as the group lives. Renewed endpoint keys are given to every overlay of the process.
+    pub fn spawn_renewal(&self, overlays: Vec<Overlay>, tasks: &TaskGroup) {
+        let member = self.clone();
+        tasks.spawn("SVID renewal", async move {
+            let Some(first) = overlays.first().cloned() else { return };
+            let mut backoff = Backoff::new(Duration::from_secs(5), Duration::from_secs(300));
+            // The start of this life is not written anywhere; now is late enough and never too late.
+            let mut due = due_at(clock::unix_seconds(), member.svid().load().not_after, rand::random());
+            loop {
+                let now = clock::unix_seconds();
+                if now < due && !member.keys_low(clock::since_unix_epoch()) {
+                    tokio::time::sleep(Duration::from_secs(due - now).min(LONGEST_SLEEP)).await;
+                    continue;
+                }
+                match member.renew(&first).await {
+                    Ok(()) => {
+                        backoff.worked();
+                        let lease = member.lease();
+                        overlays.iter().for_each(|overlay| overlay.set_keys(lease.keys.clone()));
+                        let not_after = member.svid().load().not_after;
+                        due = due_at(clock::unix_seconds(), not_after, rand::random());
+                        tracing::info!(spiffe_id = %member.spiffe_id(), not_after, "SVID renewed");
+                        // Keys that stay low must not make this spin.
+                        tokio::time::sleep(Duration::from_secs(60)).await;
+                    }
+                    Err(error) => {
+                        tracing::warn!(%error, "SVID renewal failed and will be tried again");
+                        tokio::time::sleep(backoff.failed(rand::random())).await;
+                    }
+                }
+            }
+        });
+    }
+
+    fn keys_low(&self, now: Duration) -> bool {
+        let last = self.control().keys.last_hour().map_or(0, |hour| hour.0);
+        Duration::from_secs(last.saturating_mul(3600)) < now + KEYS_LOW
+    }
+
+    /// One renewal: a new key and CSR, a new SVID, and renewed keys.
+    pub async fn renew(&self, overlay: &Overlay) -> Result<(), RenewError> {
+        let fresh = KeyAndCsr::generate().map_err(MemberError::from)?;
+        let mut client = ConfigClient::new(self.connect(overlay).await?);
+        let request = v1::RenewRequest { csr_der: fresh.csr_der.clone() };
+        let answer = tokio::time::timeout(CALL_TIMEOUT, client.renew(request)).await;
+        let answer = answer.map_err(|_| RenewError::Late)?.map_err(Box::new)?.into_inner();
+        let v1::RenewResponse { svid, lease, control_keys } = answer;
+        self.install(&fresh.key_der, &svid.ok_or(RenewError::Empty)?)?;
+        if let Some(lease) = lease {
+            self.renew_lease(EndpointLease::from_wire(&lease).map_err(MemberError::from)?)?;
+        }
+        if let Some(keys) = control_keys {
+            self.renew_control_keys(KeyRing::from_wire(&keys).map_err(MemberError::from)?)?;
+        }
+        Ok(())
+    }
+}
