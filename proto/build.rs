@@ -1,8 +1,13 @@
 //! Compiles the wire definitions with a pure-Rust compiler, so that no protoc is needed.
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let files =
-        ["tombolo/v1/config.proto", "tombolo/v1/join.proto", "tombolo/v1/federation.proto", "tombolo/v1/admin.proto", "tombolo/v1/stream.proto"];
+    let files = [
+        "tombolo/v1/config.proto",
+        "tombolo/v1/join.proto",
+        "tombolo/v1/federation.proto",
+        "tombolo/v1/admin.proto",
+        "tombolo/v1/stream.proto",
+    ];
     println!("cargo:rerun-if-changed=tombolo");
     let descriptors = protox::compile(files, ["."])?;
     tonic_prost_build::configure().compile_fds(descriptors)?;

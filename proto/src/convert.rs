@@ -51,5 +51,7 @@ pub fn address(field: &'static str, value: &str) -> Result<Option<SocketAddr>, F
 
 /// Exactly `N` bytes.
 pub fn bytes<const N: usize>(field: &'static str, value: &[u8]) -> Result<[u8; N], FieldError> {
-    value.try_into().map_err(|_| FieldError::new(field, format!("{} bytes", value.len()), format!("{N} bytes")))
+    value
+        .try_into()
+        .map_err(|_| FieldError::new(field, format!("{} bytes", value.len()), format!("{N} bytes")))
 }

@@ -5,6 +5,7 @@
 
 pub mod convert;
 pub mod stream_header;
+pub mod token;
 
 /// Generated from `proto/tombolo/v1/*.proto`.
 #[allow(clippy::all, clippy::unwrap_used, clippy::expect_used, missing_docs)]

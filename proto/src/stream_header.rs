@@ -77,8 +77,14 @@ mod tests {
     #[test]
     fn an_oversized_or_malformed_header_is_an_error() {
         let mut long = BytesMut::from(&[0xff, 0xff, 1, 2][..]);
-        assert!(matches!(decode::<StreamHeader>(&mut long, MAX_HEADER_BYTES), Err(FrameError::TooLong { .. })));
+        assert!(matches!(
+            decode::<StreamHeader>(&mut long, MAX_HEADER_BYTES),
+            Err(FrameError::TooLong { .. })
+        ));
         let mut bad = BytesMut::from(&[0, 2, 0xff, 0xff][..]);
-        assert!(matches!(decode::<StreamHeader>(&mut bad, MAX_HEADER_BYTES), Err(FrameError::Malformed { .. })));
+        assert!(matches!(
+            decode::<StreamHeader>(&mut bad, MAX_HEADER_BYTES),
+            Err(FrameError::Malformed { .. })
+        ));
     }
 }
