@@ -29,7 +29,8 @@ impl ClusterTag {
 impl<'de> Deserialize<'de> for ClusterTag {
     fn deserialize<D: serde::Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
         let tag = u32::deserialize(d)?;
-        Self::new(tag).ok_or_else(|| serde::de::Error::custom(format!("cluster tag {tag} is not in 1..=16777215")))
+        Self::new(tag)
+            .ok_or_else(|| serde::de::Error::custom(format!("cluster tag {tag} is not in 1..=16777215")))
     }
 }
 impl fmt::Display for ClusterTag {

@@ -19,7 +19,8 @@ pub enum NameError {
     Invalid { kind: &'static str, value: String, expects: &'static str },
 }
 
-const LABEL_RULE: &str = "lower-case letters, digits and '-', starting and ending with a letter or digit (RFC 1123 label)";
+const LABEL_RULE: &str =
+    "lower-case letters, digits and '-', starting and ending with a letter or digit (RFC 1123 label)";
 const SUBDOMAIN_RULE: &str = "RFC 1123 labels joined by '.', each of lower-case letters, digits and '-'";
 const CLUSTER_RULE: &str = "one RFC 1123 label, or two joined by a dot (MCS cluster id)";
 
@@ -174,7 +175,10 @@ mod tests {
     #[test]
     fn an_error_names_the_kind_the_value_and_the_rule_and_never_quotes_a_flood() {
         let error = "Shop!".parse::<Namespace>().unwrap_err().to_string();
-        assert!(error.contains("namespace") && error.contains("Shop!") && error.contains("RFC 1123"), "{error}");
+        assert!(
+            error.contains("namespace") && error.contains("Shop!") && error.contains("RFC 1123"),
+            "{error}"
+        );
         let flood = "x".repeat(100_000).parse::<Namespace>().unwrap_err().to_string();
         assert!(flood.len() < 300);
     }
