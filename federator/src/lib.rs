@@ -1,1 +1,2 @@
-
+//! The control plane of one cluster.
+pub mod store;

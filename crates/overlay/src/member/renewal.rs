@@ -88,7 +88,9 @@ impl Member {
     pub async fn renew(&self, overlay: &Overlay) -> Result<(), RenewError> {
         let fresh = KeyAndCsr::generate().map_err(MemberError::from)?;
         let mut client = ConfigClient::new(self.connect(overlay).await?);
-        let request = v1::RenewRequest { csr_der: fresh.csr_der.clone() };
+        // Shown, so that a federator whose store was lost adopts it.
+        let lease = v1::EndpointLease { keys: None, ..self.lease().to_wire() };
+        let request = v1::RenewRequest { csr_der: fresh.csr_der.clone(), lease: Some(lease) };
         let answer = tokio::time::timeout(CALL_TIMEOUT, client.renew(request)).await;
         let answer = answer.map_err(|_| RenewError::Late)?.map_err(Box::new)?.into_inner();
         let v1::RenewResponse { svid, lease, control_keys } = answer;

@@ -1,0 +1,233 @@
+//! The embedded store: one redb file, fsync before a commit returns, opened at once after a crash (quick repair).
+//!
+//! All tables are mirrored in memory (a cluster's facts are a few megabytes): reads never touch the disk, so a failing
+//! disk stops writes and nothing else. redb refuses everything after an IO error; then the file is reopened by the next
+//! commit, and whatever the failed transaction may have left there is put back to the mirror's state first: an error
+//! always means "unchanged". Ends when dropped.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError, RwLock};
+
+use redb::{
+    CommitError, Database, DatabaseError, Durability, ReadableDatabase, ReadableTable, StorageError,
+    TableDefinition, TableError, TransactionError,
+};
+
+use super::{Store, StoreError, Table, Transaction, Write};
+
+/// redb's own page cache: everything is mirrored already.
+const CACHE_BYTES: usize = 4 * 1024 * 1024;
+
+type Mirror = BTreeMap<(Table, String), Vec<u8>>;
+
+fn definition(table: Table) -> TableDefinition<'static, &'static str, &'static [u8]> {
+    TableDefinition::new(table.name())
+}
+
+/// A store in one file.
+pub struct RedbStore {
+    path: PathBuf,
+    /// `None` after an IO error, until a commit has reopened it. The lock also serialises commits.
+    database: Mutex<Option<Database>>,
+    mirror: RwLock<Mirror>,
+    writable: AtomicBool,
+}
+
+impl RedbStore {
+    /// Opens or creates the file. A torn or foreign file is an error with a remedy, and is left as it is.
+    pub fn open(path: &Path) -> Result<Self, StoreError> {
+        let database = open(path)?;
+        let mirror = load(path, &database)?;
+        Ok(Self {
+            path: path.to_owned(),
+            database: Mutex::new(Some(database)),
+            mirror: RwLock::new(mirror),
+            writable: AtomicBool::new(true),
+        })
+    }
+
+    fn reopen(&self) -> Result<Database, StoreError> {
+        let database = open(&self.path)?;
+        let found = load(&self.path, &database)?;
+        let mirror = self.mirror.read().unwrap_or_else(PoisonError::into_inner);
+        let mut repair = Vec::new();
+        for (table, key) in found.keys().filter(|key| !mirror.contains_key(*key)) {
+            repair.push(Write::Delete { table: *table, key: key.clone() });
+        }
+        for ((table, key), value) in mirror.iter().filter(|(key, value)| found.get(*key) != Some(*value)) {
+            repair.push(Write::Put { table: *table, key: key.clone(), value: value.clone() });
+        }
+        if !repair.is_empty() {
+            tracing::warn!(values = repair.len(), "a failed transaction is undone in the store");
+            write(&self.path, &database, &repair)?;
+        }
+        Ok(database)
+    }
+}
+
+impl Store for RedbStore {
+    fn get(&self, table: Table, key: &str) -> Option<Vec<u8>> {
+        let mirror = self.mirror.read().unwrap_or_else(PoisonError::into_inner);
+        mirror.get(&(table, key.to_owned())).cloned()
+    }
+
+    fn list(&self, table: Table) -> Vec<(String, Vec<u8>)> {
+        let mirror = self.mirror.read().unwrap_or_else(PoisonError::into_inner);
+        let from = mirror.range((table, String::new())..).take_while(|((t, _), _)| *t == table);
+        from.map(|((_, key), value)| (key.clone(), value.clone())).collect()
+    }
+
+    fn commit(&self, transaction: &Transaction) -> Result<(), StoreError> {
+        let mut slot = self.database.lock().unwrap_or_else(PoisonError::into_inner);
+        {
+            let mirror = self.mirror.read().unwrap_or_else(PoisonError::into_inner);
+            for check in &transaction.checks {
+                if mirror.get(&(check.table, check.key.clone())) != check.expected.as_ref() {
+                    return Err(StoreError::Conflict { table: check.table, key: check.key.clone() });
+                }
+            }
+        }
+        if transaction.is_empty() {
+            return Ok(());
+        }
+        let database = match slot.take() {
+            Some(database) => database,
+            None => self.reopen()?,
+        };
+        if let Err(error) = write(&self.path, &database, &transaction.writes) {
+            self.writable.store(false, Ordering::Relaxed);
+            drop(database);
+            return Err(error);
+        }
+        *slot = Some(database);
+        self.writable.store(true, Ordering::Relaxed);
+        let mut mirror = self.mirror.write().unwrap_or_else(PoisonError::into_inner);
+        for change in &transaction.writes {
+            match change {
+                Write::Put { table, key, value } => {
+                    mirror.insert((*table, key.clone()), value.clone());
+                }
+                Write::Delete { table, key } => {
+                    mirror.remove(&(*table, key.clone()));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn is_writable(&self) -> bool {
+        self.writable.load(Ordering::Relaxed)
+    }
+}
+
+fn open(path: &Path) -> Result<Database, StoreError> {
+    let mut builder = Database::builder();
+    builder.set_cache_size(CACHE_BYTES);
+    // A file cut short or overwritten trips assertions inside redb in some places: a damaged file must not be a crash.
+    let opened = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| builder.create(path)));
+    let database = match opened {
+        Ok(result) => result.map_err(|error| database_error(path, error))?,
+        Err(_) => return Err(damaged(path, "its pages are torn")),
+    };
+    // Keys and hashed secrets: for the owner alone.
+    let private = std::os::unix::fs::PermissionsExt::from_mode(0o600);
+    std::fs::set_permissions(path, private).map_err(|e| io_error(path, &e))?;
+    Ok(database)
+}
+
+fn load(path: &Path, database: &Database) -> Result<Mirror, StoreError> {
+    let read = || -> Result<Mirror, StoreError> {
+        let mut mirror = Mirror::new();
+        let transaction = database.begin_read().map_err(|e| transaction_error(path, e))?;
+        for table in Table::ALL {
+            let opened = match transaction.open_table(definition(table)) {
+                Ok(opened) => opened,
+                Err(TableError::TableDoesNotExist(_)) => continue,
+                Err(error) => return Err(table_error(path, error)),
+            };
+            for entry in opened.iter().map_err(|e| storage_error(path, e))? {
+                let (key, value) = entry.map_err(|e| storage_error(path, e))?;
+                mirror.insert((table, key.value().to_owned()), value.value().to_vec());
+            }
+        }
+        Ok(mirror)
+    };
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(read))
+        .unwrap_or_else(|_| Err(damaged(path, "its pages are torn")))
+}
+
+fn write(path: &Path, database: &Database, writes: &[Write]) -> Result<(), StoreError> {
+    let mut transaction = database.begin_write().map_err(|e| transaction_error(path, e))?;
+    transaction.set_durability(Durability::Immediate).map_err(|e| damaged(path, e.to_string()))?;
+    transaction.set_quick_repair(true);
+    for change in writes {
+        match change {
+            Write::Put { table, key, value } => {
+                let mut table =
+                    transaction.open_table(definition(*table)).map_err(|e| table_error(path, e))?;
+                table.insert(key.as_str(), value.as_slice()).map_err(|e| storage_error(path, e))?;
+            }
+            Write::Delete { table, key } => {
+                let mut table =
+                    transaction.open_table(definition(*table)).map_err(|e| table_error(path, e))?;
+                table.remove(key.as_str()).map_err(|e| storage_error(path, e))?;
+            }
+        }
+    }
+    transaction.commit().map_err(|error| match error {
+        CommitError::Storage(error) => storage_error(path, error),
+        error => io_text(path, error.to_string()),
+    })
+}
+
+fn damaged(path: &Path, reason: impl ToString) -> StoreError {
+    StoreError::Damaged { path: path.to_owned(), reason: reason.to_string() }
+}
+
+fn io_text(path: &Path, reason: String) -> StoreError {
+    StoreError::Io { path: path.to_owned(), reason }
+}
+
+fn io_error(path: &Path, error: &std::io::Error) -> StoreError {
+    use std::io::ErrorKind;
+    match error.kind() {
+        // EFBIG is what a file size limit (RLIMIT_FSIZE) answers, EDQUOT a quota.
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::FileTooLarge => {
+            StoreError::Full { path: path.to_owned() }
+        }
+        ErrorKind::UnexpectedEof | ErrorKind::InvalidData => damaged(path, error),
+        _ => io_text(path, error.to_string()),
+    }
+}
+
+fn storage_error(path: &Path, error: StorageError) -> StoreError {
+    match error {
+        StorageError::Io(error) => io_error(path, &error),
+        StorageError::Corrupted(reason) => damaged(path, reason),
+        error => io_text(path, error.to_string()),
+    }
+}
+
+fn table_error(path: &Path, error: TableError) -> StoreError {
+    match error {
+        TableError::Storage(error) => storage_error(path, error),
+        error => damaged(path, error),
+    }
+}
+
+fn transaction_error(path: &Path, error: TransactionError) -> StoreError {
+    match error {
+        TransactionError::Storage(error) => storage_error(path, error),
+        error => io_text(path, error.to_string()),
+    }
+}
+
+fn database_error(path: &Path, error: DatabaseError) -> StoreError {
+    match error {
+        DatabaseError::DatabaseAlreadyOpen => StoreError::InUse { path: path.to_owned() },
+        DatabaseError::Storage(error) => storage_error(path, error),
+        error => damaged(path, error),
+    }
+}
