@@ -1,1 +1,19 @@
+//! The data plane of one workload: takes the application's plain traffic, carries it end to end encrypted.
+//!
+//! ```text
+//!  application --TCP--> outbound --> failover --> pool ==overlay==> peer's inbound --TCP--> application
+//! ```
+//! [`role`] builds and runs a sidecar from a [`config`]; [`client`] keeps the configuration coming; [`tables`] is that
+//! configuration, parsed once; [`copy`] is the byte path.
 
+pub mod codes;
+pub mod config;
+pub mod copy;
+pub mod failover;
+pub mod header;
+pub mod health;
+pub mod inbound;
+pub mod metrics;
+pub mod outbound;
+pub mod pool;
+pub mod tables;

@@ -1,0 +1,271 @@
+//! What a sidecar is told to do: parsed here, checked before anything is bound.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+use tombolo_model::names::{NameError, ServiceKey};
+
+use crate::health::HealthCheck;
+use crate::inbound::InboundLimits;
+use crate::pool::PoolLimits;
+
+/// Where the overlay listens unless told otherwise (design section 3).
+pub const DEFAULT_PORT: u16 = 7442;
+/// Long enough for requests, short enough for a pod's usual 30 s of grace.
+pub const DEFAULT_DRAIN: Duration = Duration::from_secs(10);
+
+/// A service of the local application, on one port.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LocalPort {
+    pub name: String,
+    /// As callers name it.
+    pub port: u16,
+    /// Where the application listens.
+    pub target: SocketAddr,
+    pub app_protocol: String,
+}
+
+/// A service that the local application provides.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServiceConfig {
+    pub service: ServiceKey,
+    pub ports: Vec<LocalPort>,
+    /// How the application is checked; a TCP connect to its first port unless told otherwise.
+    pub health: HealthCheck,
+    /// Capacity relative to others; 100 is usual.
+    pub weight: u32,
+}
+
+/// A service that the local application calls, at a local address.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UpstreamConfig {
+    pub service: ServiceKey,
+    pub port: u16,
+    /// Where the application connects to.
+    pub listen: SocketAddr,
+    /// Connections kept open although nothing uses them.
+    pub warm: usize,
+}
+
+/// Everything that a sidecar is told.
+#[derive(Clone, Debug)]
+pub struct SidecarConfig {
+    /// Name and, with namespace, identity in the cluster; must be the token's.
+    pub name: String,
+    pub state_dir: PathBuf,
+    /// A join token's text; needed once, while the state directory is empty.
+    pub token: Option<String>,
+    pub bind: SocketAddr,
+    /// Where gateways and neighbours reach this sidecar: `None` with an unspecified bind address means that it has none
+    /// (a VM behind NAT) and REGISTERs.
+    pub announce: Option<SocketAddr>,
+    pub threads: NonZeroUsize,
+    pub services: Vec<ServiceConfig>,
+    pub upstreams: Vec<UpstreamConfig>,
+    pub admin: SocketAddr,
+    pub drain: Duration,
+    pub inbound: InboundLimits,
+    pub pool: PoolLimits,
+}
+
+/// What is wrong with a setting, and what would be right.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ConfigError {
+    #[error("{flag} {value:?}: {reason}: write NAMESPACE/NAME:PORT=ADDRESS:PORT, e.g. shop/web:80=127.0.0.1:8080")]
+    Mapping { flag: &'static str, value: String, reason: String },
+    #[error("service {service} names port {port} twice: each port has one target")]
+    PortTwice { service: ServiceKey, port: u16 },
+    #[error("service {service} is given twice: list its ports under one entry")]
+    ServiceTwice { service: ServiceKey },
+    #[error("service {service} has no port: give at least one")]
+    NoPort { service: ServiceKey },
+    #[error("upstreams {first} and {second} both listen on {listen}: choose another address for one")]
+    ListenTwice { first: ServiceKey, second: ServiceKey, listen: SocketAddr },
+    #[error("nothing to do: give at least one --service or --upstream, or a --workload file")]
+    Nothing,
+    #[error("announced address {address}: 0.0.0.0 and port 0 reach nobody: give the address that gateways can send to, or leave it out on a machine behind NAT")]
+    Announce { address: SocketAddr },
+    #[error("{threads} threads with --bind port {port}: sockets take ports {port} to {last}, beyond 65535: choose a lower port")]
+    Ports { threads: usize, port: u16, last: u32 },
+}
+
+impl SidecarConfig {
+    /// Checks what can be checked before anything is bound.
+    pub fn check(&self) -> Result<(), ConfigError> {
+        if self.services.is_empty() && self.upstreams.is_empty() {
+            return Err(ConfigError::Nothing);
+        }
+        if let Some(address) = self.announce
+            && (address.ip().is_unspecified() || address.port() == 0)
+        {
+            return Err(ConfigError::Announce { address });
+        }
+        let (threads, port) = (self.threads.get(), self.bind.port());
+        let last = u32::from(port) + u32::try_from(threads).unwrap_or(u32::MAX).saturating_sub(1);
+        if port != 0 && last > u32::from(u16::MAX) {
+            return Err(ConfigError::Ports { threads, port, last });
+        }
+        let mut seen = HashMap::new();
+        for service in &self.services {
+            if seen.insert(&service.service, ()).is_some() {
+                return Err(ConfigError::ServiceTwice { service: service.service.clone() });
+            }
+            if service.ports.is_empty() {
+                return Err(ConfigError::NoPort { service: service.service.clone() });
+            }
+            let mut ports = HashMap::new();
+            for port in &service.ports {
+                if ports.insert(port.port, ()).is_some() {
+                    let service = service.service.clone();
+                    return Err(ConfigError::PortTwice { service, port: port.port });
+                }
+            }
+        }
+        let mut listening: HashMap<SocketAddr, &ServiceKey> = HashMap::new();
+        for upstream in self.upstreams.iter().filter(|u| u.listen.port() != 0) {
+            if let Some(first) = listening.insert(upstream.listen, &upstream.service) {
+                return Err(ConfigError::ListenTwice {
+                    first: first.clone(),
+                    second: upstream.service.clone(),
+                    listen: upstream.listen,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether gateways have to be told by REGISTER where this sidecar is.
+    pub fn registers(&self) -> bool {
+        self.announce.is_none() && self.bind.ip().is_unspecified()
+    }
+}
+
+/// `NAMESPACE/NAME:PORT=ADDRESS:PORT`, as given by `--service` and `--upstream`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mapping {
+    pub service: ServiceKey,
+    pub port: u16,
+    pub address: SocketAddr,
+}
+
+impl Mapping {
+    /// `flag` is named in errors.
+    pub fn parse(flag: &'static str, text: &str) -> Result<Self, ConfigError> {
+        let failed = |reason: String| {
+            let value = text.chars().take(200).collect();
+            ConfigError::Mapping { flag, value, reason }
+        };
+        let (left, address) = text.split_once('=').ok_or_else(|| failed("there is no '='".into()))?;
+        let (service, port) = left.rsplit_once(':').ok_or_else(|| failed("the service has no port".into()))?;
+        let port = port.parse::<u16>().ok().filter(|p| *p != 0);
+        Ok(Self {
+            service: service.parse().map_err(|e: NameError| failed(e.to_string()))?,
+            port: port.ok_or_else(|| failed("the service's port is not in 1..=65535".into()))?,
+            address: address.parse().map_err(|_| failed(format!("{address:?} is not an IP address with a port")))?,
+        })
+    }
+}
+
+impl FromStr for Mapping {
+    type Err = ConfigError;
+    fn from_str(text: &str) -> Result<Self, ConfigError> {
+        Self::parse("mapping", text)
+    }
+}
+
+/// Services from `--service` flags: the ports of one service are gathered.
+pub fn services_from(mappings: impl IntoIterator<Item = Mapping>) -> Vec<ServiceConfig> {
+    let mut services: Vec<ServiceConfig> = Vec::new();
+    for Mapping { service, port, address } in mappings {
+        let local =
+            LocalPort { name: String::new(), port, target: address, app_protocol: String::new() };
+        match services.iter_mut().find(|s| s.service == service) {
+            Some(known) => known.ports.push(local),
+            None => services.push(ServiceConfig {
+                service,
+                ports: vec![local],
+                health: HealthCheck::default(),
+                weight: 100,
+            }),
+        }
+    }
+    services
+}
+
+/// Upstreams from `--upstream` flags.
+pub fn upstreams_from(mappings: impl IntoIterator<Item = Mapping>) -> Vec<UpstreamConfig> {
+    let upstream = |Mapping { service, port, address }| UpstreamConfig { service, port, listen: address, warm: 0 };
+    mappings.into_iter().map(upstream).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(services: &[&str], upstreams: &[&str]) -> SidecarConfig {
+        let parse = |flags: &[&str]| flags.iter().map(|f| f.parse().unwrap()).collect::<Vec<Mapping>>();
+        SidecarConfig {
+            name: "web".into(),
+            state_dir: "/var/lib/tombolo/web".into(),
+            token: None,
+            bind: SocketAddr::from(([0, 0, 0, 0], DEFAULT_PORT)),
+            announce: None,
+            threads: NonZeroUsize::MIN,
+            services: services_from(parse(services)),
+            upstreams: upstreams_from(parse(upstreams)),
+            admin: SocketAddr::from(([127, 0, 0, 1], 0)),
+            drain: DEFAULT_DRAIN,
+            inbound: InboundLimits::default(),
+            pool: PoolLimits::default(),
+        }
+    }
+
+    #[test]
+    fn a_mapping_names_service_port_and_address() {
+        let mapping: Mapping = "shop/web:80=127.0.0.1:8080".parse().unwrap();
+        assert_eq!((mapping.service.to_string().as_str(), mapping.port), ("shop/web", 80));
+        assert_eq!(mapping.address, "127.0.0.1:8080".parse().unwrap());
+        assert_eq!("shop/web:80=[::1]:8080".parse::<Mapping>().unwrap().address, "[::1]:8080".parse().unwrap());
+    }
+
+    #[test]
+    fn a_wrong_mapping_names_the_flag_the_value_and_what_would_be_right() {
+        let wrong = ["shop/web:80", "shop/web=127.0.0.1:1", "web:80=127.0.0.1:1", "shop/web:0=127.0.0.1:1", "shop/web:80=local:1"];
+        for text in wrong {
+            let error = Mapping::parse("--service", text).unwrap_err().to_string();
+            assert!(error.contains("--service") && error.contains(text) && error.contains("shop/web:80="), "{error}");
+        }
+    }
+
+    #[test]
+    fn contradictions_are_found_before_anything_is_bound() {
+        let web = "shop/web:80=127.0.0.1:8080";
+        assert_eq!(config(&[web], &[]).check(), Ok(()));
+        assert_eq!(config(&[], &[]).check(), Err(ConfigError::Nothing));
+        assert!(matches!(config(&[web, web], &[]).check(), Err(ConfigError::PortTwice { port: 80, .. })));
+        let two = ["shop/a:80=127.0.0.1:9000", "shop/b:80=127.0.0.1:9000"];
+        assert!(matches!(config(&[], &two).check(), Err(ConfigError::ListenTwice { .. })));
+        let mut twice = config(&[web], &[]);
+        twice.services.push(twice.services[0].clone());
+        assert!(matches!(twice.check(), Err(ConfigError::ServiceTwice { .. })));
+        let mut nowhere = config(&[web], &[]);
+        nowhere.announce = Some("0.0.0.0:7442".parse().unwrap());
+        assert!(matches!(nowhere.check(), Err(ConfigError::Announce { .. })));
+        let mut high = config(&[web], &[]);
+        high.bind.set_port(65535);
+        high.threads = NonZeroUsize::new(2).unwrap();
+        assert!(matches!(high.check(), Err(ConfigError::Ports { last: 65536, .. })));
+    }
+
+    #[test]
+    fn a_sidecar_without_an_address_registers() {
+        let mut config = config(&["shop/web:80=127.0.0.1:8080"], &[]);
+        assert!(config.registers());
+        config.announce = Some("10.0.0.7:7442".parse().unwrap());
+        assert!(!config.registers());
+    }
+}

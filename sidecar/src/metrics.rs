@@ -1,0 +1,160 @@
+//! What `/metrics` shows of a sidecar. Labels are bounded sets: services of the configuration, clusters, closed reasons.
+
+use std::sync::atomic::AtomicU64;
+
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
+use prometheus_client::registry::{Registry, Unit};
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct ServiceLabels {
+    pub direction: &'static str,
+    pub service: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct EndLabels {
+    pub direction: &'static str,
+    pub service: String,
+    pub reason: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct BackendLabels {
+    pub service: String,
+    pub cluster: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct DialLabels {
+    pub service: String,
+    pub cluster: String,
+    pub result: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct UpstreamLabels {
+    pub service: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct RejectLabels {
+    pub record: &'static str,
+}
+
+/// Handles of every metric; clones share them.
+#[derive(Clone, Debug)]
+pub struct Metrics {
+    pub sent: Family<ServiceLabels, Counter>,
+    pub received: Family<ServiceLabels, Counter>,
+    pub open_streams: Family<ServiceLabels, Gauge>,
+    pub ended: Family<EndLabels, Counter>,
+    pub connections: Family<BackendLabels, Gauge>,
+    pub inbound_connections: Gauge,
+    pub dials: Family<DialLabels, Counter>,
+    pub handshake: Histogram,
+    pub retries: Family<UpstreamLabels, Counter>,
+    pub tier: Family<UpstreamLabels, Gauge>,
+    pub shifts: Family<UpstreamLabels, Counter>,
+    pub healthy: Family<UpstreamLabels, Gauge>,
+    pub config_revision: Gauge<u64, AtomicU64>,
+    pub rejected_records: Family<RejectLabels, Counter>,
+    pub control_connected: Gauge,
+}
+
+impl Metrics {
+    /// Registers everything under `tombolo_sidecar_`.
+    pub fn register(registry: &mut Registry) -> Self {
+        let registry = registry.sub_registry_with_prefix("tombolo_sidecar");
+        let metrics = Self {
+            sent: Family::default(),
+            received: Family::default(),
+            open_streams: Family::default(),
+            ended: Family::default(),
+            connections: Family::default(),
+            inbound_connections: Gauge::default(),
+            dials: Family::default(),
+            // 1 ms to 8 s: a handshake takes two round trips.
+            handshake: Histogram::new(exponential_buckets(0.001, 2.0, 14)),
+            retries: Family::default(),
+            tier: Family::default(),
+            shifts: Family::default(),
+            healthy: Family::default(),
+            config_revision: Gauge::default(),
+            rejected_records: Family::default(),
+            control_connected: Gauge::default(),
+        };
+        let m = &metrics;
+        registry.register_with_unit("sent", "Application bytes sent to the peer", Unit::Bytes, m.sent.clone());
+        registry.register_with_unit(
+            "received",
+            "Application bytes received from the peer",
+            Unit::Bytes,
+            m.received.clone(),
+        );
+        registry.register("open_streams", "Application streams open now", m.open_streams.clone());
+        registry.register("streams_ended", "Application streams by how they ended", m.ended.clone());
+        registry.register("connections", "Overlay connections open to a cluster's service", m.connections.clone());
+        registry.register("inbound_connections", "Overlay connections of callers", m.inbound_connections.clone());
+        registry.register("dials", "Dials by result", m.dials.clone());
+        registry.register_with_unit("handshake", "Duration of dials that worked", Unit::Seconds, m.handshake.clone());
+        registry.register("retries", "Streams given to another endpoint", m.retries.clone());
+        registry.register("tier", "Failover tier that serves now, 0 the first", m.tier.clone());
+        registry.register("shifts", "Failover decisions", m.shifts.clone());
+        registry.register("local_healthy", "Whether the local application is healthy", m.healthy.clone());
+        registry.register("config_revision", "Revision of the configuration in use", m.config_revision.clone());
+        registry.register("rejected_records", "Records of the configuration that were refused", m.rejected_records.clone());
+        registry.register("control_connected", "Whether a federator is connected", m.control_connected.clone());
+        metrics
+    }
+
+    /// Cached handles of one service and direction.
+    pub fn service(&self, direction: &'static str, service: &str) -> ServiceMetrics {
+        let labels = ServiceLabels { direction, service: service.to_owned() };
+        ServiceMetrics {
+            sent: self.sent.get_or_create_owned(&labels),
+            received: self.received.get_or_create_owned(&labels),
+            open: self.open_streams.get_or_create_owned(&labels),
+            ended: self.ended.clone(),
+            labels,
+        }
+    }
+}
+
+/// Handles of one service and direction.
+#[derive(Clone, Debug)]
+pub struct ServiceMetrics {
+    pub sent: Counter,
+    pub received: Counter,
+    pub open: Gauge,
+    ended: Family<EndLabels, Counter>,
+    labels: ServiceLabels,
+}
+
+impl ServiceMetrics {
+    pub fn ended(&self, reason: &'static str) {
+        let labels =
+            EndLabels { direction: self.labels.direction, service: self.labels.service.clone(), reason };
+        self.ended.get_or_create(&labels).inc();
+    }
+}
+
+/// Counts something open for as long as it is held.
+#[derive(Debug)]
+pub struct Held(Gauge);
+
+impl Held {
+    pub fn new(gauge: &Gauge) -> Self {
+        gauge.inc();
+        Self(gauge.clone())
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
+}

@@ -1,0 +1,219 @@
+//! A snapshot of the federator, parsed once into what the byte path looks up. Pure.
+//!
+//! Records are refused one by one, with the field and the value; the rest of the snapshot counts. A snapshot of another
+//! cluster is refused whole.
+
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, HashMap};
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use tombolo_identity::SpiffeId;
+use tombolo_model::ids::{ClusterTag, EndpointId, Handle};
+use tombolo_model::names::{ClusterName, ServiceKey};
+use tombolo_overlay::keys::KeyRing;
+use tombolo_overlay::lease::EndpointLease;
+use tombolo_overlay::member::{control_targets, gateway_hops};
+use tombolo_overlay::{GatewayHop, HandleClass, Inbound, InboundHandle, Routes};
+use tombolo_proto::convert::{self, FieldError};
+use tombolo_proto::v1;
+
+/// Identities that may serve one backend: a service runs under a handful; more is a mistake or an attack.
+const MAX_IDENTITIES: usize = 64;
+
+/// One cluster's share of a service.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Backend {
+    pub cluster: ClusterName,
+    pub tag: ClusterTag,
+    pub handle: Handle,
+    pub keys: Arc<KeyRing>,
+    /// One of which a peer must prove.
+    pub identities: Arc<[SpiffeId]>,
+    pub healthy: u32,
+    pub total: u32,
+    pub properties: BTreeMap<String, String>,
+    pub stale: bool,
+}
+
+/// A service that local applications call.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Upstream {
+    pub service: ServiceKey,
+    pub ports: Vec<u16>,
+    pub backends: Vec<Arc<Backend>>,
+    /// Spec of the policy; empty for the default.
+    pub policy_json: String,
+    pub policy_name: String,
+}
+
+/// A record that was left out.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rejected {
+    /// A metric label.
+    pub record: &'static str,
+    pub error: FieldError,
+}
+
+/// The parsed snapshot.
+#[derive(Clone, Debug)]
+pub struct Tables {
+    pub revision: u64,
+    pub cluster: ClusterName,
+    pub routes: Routes,
+    pub inbound: Arc<Inbound>,
+    pub upstreams: HashMap<ServiceKey, Arc<Upstream>>,
+    pub lease: Option<EndpointLease>,
+    pub federators: Vec<(EndpointId, Option<SocketAddr>)>,
+    pub gateways: Vec<GatewayHop>,
+    pub trust_bundle: String,
+    pub rejected: Vec<Rejected>,
+}
+
+/// Collects what parsed and why the rest did not.
+struct Sieve(Vec<Rejected>);
+
+impl Sieve {
+    fn take<T>(&mut self, record: &'static str, parsed: Result<T, FieldError>) -> Option<T> {
+        parsed.map_err(|error| self.0.push(Rejected { record, error })).ok()
+    }
+}
+
+impl Tables {
+    /// Parses a snapshot that is for a member of `own`.
+    pub fn parse(wire: &v1::SidecarSnapshot, own: &ClusterName, tag: ClusterTag) -> Result<Self, FieldError> {
+        if wire.cluster != own.as_str() || wire.tag != tag.value() {
+            let found = format!("{} (tag {:06x})", wire.cluster, wire.tag);
+            return Err(FieldError::new("cluster", found, format!("{own} (tag {tag})")));
+        }
+        let mut sieve = Sieve(Vec::new());
+        let (gateways, rejected) = gateway_hops(&wire.gateways);
+        sieve.0.extend(rejected.into_iter().map(|error| Rejected { record: "gateway", error }));
+        let (federators, rejected) = control_targets(&wire.federators);
+        sieve.0.extend(rejected.into_iter().map(|error| Rejected { record: "federator", error }));
+
+        let mut routes = Routes::empty(tag);
+        routes.gateways.clone_from(&gateways);
+        routes.control = federators.iter().filter_map(|(id, address)| Some((*id, (*address)?))).collect();
+        if wire.direct {
+            for endpoint in &wire.endpoints {
+                if let Some((block, Some(address))) = sieve.take("endpoint", local_endpoint(endpoint)) {
+                    routes.endpoints.insert(block, address);
+                }
+            }
+        }
+        let mut handles = HashMap::new();
+        for handle in &wire.inbound {
+            if let Some((id, handle)) = sieve.take("inbound", inbound(handle)) {
+                handles.insert(id, handle);
+            }
+        }
+        let mut upstreams = HashMap::new();
+        for wire in &wire.upstreams {
+            if let Some(upstream) = sieve.take("upstream", upstream(wire, own, &mut routes)) {
+                let (backends, rejected) = upstream;
+                sieve.0.extend(rejected);
+                upstreams.insert(backends.service.clone(), Arc::new(backends));
+            }
+        }
+        let lease = wire.lease.as_ref().and_then(|l| sieve.take("lease", EndpointLease::from_wire(l)));
+        Ok(Self {
+            revision: wire.revision,
+            cluster: own.clone(),
+            routes,
+            inbound: Arc::new(Inbound { handles }),
+            upstreams,
+            lease,
+            federators,
+            gateways,
+            trust_bundle: wire.trust_bundle_json.clone(),
+            rejected: sieve.0,
+        })
+    }
+}
+
+fn local_endpoint(
+    wire: &v1::LocalEndpoint,
+) -> Result<(tombolo_model::ids::Block, Option<SocketAddr>), FieldError> {
+    let block = convert::block("endpoints.block", wire.block)?;
+    Ok((block, convert::address("endpoints.address", &wire.address)?))
+}
+
+fn inbound(wire: &v1::InboundHandle) -> Result<(Handle, InboundHandle), FieldError> {
+    let class = wire.class();
+    if class != v1::HandleClass::Service {
+        return Err(FieldError::new("inbound.class", class.as_str_name(), "HANDLE_CLASS_SERVICE"));
+    }
+    let binding = wire.binding.as_ref().ok_or_else(|| FieldError::new("inbound.binding", "nothing", "present"))?;
+    let service: ServiceKey = convert::parse("inbound.binding.service", &binding.service)?;
+    let handle = Handle::from_u32(binding.handle);
+    if handle.is_reserved() {
+        return Err(FieldError::new("inbound.binding.handle", handle, "an allotted handle (256 or more)"));
+    }
+    let importer = convert::parse("inbound.binding.importer", &binding.importer)?;
+    let service: Arc<str> = service.to_string().into();
+    Ok((handle, InboundHandle { class: HandleClass::Mesh, importer: Some(importer), service }))
+}
+
+fn upstream(
+    wire: &v1::Upstream,
+    own: &ClusterName,
+    routes: &mut Routes,
+) -> Result<(Upstream, Vec<Rejected>), FieldError> {
+    let service: ServiceKey = convert::parse("upstreams.service", &wire.service)?;
+    let mut sieve = Sieve(Vec::new());
+    let port = |port: &v1::ServicePort| {
+        let number = u16::try_from(port.port).ok().filter(|p| *p != 0);
+        number.ok_or_else(|| FieldError::new("upstreams.ports.port", port.port, "1..=65535"))
+    };
+    let ports = wire.ports.iter().filter_map(|p| sieve.take("port", port(p))).collect();
+    let mut backends: Vec<Arc<Backend>> = Vec::new();
+    for wire in &wire.backends {
+        let Some(backend) = sieve.take("backend", backend(wire)) else { continue };
+        if backends.iter().any(|b| b.cluster == backend.cluster) {
+            let error = FieldError::new("backends.cluster", &backend.cluster, "named once");
+            sieve.0.push(Rejected { record: "backend", error });
+            continue;
+        }
+        if backend.cluster == *own {
+            // Only endpoints whose address is known are dialled directly; with none, the gateway chooses.
+            let direct: Vec<_> = wire.endpoints.iter().copied().map(EndpointId::from_u32).collect();
+            let known = direct.into_iter().filter(|e| routes.endpoints.contains_key(&e.block()));
+            let known: Vec<_> = known.collect();
+            if !known.is_empty() {
+                routes.services.insert(backend.handle, known);
+            }
+        }
+        backends.push(Arc::new(backend));
+    }
+    let upstream = Upstream {
+        service,
+        ports,
+        backends,
+        policy_json: wire.failover_policy_json.clone(),
+        policy_name: wire.policy_name.clone(),
+    };
+    Ok((upstream, sieve.0))
+}
+
+fn backend(wire: &v1::Backend) -> Result<Backend, FieldError> {
+    if wire.spiffe_ids.is_empty() || wire.spiffe_ids.len() > MAX_IDENTITIES {
+        let expected = format!("1 to {MAX_IDENTITIES} identities");
+        return Err(FieldError::new("backends.spiffe_ids", wire.spiffe_ids.len(), expected));
+    }
+    let identities = wire.spiffe_ids.iter().map(|id| convert::parse("backends.spiffe_ids", id));
+    let keys = wire.keys.as_ref().ok_or_else(|| FieldError::new("backends.keys", "nothing", "present"))?;
+    Ok(Backend {
+        cluster: convert::parse("backends.cluster", &wire.cluster)?,
+        tag: convert::tag("backends.tag", wire.tag)?,
+        handle: Handle::from_u32(wire.handle),
+        keys: Arc::new(KeyRing::from_wire(keys)?),
+        identities: identities.collect::<Result<Vec<SpiffeId>, _>>()?.into(),
+        healthy: wire.healthy,
+        total: wire.total,
+        properties: wire.properties.clone().into_iter().collect(),
+        stale: wire.stale,
+    })
+}
