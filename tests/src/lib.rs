@@ -11,7 +11,9 @@
 pub mod balancer;
 pub mod capability;
 pub mod link;
+pub mod mesh;
 pub mod nat;
 pub mod netns;
 pub mod process;
+pub mod traffic;
 pub mod usage;

@@ -1,13 +1,13 @@
 //! The ways from a client to the origin that are compared. Each starts its processes on a [`Site`] and says where
 //! clients enter; everything it started ends with the [`Running`] value.
 //!
-//! The mesh's own path is one more file here: start federators, gateways and sidecars from the `tombolo` binary,
-//! export the two origins, and return the sidecar's two upstream listeners as the entries.
+//! `tombolo` is the mesh's own path; the others are what it is compared with.
 
 mod direct;
 mod haproxy;
 mod nginx;
 mod quic;
+mod tombolo;
 
 use std::net::SocketAddr;
 
@@ -46,6 +46,8 @@ pub struct Running {
     pub bulk: SocketAddr,
     /// Everything between client and origin, first hop first. The name is the role; same roles are reported apart.
     pub hops: Vec<Process>,
+    /// What runs beside the path, such as control planes; not measured, ended with the rest.
+    pub support: Vec<Process>,
 }
 
 /// Compared over loopback.
@@ -56,6 +58,7 @@ pub fn local() -> Vec<Box<dyn Topology>> {
         Box::new(haproxy::HaproxyChain { resumption: true, kernel_congestion: "cubic" }),
         Box::new(nginx::NginxStream),
         Box::new(quic::TerminatingQuic { congestion: QuicCongestion::Cubic }),
+        Box::new(tombolo::Tombolo),
     ]
 }
 
@@ -66,6 +69,7 @@ pub fn wide_area() -> Vec<Box<dyn Topology>> {
         Box::new(haproxy::HaproxyChain { resumption: false, kernel_congestion: "cubic" }),
         Box::new(haproxy::HaproxyChain { resumption: false, kernel_congestion: "bbr" }),
         Box::new(quic::TerminatingQuic { congestion: QuicCongestion::Bbr }),
+        Box::new(tombolo::Tombolo),
     ]
 }
 

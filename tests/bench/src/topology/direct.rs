@@ -27,6 +27,6 @@ impl Topology for Direct {
     }
 
     fn start(&self, site: &Site) -> Result<Running> {
-        Ok(Running { http: site.origin_http(), bulk: site.origin_bulk(), hops: Vec::new() })
+        Ok(Running { http: site.origin_http(), bulk: site.origin_bulk(), hops: Vec::new(), support: Vec::new() })
     }
 }

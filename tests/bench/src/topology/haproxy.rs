@@ -82,6 +82,7 @@ impl Topology for HaproxyChain {
             http: site.socket(Side::Near, ENTRY_HTTP_PORT),
             bulk: site.socket(Side::Near, ENTRY_BULK_PORT),
             hops: processes,
+            support: Vec::new(),
         })
     }
 }

@@ -79,6 +79,7 @@ stream {{ proxy_buffer_size 64k; tcp_nodelay on; {servers} }}
             http: site.socket(Side::Near, ENTRY_HTTP_PORT),
             bulk: site.socket(Side::Near, ENTRY_BULK_PORT),
             hops: vec![first, last],
+            support: Vec::new(),
         })
     }
 }

@@ -86,6 +86,7 @@ impl Topology for TerminatingQuic {
             http: entry.0,
             bulk: entry.1,
             hops: vec![sidecar_out, gateway_near, gateway_far, sidecar_in],
+            support: Vec::new(),
         })
     }
 }

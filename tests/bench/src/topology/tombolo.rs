@@ -1,0 +1,176 @@
+//! The mesh's own path: app -> sidecar -> gateway -> gateway -> sidecar -> app, two linked clusters of the real
+//! `tombolo` binary, set up through its command line as an operator would.
+
+use std::io::{Read as _, Write as _};
+use std::net::{SocketAddr, TcpStream};
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use tombolo_tests::process::{Process, ProcessSpec};
+
+use super::{Running, Topology};
+use crate::site::{ENTRY_BULK_PORT, ENTRY_HTTP_PORT, Port, Side, Site, own_program};
+
+const READY: Duration = Duration::from_secs(20);
+const EXPORTS: &str = "apiVersion: multicluster.x-k8s.io/v1beta1
+kind: ServiceExport
+metadata: { name: http, namespace: bench }
+---
+apiVersion: multicluster.x-k8s.io/v1beta1
+kind: ServiceExport
+metadata: { name: bulk, namespace: bench }
+";
+
+pub(super) struct Tombolo;
+
+/// One cluster's place: ports differ because both may share an address.
+struct Place<'a> {
+    site: &'a Site,
+    cluster: &'static str,
+    side: Side,
+    base: u16,
+    dir: PathBuf,
+}
+
+impl Place<'_> {
+    fn at(&self, port: u16) -> String {
+        self.site.socket(self.side, self.base + port).to_string()
+    }
+    fn path(&self, name: &str) -> String {
+        self.dir.join(self.cluster).join(name).display().to_string()
+    }
+    fn socket(&self) -> String {
+        self.path("admin.sock")
+    }
+    fn start(&self, role: &str, args: &[&str], port: Port) -> Result<Process> {
+        let spec = ProcessSpec::new(role, binary()?).args(args).args(["--log-level", "warn"]);
+        self.site.start(self.side, spec, &[port])
+    }
+    fn token(&self, role: &str, name: &str) -> Result<String> {
+        let args = ["--socket", &self.socket(), "token", "create", "--role", role, "--name", name, "-n", "bench"];
+        let path = self.path(&format!("{name}.token"));
+        std::fs::write(&path, tombolo(&args, "")?)?;
+        Ok(path)
+    }
+
+    fn federator(&self, trust: &str) -> Result<Process> {
+        tombolo(&["trust", "cluster", self.cluster, "--dir", trust, "--out", &self.path("trust")], "")?;
+        let (trust, state, socket) = (self.path("trust"), self.path("federator"), self.socket());
+        let (listen, admin) = (self.at(1), self.at(2));
+        let args = ["federator", "--cluster", self.cluster, "--trust-dir", &trust, "--state-dir", &state];
+        let args = [&args[..], &["--listen", &listen, "--admin", &admin, "--socket", &socket]].concat();
+        let process = self.start(&format!("federator-{}", self.cluster), &args, Port::Udp(self.base + 1))?;
+        wait("the federator's socket", || std::fs::exists(&socket).unwrap_or(false).then_some(()))?;
+        Ok(process)
+    }
+
+    fn gateway(&self, role: &str) -> Result<Process> {
+        let (token, state) = (self.token("gateway", "gw-1")?, self.path("gw-1"));
+        let (border, inner, admin) = (self.at(3), self.at(4), self.at(5));
+        let args = ["gateway", "--name", "gw-1", "--join-token-file", &token, "--state-dir", &state];
+        // One worker: what one core forwards. The path's other three processes have one thread each as well.
+        let args = [&args[..], &["--border", &border, "--inner", &inner, "--admin", &admin, "--workers", "1"]].concat();
+        self.start(role, &args, Port::Udp(self.base + 3))
+    }
+
+    fn sidecar(&self, role: &str, name: &str, at: u16, extra: &[&str], port: Port) -> Result<Process> {
+        let (token, state) = (self.token("sidecar", name)?, self.path(name));
+        let (listen, admin) = (self.at(at), self.at(at + 1));
+        let args = ["sidecar", "--join-token-file", &token, "--state-dir", &state, "--listen", &listen, "--admin", &admin];
+        self.start(role, &[&args[..], extra].concat(), port)
+    }
+}
+
+impl Topology for Tombolo {
+    fn name(&self) -> String {
+        "tombolo".to_owned()
+    }
+
+    fn description(&self) -> String {
+        "tombolo x4: sidecar -> gateway -> gateway -> sidecar, two linked clusters, end-to-end mTLS QUIC".to_owned()
+    }
+
+    fn start(&self, site: &Site) -> Result<Running> {
+        let dir = site.dir().join("tombolo");
+        // Each start is a new federation: state of an earlier one has other keys.
+        let _ = std::fs::remove_dir_all(&dir);
+        std::fs::create_dir_all(dir.join("east"))?;
+        std::fs::create_dir_all(dir.join("west"))?;
+        let trust = dir.join("root").display().to_string();
+        tombolo(&["trust", "init", "--trust-domain", "bench.example", "--dir", &trust], "")?;
+        let east = Place { site, cluster: "east", side: Side::Near, base: 22300, dir: dir.clone() };
+        let west = Place { site, cluster: "west", side: Side::Far, base: 22400, dir };
+
+        let mut support = vec![east.federator(&trust)?, west.federator(&trust)?];
+        let gateway_near = east.gateway("gateway-near")?;
+        let gateway_far = west.gateway("gateway-far")?;
+        std::thread::sleep(Duration::from_secs(1));
+        let token = tombolo(&["--socket", &east.socket(), "link", "token", "west"], "")?;
+        tombolo(&["--socket", &west.socket(), "link", "join", "-"], &token)?;
+
+        let serves = [format!("bench/http:80={},tcp", site.origin_http()), format!("bench/bulk:81={},tcp", site.origin_bulk())];
+        let [http, bulk] = &serves;
+        let sidecar_in =
+            west.sidecar("sidecar-in", "origin", 10, &["--service", http, "--service", bulk], Port::Udp(west.base + 10))?;
+        tombolo(&["--socket", &west.socket(), "apply", "-f", "-"], EXPORTS)?;
+        let entry = (site.socket(Side::Near, ENTRY_HTTP_PORT), site.socket(Side::Near, ENTRY_BULK_PORT));
+        let calls = [format!("bench/http:80={}", entry.0), format!("bench/bulk:81={}", entry.1)];
+        let [http, bulk] = &calls;
+        let sidecar_out =
+            east.sidecar("sidecar-out", "client", 10, &["--upstream", http, "--upstream", bulk], Port::Tcp(entry.0.port()))?;
+        wait("the first answer through the mesh", || answers(site, entry.0).ok())?;
+        support.shrink_to_fit();
+        Ok(Running {
+            http: entry.0,
+            bulk: entry.1,
+            hops: vec![sidecar_out, gateway_near, gateway_far, sidecar_in],
+            support,
+        })
+    }
+}
+
+fn wait(what: &str, check: impl Fn() -> Option<()>) -> Result<()> {
+    let deadline = Instant::now() + READY;
+    while Instant::now() < deadline {
+        if check().is_some() {
+            return Ok(());
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    bail!("not within {READY:?}: {what}")
+}
+
+/// Whether a request gets through.
+fn answers(site: &Site, entry: SocketAddr) -> Result<()> {
+    let ask = || -> Result<()> {
+        let mut stream = TcpStream::connect_timeout(&entry, Duration::from_secs(1))?;
+        stream.set_read_timeout(Some(Duration::from_secs(3)))?;
+        stream.write_all(b"GET /1k HTTP/1.1\r\nHost: bench\r\nConnection: close\r\n\r\n")?;
+        let mut answer = Vec::new();
+        stream.read_to_end(&mut answer)?;
+        ensure!(answer.starts_with(b"HTTP/1.1 200"), "another answer");
+        Ok(())
+    };
+    match site.namespace(Side::Near) {
+        Some(namespace) => namespace.run(ask)?,
+        None => ask(),
+    }
+}
+
+/// The release binary beside this program.
+fn binary() -> Result<PathBuf> {
+    let path = own_program()?.with_file_name("tombolo");
+    ensure!(path.exists(), "{} is missing: run `cargo build --release --bins`", path.display());
+    Ok(path)
+}
+
+fn tombolo(args: &[&str], stdin: &str) -> Result<String> {
+    let mut child =
+        Command::new(binary()?).args(args).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    child.stdin.take().context("no standard input")?.write_all(stdin.as_bytes())?;
+    let output = child.wait_with_output()?;
+    ensure!(output.status.success(), "tombolo {}: {}", args.join(" "), String::from_utf8_lossy(&output.stderr));
+    Ok(String::from_utf8(output.stdout)?)
+}
