@@ -9,13 +9,13 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 use serde_saphyr::Spanned;
 
+use tombolo_model::resource::{KindInfo, MAX_OBJECT_BYTES, Object};
+
 use crate::failure::Failure;
-use crate::kinds;
+use crate::output::objects::text;
 
 /// A manifest is text by people or a generator; 1,024 objects of a usual size are near 2 MB.
 pub const MAX_FILE_BYTES: u64 = 16 * 1024 * 1024;
-/// What the federator's store accepts for one object, in JSON.
-pub const MAX_OBJECT_BYTES: usize = 1024 * 1024;
 /// Documents in one file.
 const MAX_OBJECTS: usize = 1024;
 
@@ -29,13 +29,13 @@ pub struct Manifest {
 
 impl Manifest {
     pub fn kind(&self) -> &str {
-        crate::output::objects::text(&self.object, "/kind")
+        text(&self.object, "/kind")
     }
     pub fn namespace(&self) -> &str {
-        crate::output::objects::text(&self.object, "/metadata/namespace")
+        text(&self.object, "/metadata/namespace")
     }
     pub fn name(&self) -> &str {
-        crate::output::objects::text(&self.object, "/metadata/name")
+        text(&self.object, "/metadata/name")
     }
     /// The object as the admin API takes it.
     pub fn json(&self) -> String {
@@ -110,8 +110,8 @@ fn too_large(place: &str, bytes: u64) -> Failure {
 }
 
 /// Parses one text of YAML documents (JSON is YAML).
-pub fn parse(place: &str, text: &str) -> Result<Vec<Manifest>, Failure> {
-    let documents: Vec<Spanned<Value>> = serde_saphyr::from_multiple(text).map_err(|error| {
+pub fn parse(place: &str, yaml: &str) -> Result<Vec<Manifest>, Failure> {
+    let documents: Vec<Spanned<Value>> = serde_saphyr::from_multiple(yaml).map_err(|error| {
         let at = error
             .location()
             .map_or_else(|| place.to_owned(), |l| format!("{place}:{}:{}", l.line(), l.column()));
@@ -148,51 +148,39 @@ fn complaint(said: &str) -> &str {
     line.split(", set DuplicateKeyPolicy").next().unwrap_or(line)
 }
 
-/// The head every object must have. Field-by-field checks are the model's, in the federator.
-fn check(object: Value, place: &str) -> Result<Manifest, Failure> {
-    let wrong = |what: String| Err(Failure::new(what).at(place).remedy("correct it; nothing was sent"));
-    let Some(map) = object.as_object() else {
-        return wrong(format!(
-            "an object (apiVersion, kind, metadata, spec) is expected, not {}",
-            type_name(&object)
-        ));
-    };
-    for field in ["apiVersion", "kind"] {
-        match map.get(field) {
-            Some(Value::String(_)) => {}
-            Some(other) => {
-                return wrong(format!("field {field}: a string is expected, not {}", type_name(other)));
-            }
-            None => return wrong(format!("field {field} is missing")),
-        }
+/// Checks everything that can be checked here, so that a wrong file is refused before anything is sent.
+fn check(mut object: Value, place: &str) -> Result<Manifest, Failure> {
+    let wrong =
+        |what: &dyn std::fmt::Display| Failure::new(what).at(place).remedy("correct it; nothing was sent");
+    if !object.is_object() {
+        let found = type_name(&object);
+        return Err(wrong(&format_args!(
+            "an object (apiVersion, kind, metadata, spec) is expected, not {found}"
+        )));
     }
-    let kind = match kinds::exact(crate::output::objects::text(&object, "/kind")) {
-        Ok(kind) => kind,
-        Err(reason) => return wrong(format!("field kind: {reason}")),
-    };
-    let mut object = object;
-    match object.pointer("/metadata/name") {
-        Some(Value::String(name)) if !name.is_empty() => {}
-        Some(other) if !other.is_null() => {
-            return wrong(format!("{}: field metadata.name: a name is expected, not {other}", kind.name));
-        }
-        _ => return wrong(format!("{}: field metadata.name is missing", kind.name)),
-    }
-    if kind.namespaced && object.pointer("/metadata/namespace").is_none() {
-        if let Some(Value::Object(metadata)) = object.get_mut("metadata") {
-            metadata.insert("namespace".to_owned(), Value::String("default".to_owned()));
-        }
-    }
-    let manifest = Manifest { object, place: place.to_owned() };
-    let size = manifest.json().len();
+    let size = object.to_string().len();
     if size > MAX_OBJECT_BYTES {
-        return wrong(format!(
-            "{} {}: {size} bytes is more than one object may have ({MAX_OBJECT_BYTES})",
-            kind.name,
-            manifest.name()
-        ));
+        let (kind, name) = (text(&object, "/kind"), text(&object, "/metadata/name"));
+        let limit = format_args!("{size} bytes is more than one object may have ({MAX_OBJECT_BYTES})");
+        return Err(wrong(&format_args!("{kind} {name}: {limit}")));
     }
-    Ok(manifest)
+    for field in ["apiVersion", "kind"] {
+        if let Some(other) = object.get(field).filter(|value| !value.is_string()) {
+            return Err(wrong(&format_args!(
+                "field {field}: a string is expected, not {}",
+                type_name(other)
+            )));
+        }
+    }
+    let namespaced = KindInfo::find(text(&object, "/kind")).is_some_and(|kind| kind.namespaced);
+    if namespaced
+        && object.pointer("/metadata/namespace").is_none()
+        && let Some(Value::Object(metadata)) = object.get_mut("metadata")
+    {
+        metadata.insert("namespace".to_owned(), Value::String("default".to_owned()));
+    }
+    Object::from_json(object.clone()).map_err(|error| wrong(&error))?;
+    Ok(Manifest { object, place: place.to_owned() })
 }
 
 fn type_name(value: &Value) -> &'static str {

@@ -8,6 +8,7 @@ use serde_json::Value;
 use crate::failure::Failure;
 
 pub mod objects;
+pub mod status;
 
 /// Writes text and a newline to standard output.
 pub fn line(text: impl std::fmt::Display) -> Result<(), Failure> {

@@ -75,7 +75,9 @@ pub struct SidecarConfig {
 /// What is wrong with a setting, and what would be right.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ConfigError {
-    #[error("{flag} {value:?}: {reason}: write NAMESPACE/NAME:PORT=ADDRESS:PORT, e.g. shop/web:80=127.0.0.1:8080")]
+    #[error(
+        "{flag} {value:?}: {reason}: write NAMESPACE/NAME:PORT=ADDRESS:PORT, e.g. shop/web:80=127.0.0.1:8080"
+    )]
     Mapping { flag: &'static str, value: String, reason: String },
     #[error("service {service} names port {port} twice: each port has one target")]
     PortTwice { service: ServiceKey, port: u16 },
@@ -87,9 +89,13 @@ pub enum ConfigError {
     ListenTwice { first: ServiceKey, second: ServiceKey, listen: SocketAddr },
     #[error("nothing to do: give at least one --service or --upstream, or a --workload file")]
     Nothing,
-    #[error("announced address {address}: 0.0.0.0 and port 0 reach nobody: give the address that gateways can send to, or leave it out on a machine behind NAT")]
+    #[error(
+        "announced address {address}: 0.0.0.0 and port 0 reach nobody: give the address that gateways can send to, or leave it out on a machine behind NAT"
+    )]
     Announce { address: SocketAddr },
-    #[error("{threads} threads with --bind port {port}: sockets take ports {port} to {last}, beyond 65535: choose a lower port")]
+    #[error(
+        "{threads} threads with --bind port {port}: sockets take ports {port} to {last}, beyond 65535: choose a lower port"
+    )]
     Ports { threads: usize, port: u16, last: u32 },
 }
 
@@ -160,12 +166,15 @@ impl Mapping {
             ConfigError::Mapping { flag, value, reason }
         };
         let (left, address) = text.split_once('=').ok_or_else(|| failed("there is no '='".into()))?;
-        let (service, port) = left.rsplit_once(':').ok_or_else(|| failed("the service has no port".into()))?;
+        let (service, port) =
+            left.rsplit_once(':').ok_or_else(|| failed("the service has no port".into()))?;
         let port = port.parse::<u16>().ok().filter(|p| *p != 0);
         Ok(Self {
             service: service.parse().map_err(|e: NameError| failed(e.to_string()))?,
             port: port.ok_or_else(|| failed("the service's port is not in 1..=65535".into()))?,
-            address: address.parse().map_err(|_| failed(format!("{address:?} is not an IP address with a port")))?,
+            address: address
+                .parse()
+                .map_err(|_| failed(format!("{address:?} is not an IP address with a port")))?,
         })
     }
 }
@@ -181,8 +190,7 @@ impl FromStr for Mapping {
 pub fn services_from(mappings: impl IntoIterator<Item = Mapping>) -> Vec<ServiceConfig> {
     let mut services: Vec<ServiceConfig> = Vec::new();
     for Mapping { service, port, address } in mappings {
-        let local =
-            LocalPort { name: String::new(), port, target: address, app_protocol: String::new() };
+        let local = LocalPort { name: String::new(), port, target: address, app_protocol: String::new() };
         match services.iter_mut().find(|s| s.service == service) {
             Some(known) => known.ports.push(local),
             None => services.push(ServiceConfig {
@@ -198,7 +206,8 @@ pub fn services_from(mappings: impl IntoIterator<Item = Mapping>) -> Vec<Service
 
 /// Upstreams from `--upstream` flags.
 pub fn upstreams_from(mappings: impl IntoIterator<Item = Mapping>) -> Vec<UpstreamConfig> {
-    let upstream = |Mapping { service, port, address }| UpstreamConfig { service, port, listen: address, warm: 0 };
+    let upstream =
+        |Mapping { service, port, address }| UpstreamConfig { service, port, listen: address, warm: 0 };
     mappings.into_iter().map(upstream).collect()
 }
 
@@ -229,15 +238,27 @@ mod tests {
         let mapping: Mapping = "shop/web:80=127.0.0.1:8080".parse().unwrap();
         assert_eq!((mapping.service.to_string().as_str(), mapping.port), ("shop/web", 80));
         assert_eq!(mapping.address, "127.0.0.1:8080".parse().unwrap());
-        assert_eq!("shop/web:80=[::1]:8080".parse::<Mapping>().unwrap().address, "[::1]:8080".parse().unwrap());
+        assert_eq!(
+            "shop/web:80=[::1]:8080".parse::<Mapping>().unwrap().address,
+            "[::1]:8080".parse().unwrap()
+        );
     }
 
     #[test]
     fn a_wrong_mapping_names_the_flag_the_value_and_what_would_be_right() {
-        let wrong = ["shop/web:80", "shop/web=127.0.0.1:1", "web:80=127.0.0.1:1", "shop/web:0=127.0.0.1:1", "shop/web:80=local:1"];
+        let wrong = [
+            "shop/web:80",
+            "shop/web=127.0.0.1:1",
+            "web:80=127.0.0.1:1",
+            "shop/web:0=127.0.0.1:1",
+            "shop/web:80=local:1",
+        ];
         for text in wrong {
             let error = Mapping::parse("--service", text).unwrap_err().to_string();
-            assert!(error.contains("--service") && error.contains(text) && error.contains("shop/web:80="), "{error}");
+            assert!(
+                error.contains("--service") && error.contains(text) && error.contains("shop/web:80="),
+                "{error}"
+            );
         }
     }
 

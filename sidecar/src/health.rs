@@ -139,7 +139,9 @@ async fn probe(check: &HealthCheck, target: SocketAddr) -> Result<(), String> {
 
 async fn get(target: SocketAddr, path: &str) -> Result<(), String> {
     let mut tcp = TcpStream::connect(target).await.map_err(|e| e.to_string())?;
-    let request = format!("GET {path} HTTP/1.1\r\nHost: {target}\r\nUser-Agent: tombolo-health\r\nConnection: close\r\n\r\n");
+    let request = format!(
+        "GET {path} HTTP/1.1\r\nHost: {target}\r\nUser-Agent: tombolo-health\r\nConnection: close\r\n\r\n"
+    );
     tcp.write_all(request.as_bytes()).await.map_err(|e| e.to_string())?;
     let mut answer = Vec::new();
     let mut limited = tcp.take(MAX_STATUS_LINE_BYTES);
@@ -169,7 +171,8 @@ mod tests {
 
     #[test]
     fn the_first_result_decides_and_later_changes_need_their_threshold() {
-        let mut judge = Judge::new(&HealthCheck { healthy_after: 3, unhealthy_after: 2, ..Default::default() });
+        let mut judge =
+            Judge::new(&HealthCheck { healthy_after: 3, unhealthy_after: 2, ..Default::default() });
         assert!(judge.observe(Ok(())).unwrap().healthy);
         assert_eq!(judge.observe(failed()), None);
         assert_eq!(judge.observe(Ok(())), None, "a success starts the count again");

@@ -86,7 +86,11 @@ impl InboundTask {
         tasks: TaskGroup,
     ) -> Self {
         let slots = Arc::new(Semaphore::new(limits.max_app_connections));
-        Self { shared: Arc::new(Shared { services, limits, slots, metrics, drain, tasks }), overlay, admitted }
+        Self {
+            shared: Arc::new(Shared { services, limits, slots, metrics, drain, tasks }),
+            overlay,
+            admitted,
+        }
     }
 
     /// Until the overlay is closed. Streams that come while draining are refused one by one, so that their callers go

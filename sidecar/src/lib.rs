@@ -6,6 +6,7 @@
 //! [`role`] builds and runs a sidecar from a [`config`]; [`client`] keeps the configuration coming; [`tables`] is that
 //! configuration, parsed once; [`copy`] is the byte path.
 
+pub mod client;
 pub mod codes;
 pub mod config;
 pub mod copy;
@@ -16,4 +17,5 @@ pub mod inbound;
 pub mod metrics;
 pub mod outbound;
 pub mod pool;
+pub mod role;
 pub mod tables;

@@ -88,7 +88,12 @@ impl Metrics {
             control_connected: Gauge::default(),
         };
         let m = &metrics;
-        registry.register_with_unit("sent", "Application bytes sent to the peer", Unit::Bytes, m.sent.clone());
+        registry.register_with_unit(
+            "sent",
+            "Application bytes sent to the peer",
+            Unit::Bytes,
+            m.sent.clone(),
+        );
         registry.register_with_unit(
             "received",
             "Application bytes received from the peer",
@@ -97,17 +102,42 @@ impl Metrics {
         );
         registry.register("open_streams", "Application streams open now", m.open_streams.clone());
         registry.register("streams_ended", "Application streams by how they ended", m.ended.clone());
-        registry.register("connections", "Overlay connections open to a cluster's service", m.connections.clone());
-        registry.register("inbound_connections", "Overlay connections of callers", m.inbound_connections.clone());
+        registry.register(
+            "connections",
+            "Overlay connections open to a cluster's service",
+            m.connections.clone(),
+        );
+        registry.register(
+            "inbound_connections",
+            "Overlay connections of callers",
+            m.inbound_connections.clone(),
+        );
         registry.register("dials", "Dials by result", m.dials.clone());
-        registry.register_with_unit("handshake", "Duration of dials that worked", Unit::Seconds, m.handshake.clone());
+        registry.register_with_unit(
+            "handshake",
+            "Duration of dials that worked",
+            Unit::Seconds,
+            m.handshake.clone(),
+        );
         registry.register("retries", "Streams given to another endpoint", m.retries.clone());
         registry.register("tier", "Failover tier that serves now, 0 the first", m.tier.clone());
         registry.register("shifts", "Failover decisions", m.shifts.clone());
         registry.register("local_healthy", "Whether the local application is healthy", m.healthy.clone());
-        registry.register("config_revision", "Revision of the configuration in use", m.config_revision.clone());
-        registry.register("rejected_records", "Records of the configuration that were refused", m.rejected_records.clone());
-        registry.register("control_connected", "Whether a federator is connected", m.control_connected.clone());
+        registry.register(
+            "config_revision",
+            "Revision of the configuration in use",
+            m.config_revision.clone(),
+        );
+        registry.register(
+            "rejected_records",
+            "Records of the configuration that were refused",
+            m.rejected_records.clone(),
+        );
+        registry.register(
+            "control_connected",
+            "Whether a federator is connected",
+            m.control_connected.clone(),
+        );
         metrics
     }
 

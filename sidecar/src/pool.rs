@@ -190,7 +190,9 @@ impl Pool {
         for pooled in &state.connections {
             let peer = pooled.connection().identity().map(|id| &id.spiffe_id);
             if !peer.is_some_and(|id| identities.contains(id)) {
-                pooled.connection().close(close_code::NOT_ADMITTED, "your identity does not serve this any more");
+                pooled
+                    .connection()
+                    .close(close_code::NOT_ADMITTED, "your identity does not serve this any more");
             } else if moved {
                 pooled.retire();
             }

@@ -146,7 +146,8 @@ fn inbound(wire: &v1::InboundHandle) -> Result<(Handle, InboundHandle), FieldErr
     if class != v1::HandleClass::Service {
         return Err(FieldError::new("inbound.class", class.as_str_name(), "HANDLE_CLASS_SERVICE"));
     }
-    let binding = wire.binding.as_ref().ok_or_else(|| FieldError::new("inbound.binding", "nothing", "present"))?;
+    let binding =
+        wire.binding.as_ref().ok_or_else(|| FieldError::new("inbound.binding", "nothing", "present"))?;
     let service: ServiceKey = convert::parse("inbound.binding.service", &binding.service)?;
     let handle = Handle::from_u32(binding.handle);
     if handle.is_reserved() {

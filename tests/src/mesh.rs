@@ -224,9 +224,22 @@ impl Mesh {
     fn federator(&mut self, cluster: &str) -> Result<()> {
         let c = self.cluster(cluster)?;
         let (listen, admin) = (c.address(1, 7443).to_string(), c.address(1, 7445).to_string());
-        let (trust, state) = (text(&self.path(&format!("{cluster}/trust"))), text(&self.path(&format!("{cluster}/state/federator"))));
+        let (trust, state) = (
+            text(&self.path(&format!("{cluster}/trust"))),
+            text(&self.path(&format!("{cluster}/state/federator"))),
+        );
         let socket = self.socket(cluster);
-        let args = ["federator", "--cluster", cluster, "--trust-dir", &trust, "--state-dir", &state, "--listen", &listen];
+        let args = [
+            "federator",
+            "--cluster",
+            cluster,
+            "--trust-dir",
+            &trust,
+            "--state-dir",
+            &state,
+            "--listen",
+            &listen,
+        ];
         self.role(cluster, "federator", &[&args[..], &["--admin", &admin, "--socket", &socket]].concat())?;
         self.ready(cluster, 1, "federator")
     }
@@ -249,7 +262,11 @@ impl Mesh {
         let [border, inner, admin] = [7440, 7441, 7445].map(|port| c.address(host, port).to_string());
         let state = text(&self.path(&format!("{cluster}/state/{name}")));
         let args = ["gateway", "--name", name, "--join-token-file", &token, "--state-dir", &state];
-        self.role(cluster, name, &[&args[..], &["--border", &border, "--inner", &inner, "--admin", &admin]].concat())?;
+        self.role(
+            cluster,
+            name,
+            &[&args[..], &["--border", &border, "--inner", &inner, "--admin", &admin]].concat(),
+        )?;
         let cluster = self.clusters.get_mut(cluster).context("no such cluster")?;
         cluster.gateways.push(name.into());
         Ok(())
@@ -270,7 +287,17 @@ impl Mesh {
         entry.sidecars += 1;
         let (listen, admin) = (entry.address(host, 7442).to_string(), entry.address(host, 7445).to_string());
         let state = text(&self.path(&format!("{cluster}/state/{name}")));
-        let args = ["sidecar", "--join-token-file", &token, "--state-dir", &state, "--listen", &listen, "--admin", &admin];
+        let args = [
+            "sidecar",
+            "--join-token-file",
+            &token,
+            "--state-dir",
+            &state,
+            "--listen",
+            &listen,
+            "--admin",
+            &admin,
+        ];
         let extra: Vec<&str> = extra.iter().map(String::as_str).collect();
         self.role(cluster, name, &[&args[..], &extra].concat())?;
         self.ready(cluster, host, name)?;
@@ -340,7 +367,12 @@ impl Mesh {
     }
 
     /// Polls `check` until it holds, or fails with what it last said.
-    pub fn eventually(&self, what: &str, limit: Duration, check: impl Fn(&Self) -> Result<()>) -> Result<Duration> {
+    pub fn eventually(
+        &self,
+        what: &str,
+        limit: Duration,
+        check: impl Fn(&Self) -> Result<()>,
+    ) -> Result<Duration> {
         let start = Instant::now();
         loop {
             match check(self) {

@@ -126,7 +126,8 @@ fn read(mut stream: TcpStream, seen: &Seen, stop: &AtomicBool) -> Result<()> {
     let mut buffer = vec![0; 64 * 1024];
     let (mut index, mut last) = (0u64, Instant::now());
     while !stop.load(Ordering::Relaxed) {
-        let count = stream.read(&mut buffer).with_context(|| format!("the stream broke after {index} bytes"))?;
+        let count =
+            stream.read(&mut buffer).with_context(|| format!("the stream broke after {index} bytes"))?;
         ensure!(count > 0, "the stream ended after {index} bytes");
         let stall = last.elapsed().as_micros() as u64;
         seen.longest_stall_micros.fetch_max(stall, Ordering::Relaxed);

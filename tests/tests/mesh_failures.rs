@@ -29,7 +29,9 @@ spec:
 ";
 
 fn export(name: &str) -> String {
-    format!("---\napiVersion: multicluster.x-k8s.io/v1beta1\nkind: ServiceExport\nmetadata: {{ name: {name}, namespace: shop }}\n")
+    format!(
+        "---\napiVersion: multicluster.x-k8s.io/v1beta1\nkind: ServiceExport\nmetadata: {{ name: {name}, namespace: shop }}\n"
+    )
 }
 
 fn world(gateways: usize, shape: Shape) -> Result<World> {
@@ -39,9 +41,10 @@ fn world(gateways: usize, shape: Shape) -> Result<World> {
         let (stream, app) = (mesh.cluster(name)?.address(21, 9000), mesh.cluster(name)?.address(21, 8080));
         servers.push(StreamServer::start(&mesh.cluster(name)?.namespace, stream)?);
         let namespace = &mesh.cluster(name)?.namespace;
-        let spec = tombolo_tests::process::ProcessSpec::new(format!("{name}-app"), tombolo_tests::mesh::binary()?)
-            .args(["demo-app", "--listen", &app.to_string(), "--name", name])
-            .within(namespace);
+        let spec =
+            tombolo_tests::process::ProcessSpec::new(format!("{name}-app"), tombolo_tests::mesh::binary()?)
+                .args(["demo-app", "--listen", &app.to_string(), "--name", name])
+                .within(namespace);
         mesh.spawn(&format!("{name}/app"), spec)?;
         let services = [
             "--service".to_owned(),
@@ -55,8 +58,12 @@ fn world(gateways: usize, shape: Shape) -> Result<World> {
     mesh.apply("east", MANIFEST)?;
     mesh.apply("east", &MANIFEST.replace("name: web", "name: stream"))?;
     let (web, caller) = (mesh.cluster("east")?.address(22, 9080), mesh.cluster("east")?.address(22, 9090));
-    let calls =
-        ["--upstream".to_owned(), format!("shop/web:80={web}"), "--upstream".to_owned(), format!("shop/stream:9000={caller}")];
+    let calls = [
+        "--upstream".to_owned(),
+        format!("shop/web:80={web}"),
+        "--upstream".to_owned(),
+        format!("shop/stream:9000={caller}"),
+    ];
     mesh.sidecar("east", "client", &calls)?;
     mesh.eventually("east reaches the service in west", Duration::from_secs(10), |mesh| {
         let answer = http_get(&mesh.cluster("east")?.namespace, web, "/")?;
@@ -67,9 +74,16 @@ fn world(gateways: usize, shape: Shape) -> Result<World> {
 }
 
 /// Lets the streams run, does `harm`, and says the longest stall of each.
-fn stalls(readers: &[StreamReader], settle: Duration, harm: impl FnOnce() -> Result<()>, watch: Duration) -> Result<Vec<Duration>> {
+fn stalls(
+    readers: &[StreamReader],
+    settle: Duration,
+    harm: impl FnOnce() -> Result<()>,
+    watch: Duration,
+) -> Result<Vec<Duration>> {
     std::thread::sleep(settle);
-    readers.iter().for_each(|r| { r.take_longest_stall(); });
+    readers.iter().for_each(|r| {
+        r.take_longest_stall();
+    });
     let before: Vec<u64> = readers.iter().map(StreamReader::bytes).collect();
     harm()?;
     std::thread::sleep(watch);
@@ -137,7 +151,9 @@ fn a_dead_service_moves_traffic_to_the_next_tier_and_back() -> Result<()> {
     let test = "a_dead_service_moves_traffic_to_the_next_tier_and_back";
     let Some(_) = require_netns(test) else { return Ok(()) };
     let mut world = world(1, Shape::PERFECT)?;
-    for (victim, what) in [("west/app", "application"), ("west/web", "sidecar"), ("west/gw-1", "only gateway")] {
+    for (victim, what) in
+        [("west/app", "application"), ("west/web", "sidecar"), ("west/gw-1", "only gateway")]
+    {
         let load = RequestLoad::start(&world.mesh.cluster("east")?.namespace, world.web, "/", 100);
         std::thread::sleep(Duration::from_secs(1));
         let killed = Instant::now();

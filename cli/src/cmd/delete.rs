@@ -17,7 +17,7 @@ use crate::{kinds, manifest, output};
 Examples:
   tombolo delete serviceexport web -n shop
   tombolo delete -f shop.yaml --yes
-  tombolo delete fp checkout -n shop --dry-run")]
+  tombolo delete fop checkout -n shop --dry-run")]
 pub struct DeleteArgs {
     /// Kind: singular, plural or short name
     #[arg(required_unless_present = "filename", requires = "name")]
@@ -40,7 +40,7 @@ pub async fn run(args: DeleteArgs, connect: Connect) -> Result<Exit, Failure> {
         (Some(kind), Some(name)) => {
             let kind = kinds::parse(&kind)?;
             let namespace = if kind.namespaced { namespace } else { String::new() };
-            vec![DeleteRequest { kind: kind.name.to_owned(), namespace, name, dry_run: consent.dry_run }]
+            vec![DeleteRequest { kind: kind.kind.to_owned(), namespace, name, dry_run: consent.dry_run }]
         }
         _ => manifest::read(&filename)?
             .iter()

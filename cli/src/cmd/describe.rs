@@ -16,7 +16,7 @@ use crate::output::{self, objects};
 Examples:
   tombolo describe serviceimport checkout -n shop
   tombolo describe clusterlink west
-  tombolo describe fp -A")]
+  tombolo describe fop -A")]
 pub struct DescribeArgs {
     /// Kind: singular, plural or short name
     kind: String,
@@ -30,7 +30,7 @@ pub async fn run(args: DescribeArgs, connect: Connect) -> Result<Exit, Failure> 
     let DescribeArgs { kind, name, scope } = args;
     let kind = kinds::parse(&kind)?;
     let request = scope.request(kind, name);
-    let what = format!("{} {:?}", kind.name, request.name);
+    let what = format!("{} {:?}", kind.kind, request.name);
     let mut admin = Admin::connect(&connect).await?;
     let request = admin.request(request);
     let response = admin.client.get(request).await.map_err(|status| admin.failed(status))?;

@@ -14,8 +14,8 @@ use crate::output::{self, objects};
 /// List objects, once or as they change
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Kinds (short names): workloads (wl), serviceexports (svcex), serviceimports (svcim), failoverpolicies (fp),
-clusterlinks (cl), clusterproperties (cp).
+Kinds (short names): workloads (wl), serviceexports (svcex), serviceimports (svcim), failoverpolicies (fop),
+clusterlinks (clink).
 
 Examples:
   tombolo get serviceimports -n shop
@@ -49,10 +49,10 @@ pub struct Scope {
 
 impl Scope {
     /// The request for one kind.
-    pub fn request(self, kind: &kinds::Kind, name: Option<String>) -> GetRequest {
+    pub fn request(self, kind: &tombolo_model::resource::KindInfo, name: Option<String>) -> GetRequest {
         let Self { namespace, all_namespaces } = self;
         GetRequest {
-            kind: kind.name.to_owned(),
+            kind: kind.kind.to_owned(),
             namespace: if kind.namespaced && !all_namespaces { namespace } else { String::new() },
             name: name.unwrap_or_default(),
             all_namespaces: all_namespaces || !kind.namespaced,
@@ -76,7 +76,7 @@ pub async fn run(args: GetArgs, connect: Connect) -> Result<Exit, Failure> {
         }
         return Err(Failure::new("the federator ended the watch").remedy("run the command again"));
     }
-    let what = format!("{} {:?}", kind.name, request.name);
+    let what = format!("{} {:?}", kind.kind, request.name);
     let request = admin.request(request);
     let response = admin.client.get(request).await.map_err(|status| admin.failed(status))?;
     let objects = parse(response.into_inner())?;

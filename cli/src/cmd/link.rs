@@ -45,7 +45,7 @@ Examples:
     /// Link to the cluster that made the token
     #[command(after_help = "\
 Examples:
-  tombolo link join tombolo-link-v1.eyJ...
+  tombolo link join tombolo-join-1.AbC...
   tombolo link join - < token")]
     Join {
         /// The token, or `-` to read it from standard input

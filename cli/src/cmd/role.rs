@@ -2,6 +2,8 @@
 
 use std::future::Future;
 use std::path::Path;
+use std::str::FromStr;
+use std::time::Duration;
 
 use serde::de::DeserializeOwned;
 use tombolo_runtime::settings;
@@ -46,17 +48,37 @@ pub fn required<T>(value: Option<T>, flag: &str, example: &str) -> Result<T, Fai
     })
 }
 
-/// A secret given in a file, so that it shows in no process list. Absent when the file is not there and `optional`.
-pub fn secret_file(path: &Path) -> Result<String, Failure> {
-    const MAX_BYTES: u64 = 64 * 1024;
-    let bytes = tombolo_identity::files::read(path, MAX_BYTES)
-        .map_err(|e| Failure::new(crate::failure::chain(&e)))?;
-    let text = String::from_utf8(bytes).map_err(|_| Failure::new("not text").at(path.display()))?;
-    let text = text.trim();
-    if text.is_empty() {
-        return Err(Failure::new("is empty").at(path.display()).remedy("put the token into it"));
+/// A join token, given in a file so that it shows in no process list. Absent when the file is gone: a member that has
+/// joined needs it no more, and one that has not is told by its role.
+pub fn join_token(path: &Path) -> Result<Option<String>, Failure> {
+    if !path.exists() {
+        return Ok(None);
     }
-    Ok(text.to_owned())
+    let most = u64::try_from(tombolo_proto::token::MAX_TEXT_BYTES).unwrap_or(u64::MAX);
+    let bytes =
+        tombolo_identity::files::read(path, most).map_err(|e| Failure::new(crate::failure::chain(&e)))?;
+    let text = String::from_utf8(bytes).map_err(|_| Failure::new("not text").at(path.display()))?;
+    match text.trim() {
+        "" => Err(Failure::new("is empty").at(path.display()).remedy("put the token into it")),
+        token => Ok(Some(token.to_owned())),
+    }
+}
+
+/// A duration in a flag or a settings file: `10s`, `500ms`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Span(pub Duration);
+
+impl FromStr for Span {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        crate::args::duration(text).map(Self)
+    }
+}
+
+impl<'de> serde::Deserialize<'de> for Span {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+    }
 }
 
 /// Runs a role to its end on a runtime of one thread.

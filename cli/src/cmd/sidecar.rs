@@ -1,21 +1,32 @@
 //! `tombolo sidecar`: the data plane of one workload.
 
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use clap::Args;
 use serde::Deserialize;
+use tombolo_runtime::{admin, dirs::Dirs, rt};
+use tombolo_sidecar::config::{
+    self, Mapping, ServiceConfig, SidecarConfig, UpstreamConfig, services_from, upstreams_from,
+};
+use tombolo_sidecar::inbound::InboundLimits;
+use tombolo_sidecar::pool::PoolLimits;
 
-use super::role::{self, layered};
+use super::role::{self, Span, layered};
 use crate::failure::{Exit, Failure};
+
+mod workload;
 
 /// Run the data plane of one workload
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
-  tombolo sidecar --join-token-file web.token --service shop/web:80=127.0.0.1:8080,http=/healthz
-  tombolo sidecar --join-token-file client.token --upstream shop/web:80=127.0.0.1:9080
-  tombolo sidecar --join-token-file vm.token --registers --service shop/db:5432=127.0.0.1:5432")]
+  tombolo token create --role sidecar --name web -n shop > web.token      where the federator runs
+  tombolo sidecar --name web --join-token-file web.token \\
+      --service shop/web:80=127.0.0.1:8080 --health shop/web=http:/healthz
+  tombolo sidecar --name client --join-token-file client.token --upstream shop/web:80=127.0.0.1:9080
+  tombolo sidecar --name db-1 --join-token-file vm.token --workload db.yaml")]
 pub struct SidecarArgs {
     #[command(flatten)]
     settings: Settings,
@@ -27,24 +38,49 @@ pub struct SidecarArgs {
 #[derive(Debug, Default, Args, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 struct Settings {
+    /// Its name in the cluster, as the join token has it
+    #[arg(long, env = "TOMBOLO_NAME")]
+    name: Option<String>,
     /// File with the token of `tombolo token create` or `tombolo vm token`; needed for the first start only
     #[arg(long, env = "TOMBOLO_JOIN_TOKEN_FILE", value_name = "FILE")]
     join_token_file: Option<PathBuf>,
-    /// Identity, lease and last configuration [default: <state directory>/sidecar]
+    /// Identity, lease and last configuration [default: <state directory>/sidecar/<name>]
     #[arg(long, env = "TOMBOLO_STATE_DIR", value_name = "DIR")]
     state_dir: Option<PathBuf>,
-    /// Overlay socket [default: 0.0.0.0:7442]
-    #[arg(long, env = "TOMBOLO_LISTEN", value_name = "ADDRESS:PORT/udp")]
-    listen: Option<SocketAddr>,
-    /// Nobody can send to this machine first (NAT, firewall): keep registered with the gateways
-    #[arg(long, env = "TOMBOLO_REGISTERS", num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
-    registers: Option<bool>,
-    /// Served here: NAMESPACE/NAME:PORT=ADDRESS:PORT[,tcp|,http=/path]; may be repeated
-    #[arg(long = "service", env = "TOMBOLO_SERVICES", value_delimiter = ';', value_name = "SERVICE")]
+    /// Overlay socket; further threads take the ports after it [default: 0.0.0.0:7442]
+    #[arg(long, env = "TOMBOLO_BIND", value_name = "ADDRESS:PORT/udp")]
+    bind: Option<SocketAddr>,
+    /// Where gateways and neighbours reach it. Left out with an unspecified --bind: it has no such address (NAT), and
+    /// keeps itself registered with the gateways
+    #[arg(long, env = "TOMBOLO_ANNOUNCE", value_name = "ADDRESS:PORT")]
+    announce: Option<SocketAddr>,
+    /// Byte-path threads [default: 1]
+    #[arg(long, env = "TOMBOLO_THREADS", value_name = "N")]
+    threads: Option<NonZeroUsize>,
+    /// Served here: NAMESPACE/NAME:PORT=ADDRESS:PORT; may be repeated
+    #[arg(long = "service", env = "TOMBOLO_SERVICES", value_delimiter = ',', value_name = "SERVICE")]
     services: Option<Vec<String>>,
-    /// Called from here: NAMESPACE/NAME:PORT=LISTEN-ADDRESS:PORT; may be repeated
-    #[arg(long = "upstream", env = "TOMBOLO_UPSTREAMS", value_delimiter = ';', value_name = "UPSTREAM")]
+    /// How a service is checked: NAMESPACE/NAME=tcp, =http:/path or =none; may be repeated [default: tcp]
+    #[arg(long = "health", env = "TOMBOLO_HEALTH", value_delimiter = ',', value_name = "CHECK")]
+    health: Option<Vec<String>>,
+    /// Called from here: NAMESPACE/NAME:PORT=ADDRESS:PORT to listen on; may be repeated
+    #[arg(long = "upstream", env = "TOMBOLO_UPSTREAMS", value_delimiter = ',', value_name = "UPSTREAM")]
     upstreams: Option<Vec<String>>,
+    /// A `Workload` manifest with services, upstreams and health checks, beside the flags
+    #[arg(long, env = "TOMBOLO_WORKLOAD", value_name = "FILE")]
+    workload: Option<PathBuf>,
+    /// Time for open streams to end after SIGTERM [default: 10s]
+    #[arg(long, env = "TOMBOLO_DRAIN", value_name = "DURATION")]
+    drain: Option<Span>,
+    /// Distinct endpoints of a service to hold connections to [default: 4]
+    #[arg(long, env = "TOMBOLO_CONNECTIONS", value_name = "N")]
+    connections: Option<NonZeroUsize>,
+    /// A connection without streams is closed after this [default: 60s]
+    #[arg(long, env = "TOMBOLO_IDLE", value_name = "DURATION")]
+    idle: Option<Span>,
+    /// Connections of applications at a time, each way [default: 10000]
+    #[arg(long, env = "TOMBOLO_MAX_APP_CONNECTIONS", value_name = "N")]
+    max_app_connections: Option<NonZeroUsize>,
     /// Metrics and readiness [default: 127.0.0.1:7445]
     #[arg(long, env = "TOMBOLO_ADMIN", value_name = "ADDRESS:PORT")]
     admin: Option<SocketAddr>,
@@ -57,31 +93,112 @@ struct Settings {
 }
 
 layered!(Settings {
+    name,
     join_token_file,
     state_dir,
-    listen,
-    registers,
+    bind,
+    announce,
+    threads,
     services,
+    health,
     upstreams,
+    workload,
+    drain,
+    connections,
+    idle,
+    max_app_connections,
     admin,
     log_level,
-    log_format
+    log_format,
 });
 
 pub fn run(args: SidecarArgs) -> Result<Exit, Failure> {
     let SidecarArgs { settings, config } = args;
-    let Settings {
-        join_token_file,
-        state_dir,
-        listen,
-        registers,
-        services,
-        upstreams,
-        admin,
-        log_level,
-        log_format,
-    } = settings.over(role::file(config.as_deref())?);
-    role::logging(log_format, log_level)?;
-    let _ = (join_token_file, state_dir, listen, registers, services, upstreams, admin);
+    let mut settings = settings.over(role::file(config.as_deref())?);
+    role::logging(settings.log_format.take(), settings.log_level.take())?;
+    let config = settings.config()?;
+    let _ = config;
     Err(Failure::new("sidecar: not built into this binary"))
+}
+
+impl Settings {
+    fn config(self) -> Result<SidecarConfig, Failure> {
+        let Self {
+            name,
+            join_token_file,
+            state_dir,
+            bind,
+            announce,
+            threads,
+            services,
+            health,
+            upstreams,
+            workload,
+            drain,
+            connections,
+            idle,
+            max_app_connections,
+            admin,
+            log_level: _,
+            log_format: _,
+        } = self;
+        let name = role::required(name, "--name", "web")?;
+        let (services, upstreams) = work(services, health, upstreams, workload)?;
+        let (mut inbound, mut pool) = (InboundLimits::default(), PoolLimits::default());
+        if let Some(most) = max_app_connections {
+            (inbound.max_app_connections, pool.max_app_connections) = (most.get(), most.get());
+        }
+        if let Some(connections) = connections {
+            pool.connections = connections.get();
+        }
+        if let Some(Span(idle)) = idle {
+            pool.idle = idle;
+        }
+        let config = SidecarConfig {
+            state_dir: match state_dir {
+                Some(dir) => dir,
+                None => Dirs::from_environment().map_err(Failure::new)?.role_state("sidecar", &name),
+            },
+            token: join_token_file.as_deref().map(role::join_token).transpose()?.flatten(),
+            name,
+            bind: bind.unwrap_or_else(|| (Ipv4Addr::UNSPECIFIED, config::DEFAULT_PORT).into()),
+            announce,
+            threads: threads.map_or(NonZeroUsize::MIN, |n| rt::threads(Some(n))),
+            services,
+            upstreams,
+            admin: admin.unwrap_or(admin::DEFAULT_ADDRESS),
+            drain: drain.map_or(config::DEFAULT_DRAIN, |Span(drain)| drain),
+            inbound,
+            pool,
+        };
+        config.check().map_err(Failure::usage)?;
+        Ok(config)
+    }
+}
+
+/// What is served and called: the flags, and the manifest beside them.
+fn work(
+    services: Option<Vec<String>>,
+    health: Option<Vec<String>>,
+    upstreams: Option<Vec<String>>,
+    manifest: Option<PathBuf>,
+) -> Result<(Vec<ServiceConfig>, Vec<UpstreamConfig>), Failure> {
+    let parse = |flag: &'static str, texts: Option<Vec<String>>| -> Result<Vec<Mapping>, Failure> {
+        texts
+            .unwrap_or_default()
+            .iter()
+            .map(|text| Mapping::parse(flag, text).map_err(Failure::usage))
+            .collect()
+    };
+    let mut services = services_from(parse("--service", services)?);
+    let mut upstreams = upstreams_from(parse("--upstream", upstreams)?);
+    for text in health.unwrap_or_default() {
+        workload::health_flag(&text, &mut services)?;
+    }
+    if let Some(path) = manifest {
+        let (more_services, more_upstreams) = workload::read(&path)?;
+        services.extend(more_services);
+        upstreams.extend(more_upstreams);
+    }
+    Ok((services, upstreams))
 }

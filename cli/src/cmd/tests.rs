@@ -131,7 +131,8 @@ impl Fixture {
 
 fn object(name: &str) -> String {
     format!(
-        "apiVersion: tombolo.dev/v1alpha1\nkind: FailoverPolicy\nmetadata: {{ name: {name}, namespace: shop }}\n"
+        "apiVersion: tombolo.dev/v1alpha1\nkind: FailoverPolicy\nmetadata: {{ name: {name}, namespace: shop }}\n\
+         spec: {{ targetRef: {{ kind: Service, name: web }}, tiers: [ {{ clusters: [ west ] }} ] }}\n"
     )
 }
 
@@ -166,7 +167,7 @@ async fn every_refusal_keeps_the_federators_reason_and_adds_what_to_do() {
     let fixture = Fixture::start("refusals");
     let cases: [(&[&str], &str, Exit); 5] = [
         (&["status"], "as the user that runs the federator", Exit::Failed),
-        (&["link", "join", "tombolo-link-v1.x"], "link token is expired", Exit::Failed),
+        (&["link", "join", "tombolo-join-1.x"], "link token is expired", Exit::Failed),
         (&["get", "svcim", "web", "-n", "shop"], "\"web\" not found", Exit::Failed),
         (&["unlink", "west", "--yes"], "tombolo link list", Exit::Failed),
         (&["link", "accept", "west"], "federator's version", Exit::Failed),

@@ -13,7 +13,7 @@ use crate::failure::{Exit, Failure};
 #[command(after_help = "\
 Examples:
   tombolo vm token db-1 > token
-  tombolo sidecar --join-token-file token --cluster west ...     on the machine, within 15 minutes")]
+  tombolo sidecar --name db-1 --join-token-file token ...     on the machine, within 15 minutes")]
 pub struct VmArgs {
     #[command(subcommand)]
     verb: Verb,

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 /// The service of the demo.
 pub const SERVICE: &str = "shop/web";
+const HEALTH: &str = "shop/web=http:/healthz";
 pub const NAMESPACE: &str = "shop";
 pub const TRUST_DOMAIN: &str = "demo.example";
 pub const CLUSTERS: [&str; 2] = ["east", "west"];
@@ -21,6 +22,8 @@ const INNER_PORT: u16 = 7441;
 const SIDECAR_PORT: u16 = 7442;
 const FEDERATOR_PORT: u16 = 7443;
 const ADMIN_PORT: u16 = 7445;
+/// On the wildcard address, as a machine behind NAT binds: a port that no other process of the demo has.
+const VM_PORT: u16 = 7449;
 const APP_PORT: u16 = 8080;
 /// Where the caller's sidecar of each cluster offers `shop/web` to its application.
 const UPSTREAM_PORT: u16 = 9080;
@@ -208,8 +211,8 @@ impl Plan {
     fn workloads(&mut self, cluster: &str) {
         let app = self.address(site(cluster), 21, APP_PORT);
         self.app(&format!("{cluster}/web-app"), cluster, app);
-        let serves = format!("{SERVICE}:80={app},http=/healthz");
-        self.sidecar(cluster, "web", 21, &["--service", &serves]);
+        let serves = format!("{SERVICE}:80={app}");
+        self.sidecar(cluster, "web", 21, &["--service", &serves, "--health", HEALTH]);
         let calls = format!("{SERVICE}:80={}", self.upstream(cluster));
         self.sidecar(cluster, "client", 22, &["--upstream", &calls]);
     }
@@ -217,11 +220,14 @@ impl Plan {
     fn sidecar(&mut self, cluster: &str, name: &str, host: u8, does: &[&str]) {
         let token = self.join_token(cluster, "sidecar", name);
         let ready = self.address(site(cluster), host, ADMIN_PORT);
+        let overlay = self.address(site(cluster), host, SIDECAR_PORT);
         let mut args = arguments(&[
             ("sidecar", ""),
+            ("--name", name),
             ("--join-token-file", &text(&token)),
             ("--state-dir", &self.state_dir(cluster, name)),
-            ("--listen", &self.address(site(cluster), host, SIDECAR_PORT).to_string()),
+            ("--bind", &overlay.to_string()),
+            ("--announce", &overlay.to_string()),
             ("--admin", &ready.to_string()),
         ]);
         args.extend(does.iter().map(|argument| (*argument).to_owned()));
@@ -243,12 +249,14 @@ impl Plan {
         let ready = self.address(3, 21, ADMIN_PORT);
         let args = arguments(&[
             ("sidecar", ""),
+            ("--name", VM),
             ("--join-token-file", &text(&token)),
             ("--state-dir", &self.state_dir("vm", "sidecar")),
-            ("--listen", &self.address(3, 21, SIDECAR_PORT).to_string()),
-            ("--registers", ""),
+            // No address of its own that anybody could send to first: it registers with the gateways.
+            ("--bind", &format!("0.0.0.0:{VM_PORT}")),
             ("--admin", &ready.to_string()),
-            ("--service", &format!("{SERVICE}:80={app},http=/healthz")),
+            ("--service", &format!("{SERVICE}:80={app}")),
+            ("--health", HEALTH),
         ]);
         self.start("vm/sidecar", ready, args);
     }
@@ -376,7 +384,7 @@ mod tests {
         let mut seen = HashSet::new();
         for process in plan.processes() {
             assert!(process.ready.to_string().starts_with("127.44."), "{process:?}");
-            for flag in ["--listen", "--border", "--inner"] {
+            for flag in ["--listen", "--bind", "--border", "--inner"] {
                 if let Some(at) = process.args.iter().position(|a| a == flag) {
                     assert!(
                         seen.insert(process.args[at + 1].clone()),

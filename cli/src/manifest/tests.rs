@@ -10,7 +10,7 @@ metadata: { name: web, namespace: shop }
 apiVersion: tombolo.dev/v1alpha1
 kind: FailoverPolicy
 metadata: { name: web }
-spec: { targetRef: { kind: ServiceImport, name: web } }
+spec: { targetRef: { kind: ServiceImport, name: web }, tiers: [ { clusters: [ west ] } ] }
 ";
 
 fn refused(text: &str) -> String {
@@ -37,13 +37,20 @@ fn a_syntax_error_names_file_and_line() {
 #[test]
 fn wrong_heads_name_the_field() {
     let cases = [
-        ("kind: ServiceExport\nmetadata: {name: a}\n", "field apiVersion is missing"),
+        ("kind: ServiceExport\nmetadata: {name: a}\n", "apiVersion is missing"),
         ("apiVersion: v1\nkind: 7\n", "field kind: a string is expected, not a number"),
-        ("apiVersion: v1\nkind: ServiceExprot\nmetadata: {name: a}\n", "did you mean ServiceExport"),
-        ("apiVersion: v1\nkind: ServiceExport\nmetadata: {}\n", "field metadata.name is missing"),
         (
-            "apiVersion: v1\nkind: ServiceExport\nmetadata: {name: [a]}\n",
-            "field metadata.name: a name is expected",
+            "apiVersion: tombolo.dev/v1alpha1\nkind: FailoverPolcy\nmetadata: {name: a}\n",
+            "did you mean FailoverPolicy",
+        ),
+        ("apiVersion: multicluster.x-k8s.io/v1alpha1\nkind: ServiceExport\nmetadata: {}\n", "metadata.name"),
+        (
+            "apiVersion: multicluster.x-k8s.io/v1alpha1\nkind: ServiceExport\nmetadata: {name: [a]}\n",
+            "metadata.name",
+        ),
+        (
+            "apiVersion: tombolo.dev/v1alpha1\nkind: FailoverPolicy\nmetadata: {name: a}\nspec: {targetRef: {kind: Service, name: a}, tires: []}\n",
+            "spec.tires: is not a known field (did you mean tiers?)",
         ),
         ("- a\n- b\n", "not a list"),
         ("apiVersion: v1\nkind: List\nitems: 3\n", "field items"),
@@ -63,7 +70,7 @@ fn a_doubled_key_is_refused() {
 #[test]
 fn an_object_over_a_mebibyte_is_refused_by_name() {
     let text = refused(&format!(
-        "apiVersion: v1\nkind: Workload\nmetadata: {{name: big}}\nspec: {{note: {}}}\n",
+        "apiVersion: tombolo.dev/v1alpha1\nkind: Workload\nmetadata: {{name: big}}\nspec: {{note: {}}}\n",
         "x".repeat(MAX_OBJECT_BYTES)
     ));
     assert!(text.contains("Workload big") && text.contains("1048576"), "{}", &text[..200.min(text.len())]);
@@ -95,11 +102,14 @@ fn a_directory_is_read_in_the_order_of_names_and_an_empty_one_is_an_error() {
     std::fs::create_dir_all(&dir).unwrap();
     assert!(read(std::slice::from_ref(&dir)).unwrap_err().to_string().contains("no objects"));
     std::fs::write(dir.join("b.yaml"), TWO).unwrap();
-    std::fs::write(dir.join("a.json"), r#"{"apiVersion":"v1","kind":"Workload","metadata":{"name":"w"}}"#)
-        .unwrap();
+    std::fs::write(
+        dir.join("a.json"),
+        r#"{"apiVersion":"tombolo.dev/v1alpha1","kind":"ClusterLink","metadata":{"name":"w"},"spec":{}}"#,
+    )
+    .unwrap();
     std::fs::write(dir.join("notes.txt"), "not a manifest").unwrap();
     let kinds: Vec<_> =
         read(std::slice::from_ref(&dir)).unwrap().iter().map(|m| m.kind().to_owned()).collect();
     std::fs::remove_dir_all(&dir).unwrap();
-    assert_eq!(kinds, ["Workload", "ServiceExport", "FailoverPolicy"]);
+    assert_eq!(kinds, ["ClusterLink", "ServiceExport", "FailoverPolicy"]);
 }

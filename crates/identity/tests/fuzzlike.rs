@@ -1,5 +1,7 @@
 //! Whatever a peer or a disk holds is parsed without panic.
 
+#![allow(clippy::unwrap_used, clippy::expect_used)] // a panic is a test's failure
+
 use proptest::prelude::*;
 use tombolo_identity::cluster_binding::ClusterBinding;
 use tombolo_identity::{SpiffeId, TrustBundle, peer_identity_from_certs};

@@ -1,5 +1,7 @@
 //! The X509-SVID rules, one case per rule and violation, and the binding of a leaf to its issuer's cluster.
 
+#![allow(clippy::unwrap_used, clippy::expect_used)] // a panic is a test's failure
+
 use std::time::Duration;
 
 use rcgen::{
@@ -25,7 +27,8 @@ struct World {
 
 fn world() -> World {
     let dir = tempfile::tempdir().unwrap();
-    let mut root = RootAuthority::init(&dir.path().join("trust"), "acme.example".parse().unwrap(), NOW).unwrap();
+    let mut root =
+        RootAuthority::init(&dir.path().join("trust"), "acme.example".parse().unwrap(), NOW).unwrap();
     let east = root.sign_cluster(&"east".parse().unwrap(), Existing::Refuse, NOW).unwrap();
     World { _dir: dir, root, east }
 }
@@ -51,14 +54,19 @@ fn at(time: Duration) -> OffsetDateTime {
 }
 
 /// A leaf as an attacker who holds the cluster's CA key could make it.
-fn sign(ca: &ClusterMaterial, id: &str, edit: impl FnOnce(&mut CertificateParams)) -> Vec<CertificateDer<'static>> {
+fn sign(
+    ca: &ClusterMaterial,
+    id: &str,
+    edit: impl FnOnce(&mut CertificateParams),
+) -> Vec<CertificateDer<'static>> {
     let ca_key = KeyPair::from_pem(&ca.key_pem).unwrap();
     let issuer = Issuer::from_ca_cert_der(&ca.certificate, &ca_key).unwrap();
     let mut params = CertificateParams::default();
     params.subject_alt_names = vec![uri(id)];
     params.is_ca = IsCa::ExplicitNoCa;
     params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-    params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+    params.extended_key_usages =
+        vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
     params.not_before = at(NOW - HOUR);
     params.not_after = at(NOW + HOUR);
     edit(&mut params);
@@ -80,11 +88,23 @@ type Case = (&'static str, fn(&mut CertificateParams), &'static str);
 #[test]
 fn every_violation_is_refused_for_its_own_reason() {
     let cases: &[Case] = &[
-        ("two URI SANs", |p| p.subject_alt_names.push(uri("spiffe://acme.example/cluster/east/vm/x")), "uri_sans"),
+        (
+            "two URI SANs",
+            |p| p.subject_alt_names.push(uri("spiffe://acme.example/cluster/east/vm/x")),
+            "uri_sans",
+        ),
         ("no URI SAN", |p| p.subject_alt_names.clear(), "uri_sans"),
         ("not a SPIFFE ID", |p| p.subject_alt_names = vec![uri("https://acme.example/x")], "spiffe_id"),
-        ("a port in the trust domain", |p| p.subject_alt_names = vec![uri("spiffe://acme.example:8/x")], "spiffe_id"),
-        ("a dot segment", |p| p.subject_alt_names = vec![uri("spiffe://acme.example/cluster/../x")], "spiffe_id"),
+        (
+            "a port in the trust domain",
+            |p| p.subject_alt_names = vec![uri("spiffe://acme.example:8/x")],
+            "spiffe_id",
+        ),
+        (
+            "a dot segment",
+            |p| p.subject_alt_names = vec![uri("spiffe://acme.example/cluster/../x")],
+            "spiffe_id",
+        ),
         ("no path", |p| p.subject_alt_names = vec![uri("spiffe://acme.example")], "no_path"),
         ("a CA leaf", |p| p.is_ca = IsCa::Ca(BasicConstraints::Unconstrained), "leaf_is_ca"),
         ("may sign certificates", |p| p.key_usages.push(KeyUsagePurpose::KeyCertSign), "key_usage"),
@@ -92,10 +112,26 @@ fn every_violation_is_refused_for_its_own_reason() {
         ("no key usage", |p| p.key_usages.clear(), "key_usage"),
         ("expired", |p| p.not_after = at(NOW - Duration::from_secs(1)), "expired"),
         ("not valid yet", |p| p.not_before = at(NOW + Duration::from_secs(60)), "not_yet_valid"),
-        ("another cluster", |p| p.subject_alt_names = vec![uri("spiffe://acme.example/cluster/west/vm/x")], "wrong_cluster"),
-        ("no cluster at all", |p| p.subject_alt_names = vec![uri("spiffe://acme.example/admin")], "wrong_cluster"),
-        ("a cluster as prefix", |p| p.subject_alt_names = vec![uri("spiffe://acme.example/cluster/eastern/vm/x")], "wrong_cluster"),
-        ("a foreign trust domain", |p| p.subject_alt_names = vec![uri("spiffe://evil.example/cluster/east/vm/x")], "unknown_trust_domain"),
+        (
+            "another cluster",
+            |p| p.subject_alt_names = vec![uri("spiffe://acme.example/cluster/west/vm/x")],
+            "wrong_cluster",
+        ),
+        (
+            "no cluster at all",
+            |p| p.subject_alt_names = vec![uri("spiffe://acme.example/admin")],
+            "wrong_cluster",
+        ),
+        (
+            "a cluster as prefix",
+            |p| p.subject_alt_names = vec![uri("spiffe://acme.example/cluster/eastern/vm/x")],
+            "wrong_cluster",
+        ),
+        (
+            "a foreign trust domain",
+            |p| p.subject_alt_names = vec![uri("spiffe://evil.example/cluster/east/vm/x")],
+            "unknown_trust_domain",
+        ),
         ("for servers only", |p| p.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth], "path"),
     ];
     let world = world();
@@ -150,8 +186,14 @@ fn an_intermediate_must_be_bound_once_and_carry_no_path() {
     };
     assert_eq!(kind(|_| ()), Ok(()), "the baseline is good");
     assert_eq!(kind(|p| p.custom_extensions.clear()), Err("unbound"));
-    assert_eq!(kind(|p| p.custom_extensions = vec![CustomExtension::from_oid_content(OID, vec![0x30, 0])]), Err("unbound"));
-    assert_eq!(kind(|p| p.subject_alt_names = vec![uri("spiffe://acme.example/cluster/east")]), Err("signer_path"));
+    assert_eq!(
+        kind(|p| p.custom_extensions = vec![CustomExtension::from_oid_content(OID, vec![0x30, 0])]),
+        Err("unbound")
+    );
+    assert_eq!(
+        kind(|p| p.subject_alt_names = vec![uri("spiffe://acme.example/cluster/east")]),
+        Err("signer_path")
+    );
 }
 
 #[test]
@@ -172,7 +214,8 @@ fn another_root_an_empty_bundle_and_a_long_chain_are_refused() {
     let other = self::world();
     assert_eq!(world.check(&other.leaf(|_| ())).unwrap_err().kind(), "path");
     let empty = TrustBundle { roots: Vec::new(), ..world.root.bundle() };
-    let error = authenticate(&world.leaf(|_| ()), &BundleSet::of(empty), Usage::Client, unix_time(NOW)).unwrap_err();
+    let error =
+        authenticate(&world.leaf(|_| ()), &BundleSet::of(empty), Usage::Client, unix_time(NOW)).unwrap_err();
     assert_eq!(error.kind(), "empty_bundle");
     let mut long = world.leaf(|_| ());
     long.extend(std::iter::repeat_n(world.east.certificate.clone(), 4));
@@ -189,17 +232,22 @@ fn a_csr_gives_its_key_and_nothing_else() {
     let mut greedy = CertificateParams::default();
     greedy.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     greedy.key_usages = vec![KeyUsagePurpose::KeyCertSign];
-    greedy.subject_alt_names = (0..100).map(|n| uri(&format!("spiffe://acme.example/cluster/east/vm/x{n}"))).collect();
+    greedy.subject_alt_names =
+        (0..100).map(|n| uri(&format!("spiffe://acme.example/cluster/east/vm/x{n}"))).collect();
     let csr = greedy.serialize_request(&key).unwrap();
     let leaf = issuer.issue(csr.der(), &id, LEAF_LIFE, NOW).unwrap();
-    let peer = authenticate(&leaf.chain, &BundleSet::of(world.root.bundle()), Usage::Client, unix_time(NOW)).unwrap();
+    let peer = authenticate(&leaf.chain, &BundleSet::of(world.root.bundle()), Usage::Client, unix_time(NOW))
+        .unwrap();
     assert_eq!(peer.spiffe_id, id);
     assert!(Svid::new(&key.serialize_der(), leaf.chain.clone(), BundleSet::of(world.root.bundle())).is_ok());
     let stranger = KeyPair::generate().unwrap();
     assert!(Svid::new(&stranger.serialize_der(), leaf.chain, BundleSet::of(world.root.bundle())).is_err());
 
     let outside = "spiffe://acme.example/cluster/west/vm/db-1".parse().unwrap();
-    assert!(matches!(issuer.issue(csr.der(), &outside, LEAF_LIFE, NOW), Err(IssueError::OutsideCluster { .. })));
+    assert!(matches!(
+        issuer.issue(csr.der(), &outside, LEAF_LIFE, NOW),
+        Err(IssueError::OutsideCluster { .. })
+    ));
     let mut broken = csr.der().to_vec();
     *broken.last_mut().unwrap() ^= 1;
     assert!(matches!(issuer.issue(&broken, &id, LEAF_LIFE, NOW), Err(IssueError::Csr(_))));
@@ -263,7 +311,10 @@ fn files_are_private_never_overwritten_and_damage_is_named() {
     let out = world._dir.path().join("east");
     world.east.save(&out).unwrap();
     let loaded = ClusterMaterial::load(&out).unwrap();
-    assert_eq!((loaded.cluster, loaded.tag, loaded.bundle), (world.east.cluster, world.east.tag, world.east.bundle));
+    assert_eq!(
+        (loaded.cluster, loaded.tag, loaded.bundle),
+        (world.east.cluster, world.east.tag, world.east.bundle)
+    );
     assert_eq!(std::fs::metadata(out.join("ca.key")).unwrap().permissions().mode() & 0o777, 0o600);
 }
 
@@ -274,8 +325,17 @@ fn bundles_round_trip_and_bad_documents_are_refused() {
     let bundle = world.root.bundle();
     assert_eq!(TrustBundle::from_json(domain.clone(), &bundle.to_json()).unwrap(), bundle);
     let unknown = r#"{"keys":[{"kty":"RSA","use":"jwt-svid","kid":"x"}],"spiffe_sequence":3}"#;
-    assert!(TrustBundle::from_json(domain.clone(), unknown).unwrap().roots.is_empty(), "unknown uses are ignored");
-    for bad in ["", "{", "[]", r#"{"keys":[{"use":"x509-svid","x5c":[]}]}"#, r#"{"keys":[{"use":"x509-svid","x5c":["AAAA"]}]}"#] {
+    assert!(
+        TrustBundle::from_json(domain.clone(), unknown).unwrap().roots.is_empty(),
+        "unknown uses are ignored"
+    );
+    for bad in [
+        "",
+        "{",
+        "[]",
+        r#"{"keys":[{"use":"x509-svid","x5c":[]}]}"#,
+        r#"{"keys":[{"use":"x509-svid","x5c":["AAAA"]}]}"#,
+    ] {
         assert!(TrustBundle::from_json(domain.clone(), bad).is_err(), "{bad}");
     }
     assert!(TrustBundle::from_json(domain, &" ".repeat(100_000)).is_err());

@@ -234,7 +234,10 @@ impl Member {
         let own = self.spiffe_id();
         let svid = check_svid(key_pkcs8, issued)?;
         if svid.spiffe_id != own {
-            return Err(MemberError::OtherIdentity { found: svid.spiffe_id.to_string(), expected: own.to_string() });
+            return Err(MemberError::OtherIdentity {
+                found: svid.spiffe_id.to_string(),
+                expected: own.to_string(),
+            });
         }
         self.update(|state| state.set_identity(key_pkcs8, issued))?;
         self.0.svid.swap(svid);
@@ -271,15 +274,16 @@ fn check_svid(key_pkcs8: &[u8], issued: &tombolo_proto::v1::Svid) -> Result<Svid
     let bundle = TrustBundle::from_json(id.trust_domain(), &issued.trust_bundle_json)?;
     let svid = Svid::new(key_pkcs8, chain, BundleSet::of(bundle))?;
     if svid.spiffe_id != id {
-        return Err(MemberError::OtherIdentity { found: svid.spiffe_id.to_string(), expected: id.to_string() });
+        return Err(MemberError::OtherIdentity {
+            found: svid.spiffe_id.to_string(),
+            expected: id.to_string(),
+        });
     }
     Ok(svid)
 }
 
 /// Gateways from the wire; bad addresses are an error of their own record.
-pub fn gateway_hops(
-    wire: &[tombolo_proto::v1::GatewayReplica],
-) -> (Vec<GatewayHop>, Vec<FieldError>) {
+pub fn gateway_hops(wire: &[tombolo_proto::v1::GatewayReplica]) -> (Vec<GatewayHop>, Vec<FieldError>) {
     let mut rejected = Vec::new();
     let hops = wire.iter().filter_map(|replica| {
         match tombolo_proto::convert::address("gateways.address", &replica.address) {

@@ -1,5 +1,7 @@
 //! Two overlays of one cluster on loopback: dialling by handle, admission, identity, streams, GONE, gRPC plumbing.
 
+#![allow(clippy::unwrap_used, clippy::expect_used)] // a panic is a test's failure
+
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -56,14 +58,16 @@ impl World {
 
     fn svid(&self, account: &str) -> SvidHandle {
         let key = KeyAndCsr::generate().unwrap();
-        let leaf = self.issuer.issue(&key.csr_der, &self.id(account), LEAF_LIFE, clock::since_unix_epoch()).unwrap();
+        let leaf =
+            self.issuer.issue(&key.csr_der, &self.id(account), LEAF_LIFE, clock::since_unix_epoch()).unwrap();
         let bundles = BundleSet::of(self.issuer.material.bundle.clone());
         SvidHandle::new(Svid::new(&key.key_der, leaf.chain, bundles).unwrap())
     }
 
     fn overlay(&self, block: u32, incarnation: u8, svid: &SvidHandle) -> Overlay {
         let block = Block::new(block).unwrap();
-        let keys = KeyRing::derive_now(clock::since_unix_epoch(), |h| self.cluster_key.endpoint_key(block, h));
+        let keys =
+            KeyRing::derive_now(clock::since_unix_epoch(), |h| self.cluster_key.endpoint_key(block, h));
         let mesh = tls::mesh_server_config(svid).unwrap();
         let config = OverlayConfig {
             tag: self.tag,
@@ -101,7 +105,8 @@ impl World {
 
     /// Everyone knows everyone; the handle leads to `servers`.
     fn connect(&self, all: &[&Overlay], servers: &[&Overlay]) {
-        let endpoints: HashMap<_, _> = all.iter().map(|o| (o.endpoint_id().block(), o.local_addr())).collect();
+        let endpoints: HashMap<_, _> =
+            all.iter().map(|o| (o.endpoint_id().block(), o.local_addr())).collect();
         for overlay in all {
             let mut routes = Routes::empty(self.tag);
             routes.endpoints = endpoints.clone();
@@ -170,7 +175,8 @@ async fn a_valid_workload_that_is_not_the_services_is_refused_by_the_caller() {
     world.connect(&[&server, &client], &[&server]);
     tokio::time::sleep(Duration::from_millis(20)).await;
     let expected = ExpectedPeer::OneOf([world.id("web")].into());
-    let error = client.dial(&world.target(), tls::mesh_client_config(&cart, expected).unwrap()).await.unwrap_err();
+    let error =
+        client.dial(&world.target(), tls::mesh_client_config(&cart, expected).unwrap()).await.unwrap_err();
     assert!(matches!(error, DialError::Handshake(_)), "{error}");
     assert!(error.to_string().contains("thief"), "the error names who answered: {error}");
 }

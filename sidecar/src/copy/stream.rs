@@ -30,10 +30,7 @@ pub struct RecvHalf {
 
 impl BiStream {
     pub fn new(send: SendStream, recv: RecvStream) -> Self {
-        Self {
-            send: SendHalf { stream: send, over: false },
-            recv: RecvHalf { stream: recv, over: false },
-        }
+        Self { send: SendHalf { stream: send, over: false }, recv: RecvHalf { stream: recv, over: false } }
     }
     pub fn halves(&mut self) -> (&mut SendHalf, &mut RecvHalf) {
         (&mut self.send, &mut self.recv)

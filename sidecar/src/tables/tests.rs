@@ -85,7 +85,9 @@ fn each_bad_record_is_refused_by_name_and_the_rest_counts() {
         let mut wire = snapshot();
         spoil(&mut wire);
         let tables = parse(&wire);
-        let [rejected] = tables.rejected.as_slice() else { panic!("{record} {field}: {:?}", tables.rejected) };
+        let [rejected] = tables.rejected.as_slice() else {
+            panic!("{record} {field}: {:?}", tables.rejected)
+        };
         assert_eq!(rejected.record, record);
         assert!(rejected.error.field.contains(field), "{:?}", rejected.error);
         assert_eq!(tables.upstreams.len(), 1, "the rest counts");

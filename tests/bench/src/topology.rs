@@ -47,6 +47,7 @@ pub struct Running {
     /// Everything between client and origin, first hop first. The name is the role; same roles are reported apart.
     pub hops: Vec<Process>,
     /// What runs beside the path, such as control planes; not measured, ended with the rest.
+    #[allow(dead_code)] // held, never read: dropping it ends them
     pub support: Vec<Process>,
 }
 

@@ -15,6 +15,7 @@ use tombolo_identity::{ExpectedPeer, tls};
 use tombolo_model::ids::{Block, ClusterTag, EndpointId, Handle, Incarnation};
 use tombolo_model::names::ClusterName;
 use tombolo_proto::convert::{self, FieldError};
+use tombolo_proto::token::{self, TokenError};
 use tombolo_proto::v1;
 use tombolo_proto::v1::join_client::JoinClient;
 use tombolo_runtime::tasks::TaskGroup;
@@ -49,12 +50,45 @@ pub struct JoinPlan {
     pub tag: ClusterTag,
     pub token_id: String,
     pub secret: Vec<u8>,
-    /// Unix seconds.
+    /// Unix seconds; the federator judges, with its clock.
     pub not_after: u64,
     /// Block and keys that answers are routed by until we have joined; only when not direct.
     pub provisional: Option<(Block, KeyRing)>,
     /// Of the join handle.
     pub join_keys: KeyRing,
+}
+
+impl JoinPlan {
+    /// Reads a token. `name`, where the joiner has one, must be the token's: asking with another one would use it up.
+    pub fn from_token(text: &str, name: Option<&str>, now: Duration) -> Result<(Self, String), JoinError> {
+        let token = token::parse(text, v1::TokenKind::Workload, now)?;
+        if let Some(name) = name.filter(|name| *name != token.name) {
+            return Err(JoinError::WrongName { given: name.to_owned(), bound: token.name });
+        }
+        let (federators, rejected) = control_targets(&token.federators);
+        log_rejected(&rejected);
+        let (gateways, rejected) = gateway_hops(&token.gateways);
+        log_rejected(&rejected);
+        let federators: Vec<_> = federators.into_iter().filter_map(|(_, address)| address).collect();
+        let direct = !federators.is_empty();
+        let missing = |field| JoinError::from(FieldError::new(field, "nothing", "present"));
+        let provisional = token.provisional.as_ref().map(EndpointLease::from_wire).transpose()?;
+        let plan = Self {
+            addresses: if direct { federators } else { gateways.into_iter().map(|g| g.address).collect() },
+            direct,
+            root_fingerprint: token.root_fingerprint,
+            cluster: convert::parse("token.cluster", &token.cluster)?,
+            tag: convert::tag("token.tag", token.tag)?,
+            token_id: token.token_id,
+            secret: token.secret,
+            not_after: u64::try_from(token.not_after_unix).unwrap_or(0),
+            provisional: provisional.map(|lease| (lease.block, lease.keys)),
+            join_keys: KeyRing::from_wire(
+                token.join_keys.as_ref().ok_or_else(|| missing("token.join_keys"))?,
+            )?,
+        };
+        Ok((plan, token.name))
+    }
 }
 
 /// What the joiner brings.
@@ -69,10 +103,12 @@ pub struct JoinOptions {
 /// Why joining failed.
 #[derive(Debug, thiserror::Error)]
 pub enum JoinError {
-    #[error("the token can't be used: {0}: ask for a new one with `tombolo token create` or `tombolo vm token`")]
-    Token(String),
-    #[error("the token expired {}s ago (tokens live 15 minutes): ask for a new one; if it is new, check this machine's clock", ago.as_secs())]
-    Expired { ago: Duration },
+    #[error(transparent)]
+    Token(#[from] TokenError),
+    #[error(
+        "the token is for {bound:?}, not for {given:?}: start with --name {bound}, or ask for a token for {given:?}"
+    )]
+    WrongName { given: String, bound: String },
     #[error("{} is already joined as {name}: use another state directory, or move this one away", dir.display())]
     AlreadyJoined { dir: PathBuf, name: String },
     #[error("the token names no address to join at")]
@@ -84,11 +120,16 @@ pub enum JoinError {
         list(addresses)
     )]
     Unreachable { addresses: Vec<SocketAddr>, what: &'static str, ports: String, source: DialError },
-    #[error("whoever answers at {} is not the federator of cluster {cluster}: {source}: is the token from another federation?", list(addresses))]
+    #[error(
+        "whoever answers at {} is not the federator of cluster {cluster}: {source}: is the token from another federation?",
+        list(addresses)
+    )]
     WrongPeer { addresses: Vec<SocketAddr>, cluster: ClusterName, source: DialError },
     #[error("cluster {cluster} refused to let {name:?} join: {reason}")]
     Refused { cluster: ClusterName, name: String, reason: String },
-    #[error("cluster {cluster} did not answer the join request in time: the token may be used up; if joining again is refused, ask for a new one")]
+    #[error(
+        "cluster {cluster} did not answer the join request in time: the token may be used up; if joining again is refused, ask for a new one"
+    )]
     Late { cluster: ClusterName },
     #[error("the federator's answer can't be used: {0}")]
     Answer(#[from] FieldError),
@@ -106,8 +147,9 @@ impl JoinError {
     /// A metric or exit label: a closed set.
     pub fn kind(&self) -> &'static str {
         match self {
+            Self::Token(TokenError::Expired { .. }) => "expired",
             Self::Token(_) | Self::NoAddress => "token",
-            Self::Expired { .. } => "expired",
+            Self::WrongName { .. } => "wrong_name",
             Self::AlreadyJoined { .. } => "already_joined",
             Self::Bind(_) => "bind",
             Self::Unreachable { .. } => "unreachable",
@@ -126,6 +168,17 @@ impl JoinError {
 }
 
 impl Member {
+    /// Joins with a token's text. `bind` as for the member's overlay; `name`: checked against the token's.
+    pub async fn join(
+        text: &str,
+        dir: &Path,
+        name: Option<&str>,
+        bind: SocketAddr,
+    ) -> Result<Self, JoinError> {
+        let (plan, name) = JoinPlan::from_token(text, name, clock::since_unix_epoch())?;
+        Self::join_as_planned(&plan, dir, &JoinOptions { name, bind }).await
+    }
+
     /// Joins and stores everything in `dir`. On any error the directory is as before, and the token is used up only if
     /// the federator had accepted it.
     pub async fn join_as_planned(
@@ -138,10 +191,6 @@ impl Member {
         }
         // Before the token is used up: a directory that can't be written would waste it.
         dirs::ensure_private(dir).map_err(MemberError::from)?;
-        let now = clock::unix_seconds();
-        if now >= plan.not_after {
-            return Err(JoinError::Expired { ago: Duration::from_secs(now - plan.not_after) });
-        }
         if plan.addresses.is_empty() {
             return Err(JoinError::NoAddress);
         }
@@ -173,7 +222,7 @@ fn open(plan: &JoinPlan, options: &JoinOptions, tasks: &TaskGroup) -> Result<Ove
             (Kind::Endpoint, endpoint, keys.clone())
         }
         None if !plan.direct => {
-            return Err(JoinError::Token("it carries no provisional lease".to_owned()));
+            return Err(TokenError::Incomplete { field: "provisional lease" }.into());
         }
         _ => {
             let federator = |(index, address): (usize, &SocketAddr)| {
@@ -279,11 +328,18 @@ fn store(
     let control = control.ok_or_else(|| missing("control"))?;
     let checked = check_svid(&key.key_der, &svid)?;
     if checked.spiffe_id.cluster().as_ref() != Some(&plan.cluster) {
-        return Err(FieldError::new("svid.spiffe_id", &checked.spiffe_id, format!("of cluster {}", plan.cluster)).into());
+        return Err(FieldError::new(
+            "svid.spiffe_id",
+            &checked.spiffe_id,
+            format!("of cluster {}", plan.cluster),
+        )
+        .into());
     }
     if lease.cluster != plan.cluster || lease.tag != plan.tag {
         let expected = format!("of cluster {} ({})", plan.cluster, plan.tag);
-        return Err(FieldError::new("lease.cluster", format!("{} ({})", lease.cluster, lease.tag), expected).into());
+        return Err(
+            FieldError::new("lease.cluster", format!("{} ({})", lease.cluster, lease.tag), expected).into()
+        );
     }
     if lease.spiffe_id != checked.spiffe_id.as_str() {
         return Err(FieldError::new("lease.spiffe_id", &lease.spiffe_id, checked.spiffe_id.as_str()).into());

@@ -45,7 +45,10 @@ pub(super) struct State {
 /// The key must not end up in a log.
 impl std::fmt::Debug for State {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("State").field("name", &self.name).field("spiffe_id", &self.spiffe_id).finish_non_exhaustive()
+        f.debug_struct("State")
+            .field("name", &self.name)
+            .field("spiffe_id", &self.spiffe_id)
+            .finish_non_exhaustive()
     }
 }
 
@@ -106,7 +109,8 @@ impl State {
         self.first_hour = keys.first_hour;
         self.keys = keys.keys.iter().map(hex::encode).collect();
         self.federator_ids = control.spiffe_ids.to_vec();
-        let federator = |(endpoint, address): &(EndpointId, _)| Federator { endpoint: *endpoint, address: *address };
+        let federator =
+            |(endpoint, address): &(EndpointId, _)| Federator { endpoint: *endpoint, address: *address };
         self.federators = control.federators.iter().map(federator).collect();
         let gateway =
             |g: &GatewayHop| Gateway { name: g.name.clone(), address: g.address, balanced: g.balanced };

@@ -1,7 +1,7 @@
 //! State on disk and what is refused; joining against a real federator is tested with the federator.
 
-use super::*;
 use super::renewal::due_at;
+use super::*;
 
 #[test]
 fn renewal_is_due_around_half_the_life_and_not_for_everybody_at_once() {

@@ -27,6 +27,11 @@ impl Topology for Direct {
     }
 
     fn start(&self, site: &Site) -> Result<Running> {
-        Ok(Running { http: site.origin_http(), bulk: site.origin_bulk(), hops: Vec::new(), support: Vec::new() })
+        Ok(Running {
+            http: site.origin_http(),
+            bulk: site.origin_bulk(),
+            hops: Vec::new(),
+            support: Vec::new(),
+        })
     }
 }

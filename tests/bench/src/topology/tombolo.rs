@@ -49,7 +49,8 @@ impl Place<'_> {
         self.site.start(self.side, spec, &[port])
     }
     fn token(&self, role: &str, name: &str) -> Result<String> {
-        let args = ["--socket", &self.socket(), "token", "create", "--role", role, "--name", name, "-n", "bench"];
+        let args =
+            ["--socket", &self.socket(), "token", "create", "--role", role, "--name", name, "-n", "bench"];
         let path = self.path(&format!("{name}.token"));
         std::fs::write(&path, tombolo(&args, "")?)?;
         Ok(path)
@@ -71,14 +72,26 @@ impl Place<'_> {
         let (border, inner, admin) = (self.at(3), self.at(4), self.at(5));
         let args = ["gateway", "--name", "gw-1", "--join-token-file", &token, "--state-dir", &state];
         // One worker: what one core forwards. The path's other three processes have one thread each as well.
-        let args = [&args[..], &["--border", &border, "--inner", &inner, "--admin", &admin, "--workers", "1"]].concat();
+        let args =
+            [&args[..], &["--border", &border, "--inner", &inner, "--admin", &admin, "--workers", "1"]]
+                .concat();
         self.start(role, &args, Port::Udp(self.base + 3))
     }
 
     fn sidecar(&self, role: &str, name: &str, at: u16, extra: &[&str], port: Port) -> Result<Process> {
         let (token, state) = (self.token("sidecar", name)?, self.path(name));
         let (listen, admin) = (self.at(at), self.at(at + 1));
-        let args = ["sidecar", "--join-token-file", &token, "--state-dir", &state, "--listen", &listen, "--admin", &admin];
+        let args = [
+            "sidecar",
+            "--join-token-file",
+            &token,
+            "--state-dir",
+            &state,
+            "--listen",
+            &listen,
+            "--admin",
+            &admin,
+        ];
         self.start(role, &[&args[..], extra].concat(), port)
     }
 }
@@ -89,7 +102,8 @@ impl Topology for Tombolo {
     }
 
     fn description(&self) -> String {
-        "tombolo x4: sidecar -> gateway -> gateway -> sidecar, two linked clusters, end-to-end mTLS QUIC".to_owned()
+        "tombolo x4: sidecar -> gateway -> gateway -> sidecar, two linked clusters, end-to-end mTLS QUIC"
+            .to_owned()
     }
 
     fn start(&self, site: &Site) -> Result<Running> {
@@ -110,16 +124,29 @@ impl Topology for Tombolo {
         let token = tombolo(&["--socket", &east.socket(), "link", "token", "west"], "")?;
         tombolo(&["--socket", &west.socket(), "link", "join", "-"], &token)?;
 
-        let serves = [format!("bench/http:80={},tcp", site.origin_http()), format!("bench/bulk:81={},tcp", site.origin_bulk())];
+        let serves = [
+            format!("bench/http:80={},tcp", site.origin_http()),
+            format!("bench/bulk:81={},tcp", site.origin_bulk()),
+        ];
         let [http, bulk] = &serves;
-        let sidecar_in =
-            west.sidecar("sidecar-in", "origin", 10, &["--service", http, "--service", bulk], Port::Udp(west.base + 10))?;
+        let sidecar_in = west.sidecar(
+            "sidecar-in",
+            "origin",
+            10,
+            &["--service", http, "--service", bulk],
+            Port::Udp(west.base + 10),
+        )?;
         tombolo(&["--socket", &west.socket(), "apply", "-f", "-"], EXPORTS)?;
         let entry = (site.socket(Side::Near, ENTRY_HTTP_PORT), site.socket(Side::Near, ENTRY_BULK_PORT));
         let calls = [format!("bench/http:80={}", entry.0), format!("bench/bulk:81={}", entry.1)];
         let [http, bulk] = &calls;
-        let sidecar_out =
-            east.sidecar("sidecar-out", "client", 10, &["--upstream", http, "--upstream", bulk], Port::Tcp(entry.0.port()))?;
+        let sidecar_out = east.sidecar(
+            "sidecar-out",
+            "client",
+            10,
+            &["--upstream", http, "--upstream", bulk],
+            Port::Tcp(entry.0.port()),
+        )?;
         wait("the first answer through the mesh", || answers(site, entry.0).ok())?;
         support.shrink_to_fit();
         Ok(Running {
@@ -167,10 +194,19 @@ fn binary() -> Result<PathBuf> {
 }
 
 fn tombolo(args: &[&str], stdin: &str) -> Result<String> {
-    let mut child =
-        Command::new(binary()?).args(args).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    let mut child = Command::new(binary()?)
+        .args(args)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()?;
     child.stdin.take().context("no standard input")?.write_all(stdin.as_bytes())?;
     let output = child.wait_with_output()?;
-    ensure!(output.status.success(), "tombolo {}: {}", args.join(" "), String::from_utf8_lossy(&output.stderr));
+    ensure!(
+        output.status.success(),
+        "tombolo {}: {}",
+        args.join(" "),
+        String::from_utf8_lossy(&output.stderr)
+    );
     Ok(String::from_utf8(output.stdout)?)
 }

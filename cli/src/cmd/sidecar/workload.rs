@@ -1,0 +1,193 @@
+//! What a sidecar serves and calls, out of a `Workload` manifest or a `--health` flag.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::Path;
+
+use tombolo_model::names::{Namespace, ServiceKey};
+use tombolo_model::resource::workload::{
+    HealthCheck as Check, HttpCheck, TcpCheck, WorkloadPort, WorkloadService, WorkloadSpec, WorkloadUpstream,
+};
+use tombolo_model::resource::{Object, Spec};
+use tombolo_sidecar::config::{LocalPort, ServiceConfig, UpstreamConfig};
+use tombolo_sidecar::health::{HealthCheck, Probe};
+
+use crate::failure::Failure;
+use crate::manifest;
+
+/// `NAMESPACE/NAME=tcp|http:/path|none`, for a service that a `--service` flag names.
+pub fn health_flag(text: &str, services: &mut [ServiceConfig]) -> Result<(), Failure> {
+    let wrong = |reason: &str| {
+        let shown: String = text.chars().take(200).collect();
+        Failure::usage(format_args!("--health {shown:?}: {reason}"))
+            .remedy("write NAMESPACE/NAME=tcp, NAMESPACE/NAME=http:/path or NAMESPACE/NAME=none")
+    };
+    let (service, check) = text.split_once('=').ok_or_else(|| wrong("there is no '='"))?;
+    let service: ServiceKey = service.parse().map_err(|_| wrong("the service is not NAMESPACE/NAME"))?;
+    let probe = match check {
+        "tcp" => Probe::Tcp,
+        "none" => Probe::None,
+        _ => match check.strip_prefix("http:") {
+            Some(path) if is_path(path) => Probe::Http { path: path.to_owned() },
+            _ => return Err(wrong("the check is not known")),
+        },
+    };
+    let known = services.iter_mut().find(|known| known.service == service);
+    known.ok_or_else(|| wrong("no --service has this name"))?.health.probe = probe;
+    Ok(())
+}
+
+/// A path that can stand in a request line.
+fn is_path(path: &str) -> bool {
+    path.starts_with('/') && path.bytes().all(|b| b.is_ascii_graphic())
+}
+
+/// The services and upstreams of the one `Workload` in a file.
+pub fn read(path: &Path) -> Result<(Vec<ServiceConfig>, Vec<UpstreamConfig>), Failure> {
+    let manifests = manifest::read(&[path.to_owned()])?;
+    let [only] = manifests.as_slice() else {
+        return Err(Failure::usage(format_args!("{} objects; one Workload is expected", manifests.len()))
+            .at(path.display()));
+    };
+    let object = Object::from_json(only.object.clone()).map_err(|e| Failure::usage(e).at(&only.place))?;
+    let Spec::Workload(spec) = object.spec else {
+        return Err(Failure::usage(format_args!("a {}; a Workload is expected", only.kind())).at(&only.place));
+    };
+    let namespace: Namespace = only.namespace().parse().map_err(|e| Failure::usage(e).at(&only.place))?;
+    convert(spec, &namespace).map_err(|failure| failure.at(&only.place))
+}
+
+fn convert(
+    spec: WorkloadSpec,
+    namespace: &Namespace,
+) -> Result<(Vec<ServiceConfig>, Vec<UpstreamConfig>), Failure> {
+    // Which sidecar serves it matters to the federator; this is that sidecar.
+    let WorkloadSpec { sidecar: _, services, upstreams } = spec;
+    let services = services.into_iter().map(|s| service(s, namespace)).collect::<Result<_, _>>()?;
+    let upstreams = upstreams.iter().map(|u| upstream(u, namespace)).collect::<Result<_, _>>()?;
+    Ok((services, upstreams))
+}
+
+fn service(service: WorkloadService, namespace: &Namespace) -> Result<ServiceConfig, Failure> {
+    let WorkloadService { name, ports, health_check, weight } = service;
+    let service = ServiceKey::new(namespace.clone(), name.parse().map_err(Failure::usage)?);
+    let mut ports = ports.into_iter().map(local_port).collect::<Result<Vec<_>, _>>()?;
+    let mut health = HealthCheck::default();
+    if let Some(Check { tcp, http, interval, timeout, healthy_threshold, unhealthy_threshold }) = health_check
+    {
+        let checked = match (tcp, http) {
+            (_, Some(HttpCheck { path, port, expected_status })) => {
+                if expected_status.is_some() {
+                    return Err(Failure::usage(
+                        "healthCheck.http.expectedStatus is not supported yet: leave it out (200 to 399)",
+                    ));
+                }
+                if !is_path(&path) {
+                    return Err(Failure::usage(format_args!(
+                        "healthCheck.http.path: {path:?} is no path: give one such as /healthz"
+                    )));
+                }
+                health.probe = Probe::Http { path };
+                Some(port)
+            }
+            (Some(TcpCheck { port }), None) => Some(port),
+            (None, None) => None,
+        };
+        // The first port is the one that is checked.
+        if let Some(checked) = checked {
+            let at = ports.iter().position(|port| port.target.port() == checked || port.port == checked);
+            let at = at.ok_or_else(|| {
+                Failure::usage(format_args!(
+                    "healthCheck names port {checked}, which {service} does not have"
+                ))
+            })?;
+            ports.swap(0, at);
+        }
+        health.interval = interval.map_or(health.interval, |text| text.0);
+        health.timeout = timeout.map_or(health.timeout, |text| text.0);
+        health.healthy_after = healthy_threshold.unwrap_or(health.healthy_after);
+        health.unhealthy_after = unhealthy_threshold.unwrap_or(health.unhealthy_after);
+    }
+    Ok(ServiceConfig { service, ports, health, weight: weight.unwrap_or(100) })
+}
+
+fn local_port(port: WorkloadPort) -> Result<LocalPort, Failure> {
+    let WorkloadPort { name, port, target_port, target_host, protocol: _, app_protocol } = port;
+    let host: IpAddr = match target_host {
+        None => Ipv4Addr::LOCALHOST.into(),
+        Some(text) => text
+            .parse()
+            .map_err(|_| Failure::usage(format_args!("targetHost: {text:?} is not an IP address")))?,
+    };
+    Ok(LocalPort {
+        name: name.unwrap_or_default(),
+        port,
+        target: SocketAddr::new(host, target_port.unwrap_or(port)),
+        app_protocol: app_protocol.unwrap_or_default(),
+    })
+}
+
+fn upstream(upstream: &WorkloadUpstream, namespace: &Namespace) -> Result<UpstreamConfig, Failure> {
+    let service = upstream
+        .key(namespace)
+        .ok_or_else(|| Failure::usage(format_args!("{:?} is no service", upstream.service)))?;
+    let WorkloadUpstream { service: _, port, listen, warm } = upstream;
+    let listen =
+        listen.parse().map_err(|_| Failure::usage(format_args!("listen: {listen:?} is not an ip:port")))?;
+    let warm = warm.map_or(0, |warm| usize::try_from(warm).unwrap_or(usize::MAX));
+    Ok(UpstreamConfig { service, port: *port, listen, warm })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tombolo_sidecar::config::{Mapping, services_from};
+
+    #[test]
+    fn a_health_flag_changes_the_check_of_its_service() {
+        let mapping: Mapping = "shop/web:80=127.0.0.1:8080".parse().unwrap();
+        let mut services = services_from([mapping]);
+        health_flag("shop/web=http:/healthz", &mut services).unwrap();
+        assert_eq!(services[0].health.probe, Probe::Http { path: "/healthz".into() });
+        for bad in [
+            "shop/web",
+            "shop/web=ping",
+            "web=tcp",
+            "shop/other=tcp",
+            "shop/web=http:healthz",
+            "shop/web=http:/a b",
+        ] {
+            let error = health_flag(bad, &mut services).unwrap_err().to_string();
+            assert!(error.contains("--health") && error.contains("=tcp"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_workload_manifest_says_what_is_served_called_and_checked() {
+        let path = std::env::temp_dir().join(format!("tombolo-workload-{}.yaml", std::process::id()));
+        std::fs::write(
+            &path,
+            "apiVersion: tombolo.dev/v1alpha1
+kind: Workload
+metadata: { name: db-1, namespace: shop }
+spec:
+  services:
+    - name: db
+      ports: [ { port: 5432 }, { port: 8008, targetPort: 18008 } ]
+      healthCheck: { http: { path: /ready, port: 8008 }, interval: 250ms }
+  upstreams:
+    - { service: web, port: 80, listen: \"127.0.0.1:9080\", warm: 2 }
+",
+        )
+        .unwrap();
+        let read = read(&path);
+        std::fs::remove_file(&path).unwrap();
+        let (services, upstreams) = read.unwrap();
+        assert_eq!(
+            services[0].ports[0].target,
+            "127.0.0.1:18008".parse().unwrap(),
+            "the checked port comes first"
+        );
+        assert_eq!(services[0].health.interval.as_millis(), 250);
+        assert_eq!((upstreams[0].service.to_string().as_str(), upstreams[0].warm), ("shop/web", 2));
+    }
+}

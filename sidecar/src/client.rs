@@ -1,0 +1,272 @@
+//! The sidecar's talk with its federator: configuration in, reports out.
+//!
+//! [`ControlTask`] watches snapshots through the [`Member`]'s control connection, parses each once, publishes the
+//! [`Tables`] and keeps the raw snapshot on disk, so that the next start needs no federator. [`ReportTask`] sends health,
+//! shifts and probes on change and at least once a second. Both go on for ever: an absent federator costs nothing but
+//! news.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use prost::Message;
+use tokio::sync::watch;
+use tombolo_identity::files;
+use tombolo_model::names::ServiceKey;
+use tombolo_overlay::Overlay;
+use tombolo_overlay::member::Member;
+use tombolo_proto::v1;
+use tombolo_proto::v1::config_client::ConfigClient;
+use tombolo_runtime::clock;
+use tombolo_runtime::drain::Drain;
+
+use crate::failover::{Routes, ShiftLog};
+use crate::health::Verdict;
+use crate::metrics::{Metrics, RejectLabels, UpstreamLabels};
+use crate::tables::Tables;
+
+/// A snapshot comes at least every 5 s: three missed ones, and another federator is tried.
+const SILENCE: Duration = Duration::from_secs(16);
+/// The report is also the heartbeat of the lease.
+const REPORT_EVERY: Duration = Duration::from_secs(1);
+const CALL_TIMEOUT: Duration = Duration::from_secs(3);
+/// After a stream that a federator ended at once.
+const REOPEN_PAUSE: Duration = Duration::from_millis(500);
+const FILE: &str = "snapshot.pb";
+/// Thousands of upstreams with their keys; tonic refuses more than 4 MB anyway.
+const MAX_SNAPSHOT_BYTES: u64 = 16 * 1024 * 1024;
+
+/// The last snapshot on disk; `None` when there is none that can be read. A damaged one is only a lost head start.
+pub fn last_snapshot(dir: &Path) -> Option<v1::SidecarSnapshot> {
+    let path = dir.join(FILE);
+    if !path.exists() {
+        return None;
+    }
+    let read = files::read(&path, MAX_SNAPSHOT_BYTES).map_err(|e| e.to_string());
+    let snapshot = read.and_then(|bytes| v1::SidecarSnapshot::decode(&*bytes).map_err(|e| e.to_string()));
+    snapshot
+        .map_err(
+            |reason| tracing::warn!(path = %path.display(), reason, "the last configuration can't be read"),
+        )
+        .ok()
+}
+
+/// Watches the configuration.
+#[derive(Debug)]
+pub struct ControlTask {
+    pub member: Member,
+    pub overlay: Overlay,
+    pub hello: v1::SidecarHello,
+    pub tables: watch::Sender<Option<Arc<Tables>>>,
+    pub metrics: Metrics,
+}
+
+impl ControlTask {
+    /// Publishes the snapshot that an earlier process left. True when there was one that could be used.
+    pub fn restore(&self) -> bool {
+        let Some(snapshot) = last_snapshot(self.member.dir()) else { return false };
+        let restored = self.apply(&snapshot, false);
+        if restored {
+            tracing::info!(
+                revision = snapshot.revision,
+                "serving with the last configuration until a federator answers"
+            );
+        }
+        restored
+    }
+
+    pub async fn run(self) {
+        let mut stored: Option<PathBuf> = None;
+        loop {
+            if let Err(error) = self.watch(&mut stored).await {
+                tracing::info!(%error, "no configuration from a federator; what is known keeps serving");
+            }
+            self.metrics.control_connected.set(0);
+            self.member.disconnect().await;
+            tokio::time::sleep(REOPEN_PAUSE.mul_f64(0.5 + rand::random::<f64>())).await;
+        }
+    }
+
+    async fn watch(
+        &self,
+        stored: &mut Option<PathBuf>,
+    ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        let channel = self.member.connect(&self.overlay).await?;
+        let mut client = ConfigClient::new(channel);
+        let hello = v1::SidecarHello { lease: Some(self.member.lease().to_wire()), ..self.hello.clone() };
+        let opened = tokio::time::timeout(CALL_TIMEOUT, client.watch_sidecar(hello)).await?;
+        let mut snapshots = opened.map_err(|status| status.message().to_owned())?.into_inner();
+        let mut last = None;
+        loop {
+            let next = tokio::time::timeout(SILENCE, snapshots.message()).await?;
+            let Some(snapshot) = next.map_err(|status| status.message().to_owned())? else { return Ok(()) };
+            self.metrics.control_connected.set(1);
+            // Unchanged ones are heartbeats.
+            if last.as_ref() == Some(&snapshot) {
+                continue;
+            }
+            if self.apply(&snapshot, true) {
+                self.store(&snapshot, stored).await;
+            }
+            last = Some(snapshot);
+        }
+    }
+
+    /// Parses and publishes; what can't be used is logged and counted. False: nothing of it counts.
+    fn apply(&self, snapshot: &v1::SidecarSnapshot, fresh: bool) -> bool {
+        let tables = match Tables::parse(snapshot, self.member.cluster(), self.member.tag()) {
+            Ok(tables) => tables,
+            Err(error) => {
+                tracing::error!(%error, "a configuration of another cluster is refused");
+                return false;
+            }
+        };
+        for rejected in &tables.rejected {
+            tracing::warn!(record = rejected.record, error = %rejected.error, "a record of the configuration is left out");
+            let labels = RejectLabels { record: rejected.record };
+            self.metrics.rejected_records.get_or_create(&labels).inc();
+        }
+        if fresh {
+            self.remember(&tables);
+        }
+        let mut routes = tables.routes.clone();
+        if routes.gateways.is_empty() {
+            // Never cut off by a snapshot: the gateways that worked are kept.
+            routes.gateways.clone_from(&self.member.control().gateways);
+        }
+        self.overlay.set_routes(routes);
+        self.overlay.set_inbound((*tables.inbound).clone());
+        self.metrics.config_revision.set(tables.revision);
+        self.tables.send_replace(Some(Arc::new(tables)));
+        true
+    }
+
+    /// What the member itself keeps for its next start.
+    fn remember(&self, tables: &Tables) {
+        let mut kept = self.member.remember(tables.federators.clone(), tables.gateways.clone());
+        if let Some(lease) = &tables.lease {
+            kept = kept.and(self.member.renew_lease(lease.clone()));
+            self.overlay.set_keys(self.member.lease().keys.clone());
+        }
+        kept = kept.and(self.member.update_bundle(&tables.trust_bundle));
+        if let Err(error) = kept {
+            tracing::warn!(%error, "a part of the configuration can't be kept for the next start");
+        }
+    }
+
+    async fn store(&self, snapshot: &v1::SidecarSnapshot, stored: &mut Option<PathBuf>) {
+        let path = stored.get_or_insert_with(|| self.member.dir().join(FILE)).clone();
+        let bytes = snapshot.encode_to_vec();
+        // fsync takes milliseconds on a busy disk: not on the byte path's thread.
+        let written = tokio::task::spawn_blocking(move || files::write_atomic(&path, &bytes, 0o600)).await;
+        if let Ok(Err(error)) = written {
+            tracing::warn!(%error, "the configuration can't be kept for the next start");
+        }
+    }
+}
+
+/// Reports to the federator.
+#[derive(Debug)]
+pub struct ReportTask {
+    pub member: Member,
+    pub overlay: Overlay,
+    pub health: Vec<(ServiceKey, watch::Receiver<Option<Verdict>>)>,
+    pub routes: Routes,
+    pub log: ShiftLog,
+    pub tables: watch::Receiver<Option<Arc<Tables>>>,
+    pub metrics: Metrics,
+    pub drain: Drain,
+}
+
+impl ReportTask {
+    /// Until the drain starts; then says once that this process leaves.
+    pub async fn run(mut self) {
+        let drain = self.drain.clone();
+        let reports = async {
+            loop {
+                if let Err(error) = self.report(false).await {
+                    tracing::debug!(error, "report not delivered");
+                }
+                let changes = self.health.iter_mut().map(|(_, verdict)| Box::pin(verdict.changed()));
+                let changed = futures::future::select_all(
+                    changes.map(|c| c as futures::future::BoxFuture<'_, _>).chain([never()]),
+                );
+                let _ = tokio::time::timeout(REPORT_EVERY, changed).await;
+            }
+        };
+        tokio::select! {
+            () = reports => {}
+            () = drain.started() => {}
+        }
+        if let Err(error) = self.report(true).await {
+            tracing::info!(error, "the federator could not be told that this sidecar leaves");
+        }
+    }
+
+    async fn report(&self, leaving: bool) -> Result<(), String> {
+        let report = self.assemble(leaving);
+        let send = async {
+            let channel = self.member.connect(&self.overlay).await.map_err(|e| e.to_string())?;
+            let answer = ConfigClient::new(channel).report(report).await;
+            answer.map_err(|status| status.message().to_owned())
+        };
+        let late = |_| format!("no answer within {}s", CALL_TIMEOUT.as_secs());
+        let ack = tokio::time::timeout(CALL_TIMEOUT, send).await.map_err(late)??;
+        self.log.acknowledge(ack.into_inner().acknowledged_shift);
+        Ok(())
+    }
+
+    fn assemble(&self, leaving: bool) -> v1::StatusReport {
+        let health = self.health.iter().filter_map(|(service, verdict)| {
+            // Not checked yet: nothing to say.
+            let verdict = verdict.borrow().clone()?;
+            let healthy = verdict.healthy && !leaving;
+            let labels = UpstreamLabels { service: service.to_string() };
+            self.metrics.healthy.get_or_create(&labels).set(i64::from(healthy));
+            let reason = if leaving { "draining".to_owned() } else { verdict.reason };
+            Some(v1::ServiceHealth { service: service.to_string(), healthy, reason })
+        });
+        let (now, monotonic) = (clock::since_unix_epoch(), std::time::Instant::now());
+        let hops = self.overlay.hops().into_iter().map(|hop| v1::HopStatus {
+            peer: hop.name,
+            address: hop.address.to_string(),
+            alive: hop.alive,
+            rtt_us: hop.rtt.map_or(0, |rtt| rtt.as_micros() as u64),
+            loss_per_mille: hop.loss_per_mille,
+            mtu: hop.mtu.into(),
+            last_ack_unix_ms: hop.last_ack.map_or(0, |at| {
+                now.saturating_sub(monotonic.saturating_duration_since(at)).as_millis() as i64
+            }),
+            carrier: "udp".to_owned(),
+            cluster: self.member.cluster().to_string(),
+        });
+        let upstreams = self.routes.all().into_iter().map(|route| {
+            let usage = route.pools.values().map(|pool| pool.usage());
+            let (connections, streams) = usage.fold((0, 0), |(c, s), (a, b)| (c + a, s + b));
+            v1::UpstreamStatus {
+                service: route.service.to_string(),
+                tier: i32::try_from(route.tier).unwrap_or(i32::MAX),
+                clusters: route.serving().iter().map(ToString::to_string).collect(),
+                reason: route.reason.clone(),
+                connections: u32::try_from(connections).unwrap_or(u32::MAX),
+                open_streams: streams,
+            }
+        });
+        v1::StatusReport {
+            reporter: self.member.name().to_owned(),
+            health: health.collect(),
+            shifts: self.log.pending(),
+            hops: hops.collect(),
+            upstreams: upstreams.collect(),
+            config_revision: self.tables.borrow().as_ref().map_or(0, |t| t.revision),
+            gateway: None,
+            enforcements: Vec::new(),
+            leaving,
+        }
+    }
+}
+
+/// Keeps `select_all` from being empty.
+fn never() -> futures::future::BoxFuture<'static, Result<(), watch::error::RecvError>> {
+    Box::pin(std::future::pending())
+}
