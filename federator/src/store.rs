@@ -85,7 +85,9 @@ pub enum StoreError {
     Damaged { path: PathBuf, reason: String },
     #[error("the store {} is in use by another process: stop the other federator, or give another --state-dir", path.display())]
     InUse { path: PathBuf },
-    #[error("{table}/{key} does not read ({reason}): it was written by a newer version, or the store is damaged")]
+    #[error(
+        "{table}/{key} does not read ({reason}): it was written by a newer version, or the store is damaged"
+    )]
     Value { table: Table, key: String, reason: String },
 }
 

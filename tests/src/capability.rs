@@ -20,7 +20,7 @@ pub fn require_netns(test: &str) -> Option<NetnsCapable> {
     match netns() {
         Ok(capable) => Some(capable),
         Err(reason) => {
-            skip(test, &reason);
+            skipped(test, &reason);
             None
         }
     }
@@ -33,7 +33,7 @@ pub fn require_programs(test: &str, programs: &[&str]) -> Option<()> {
     if missing.is_empty() {
         return Some(());
     }
-    skip(test, &format!("not installed: {} (tests/setup.sh installs them)", missing.join(", ")));
+    skipped(test, &format!("not installed: {} (tests/setup.sh installs them)", missing.join(", ")));
     None
 }
 
@@ -67,7 +67,8 @@ pub fn find_program(program: &str) -> Option<std::path::PathBuf> {
         .find(|candidate| candidate.is_file())
 }
 
-fn skip(test: &str, reason: &str) {
+/// Lists `test` as skipped, for a reason of its own.
+pub fn skipped(test: &str, reason: &str) {
     let line = format!("SKIPPED {test}: {reason}\n");
     assert!(
         std::env::var_os("TOMBOLO_REQUIRE_ALL").is_none(),

@@ -37,6 +37,33 @@ pub fn binary() -> Result<PathBuf> {
     Ok(path)
 }
 
+/// What `tombolo <role>` says of a role that this binary does not have yet.
+const NOT_BUILT: &str = "not built into this binary";
+
+/// Whether every role is there to be driven; where one is missing, the test is listed as skipped and counted.
+pub fn require_roles(test: &str) -> Option<()> {
+    let missing = binary().and_then(|bin| {
+        let lacks = |role: &&str| -> Result<bool> {
+            let output = Command::new(&bin).args([role, "--help"]).output()?;
+            Ok(String::from_utf8_lossy(&output.stdout).contains(NOT_BUILT))
+        };
+        let roles = ["federator", "gateway", "sidecar"].into_iter();
+        roles.map(|role| Ok((role, lacks(&role)?))).collect::<Result<Vec<_>>>()
+    });
+    let reason = match missing {
+        Ok(roles) => {
+            let lacking: Vec<_> = roles.iter().filter(|(_, lacks)| *lacks).map(|(role, _)| *role).collect();
+            if lacking.is_empty() {
+                return Some(());
+            }
+            format!("{} not built into the binary yet", lacking.join(" and "))
+        }
+        Err(error) => error.to_string(),
+    };
+    crate::capability::skipped(test, &reason);
+    None
+}
+
 /// One cluster.
 pub struct Cluster {
     pub name: String,

@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result, ensure};
 use nix::sys::signal::Signal;
 use tombolo_tests::capability::require_netns;
 use tombolo_tests::link::Shape;
-use tombolo_tests::mesh::{Mesh, http_get};
+use tombolo_tests::mesh::{Mesh, http_get, require_roles};
 use tombolo_tests::traffic::{Answer, RequestLoad, StreamReader, StreamServer};
 
 /// East calls what west serves (and east itself, as the second tier).
@@ -100,7 +100,7 @@ fn failed(answers: &[Answer]) -> Vec<&Answer> {
 #[test]
 fn a_gateway_killed_stopped_or_restarted_breaks_no_stream() -> Result<()> {
     let test = "a_gateway_killed_stopped_or_restarted_breaks_no_stream";
-    let Some(_) = require_netns(test) else { return Ok(()) };
+    let (Some(_), Some(())) = (require_netns(test), require_roles(test)) else { return Ok(()) };
     let mut world = world(2, Shape { rate_bits_per_second: Some(200_000_000), ..Shape::PERFECT })?;
     let east = &world.mesh.cluster("east")?.namespace;
     let readers: Vec<_> = (0..4).map(|_| StreamReader::start(east, world.caller)).collect::<Result<_>>()?;
@@ -149,7 +149,7 @@ fn a_gateway_killed_stopped_or_restarted_breaks_no_stream() -> Result<()> {
 #[test]
 fn a_dead_service_moves_traffic_to_the_next_tier_and_back() -> Result<()> {
     let test = "a_dead_service_moves_traffic_to_the_next_tier_and_back";
-    let Some(_) = require_netns(test) else { return Ok(()) };
+    let (Some(_), Some(())) = (require_netns(test), require_roles(test)) else { return Ok(()) };
     let mut world = world(1, Shape::PERFECT)?;
     for (victim, what) in
         [("west/app", "application"), ("west/web", "sidecar"), ("west/gw-1", "only gateway")]

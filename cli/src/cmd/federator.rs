@@ -12,6 +12,8 @@ use crate::failure::{Exit, Failure};
 /// Run the control plane of one cluster
 #[derive(Debug, Args)]
 #[command(after_help = "\
+Note: the federator is not built into this binary yet; only its settings are checked.
+
 Examples:
   tombolo federator --cluster east
   tombolo federator --cluster east --trust-dir /etc/tombolo/east --listen 10.0.0.5:7443

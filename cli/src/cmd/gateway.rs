@@ -13,6 +13,8 @@ use crate::failure::{Exit, Failure};
 /// Run one replica of a cluster's packet forwarders
 #[derive(Debug, Args)]
 #[command(after_help = "\
+Note: the gateway is not built into this binary yet; only its settings are checked.
+
 Examples:
   tombolo token create --role gateway --name gw-1 > gw-1.token      where the federator runs
   tombolo gateway --name gw-1 --join-token-file gw-1.token

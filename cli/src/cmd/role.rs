@@ -82,12 +82,12 @@ impl<'de> serde::Deserialize<'de> for Span {
 }
 
 /// Runs a role to its end on a runtime of one thread.
-pub fn run<E: std::error::Error>(
+pub fn run(
     role: &str,
-    work: impl Future<Output = Result<(), E>>,
+    work: impl Future<Output = Result<(), Box<dyn std::error::Error>>>,
 ) -> Result<Exit, Failure> {
     let runtime =
         tombolo_runtime::rt::one_thread().map_err(|e| Failure::new(format_args!("cannot start: {e}")))?;
     let ended = runtime.block_on(work);
-    ended.map(|()| Exit::Done).map_err(|error| Failure::new(crate::failure::chain(&error)).at(role))
+    ended.map(|()| Exit::Done).map_err(|error| Failure::new(crate::failure::chain(&*error)).at(role))
 }

@@ -14,6 +14,10 @@ use tombolo_sidecar::inbound::InboundLimits;
 use tombolo_sidecar::pool::PoolLimits;
 
 use super::role::{self, Span, layered};
+use tombolo_runtime::signals;
+use tombolo_runtime::tasks::TaskGroup;
+use tombolo_sidecar::role::Sidecar;
+
 use crate::failure::{Exit, Failure};
 
 mod workload;
@@ -117,8 +121,12 @@ pub fn run(args: SidecarArgs) -> Result<Exit, Failure> {
     let mut settings = settings.over(role::file(config.as_deref())?);
     role::logging(settings.log_format.take(), settings.log_level.take())?;
     let config = settings.config()?;
-    let _ = config;
-    Err(Failure::new("sidecar: not built into this binary"))
+    role::run("sidecar", async move {
+        let tasks = TaskGroup::new();
+        let drain = signals::process_drain(&tasks)?;
+        let bound = Sidecar::build(config).await?;
+        Ok::<_, Box<dyn std::error::Error>>(bound.run(drain).await?)
+    })
 }
 
 impl Settings {

@@ -1,0 +1,488 @@
+//! What this cluster's federator knows, as one value: the tables in memory.
+//!
+//! The core thread is the only writer; everybody else reads an `Arc<Facts>` that is replaced whole. What must survive a
+//! restart has a record type here and lies in the store; [`Registry`] and freshness are volatile.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
+use tombolo_identity::{SpiffeId, TrustDomain};
+use tombolo_model::ids::{Block, ClusterTag, EndpointId, Epoch, Handle, Revision};
+use tombolo_model::names::{ClusterName, ServiceKey};
+use tombolo_model::resource::{Object, ObjectKey};
+use tombolo_model::sync::Freshness;
+use tombolo_overlay::keys::{ClusterKey, HandleBinding, LinkKey};
+
+use crate::registry::Registry;
+use crate::store::{Record, Table};
+
+/// The `service` of control handles.
+pub const CONTROL: &str = "control";
+/// The `service` of the reserved join handle.
+pub const JOIN: &str = "join";
+
+/// What never changes while the process runs.
+#[derive(Debug)]
+pub struct ClusterFacts {
+    pub name: ClusterName,
+    pub tag: ClusterTag,
+    pub trust_domain: TrustDomain,
+    pub federator_id: SpiffeId,
+    pub bundle_json: String,
+    pub root_fingerprint: String,
+    pub cluster_key: ClusterKey,
+    pub self_link_key: LinkKey,
+    pub epoch: Epoch,
+    /// `ClusterProperty` values of this cluster.
+    pub properties: BTreeMap<String, String>,
+    pub started_unix: u64,
+}
+
+/// Where this federator's overlay endpoint is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct FederatorEndpoint {
+    pub endpoint: EndpointId,
+    pub address: SocketAddr,
+}
+
+/// Everything, at one moment.
+#[derive(Clone, Debug)]
+pub struct Facts {
+    pub cluster: Arc<ClusterFacts>,
+    pub federator: Option<FederatorEndpoint>,
+    /// Grows with every change, over restarts too.
+    pub revision: u64,
+    pub objects: BTreeMap<ObjectKey, Arc<StoredObject>>,
+    pub links: BTreeMap<ClusterName, Arc<Link>>,
+    pub handles: BTreeMap<(ClusterName, String), HandleRecord>,
+    pub leases: BTreeMap<Block, Arc<LeaseRecord>>,
+    pub registry: Registry,
+    pub imports: BTreeMap<ClusterName, Arc<Import>>,
+    /// Newest first, per service.
+    pub shifts: BTreeMap<String, VecDeque<ShiftRecord>>,
+    pub identities: BTreeMap<String, IdentityRecord>,
+    pub store_writable: bool,
+}
+
+/// An applied object.
+#[derive(Clone, PartialEq, Debug)]
+pub struct StoredObject {
+    pub object: Object,
+    pub uid: String,
+    pub created_unix: u64,
+    pub generation: u64,
+}
+
+/// As it lies in the store: the document as the user wrote it.
+#[derive(Serialize, Deserialize)]
+pub struct ObjectRecord {
+    pub json: serde_json::Value,
+    pub uid: String,
+    pub created_unix: u64,
+    pub generation: u64,
+}
+impl Record for ObjectRecord {
+    const TABLE: Table = Table::Objects;
+}
+
+/// Epoch and keys; one record, `cluster`.
+#[derive(Serialize, Deserialize)]
+pub struct MetaRecord {
+    pub cluster: ClusterName,
+    pub tag: ClusterTag,
+    pub epoch: Epoch,
+    /// Of this process's start: revisions are `starts << 32` and up, so they never go back.
+    pub starts: u64,
+    pub cluster_key: String,
+    pub self_link_key: String,
+}
+impl Record for MetaRecord {
+    const TABLE: Table = Table::Meta;
+}
+
+/// What a lease is held for.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    Federator,
+    Gateway,
+    Sidecar,
+    Vm,
+    /// Of a token: a joiner that registers at gateways.
+    Provisional,
+}
+
+impl Role {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Federator => "federator",
+            Self::Gateway => "gateway",
+            Self::Sidecar => "sidecar",
+            Self::Vm => "vm",
+            Self::Provisional => "provisional",
+        }
+    }
+    /// By the path within the cluster: `/gateway/NAME`, `/ns/../sa/..`, `/vm/NAME`, `/federator`.
+    pub fn of(id: &SpiffeId) -> Option<Self> {
+        let parts: Vec<&str> = id.within_cluster()?.split('/').skip(1).collect();
+        match parts.as_slice() {
+            ["federator"] => Some(Self::Federator),
+            ["gateway", _] => Some(Self::Gateway),
+            ["ns", _, "sa", _] => Some(Self::Sidecar),
+            ["vm", _] => Some(Self::Vm),
+            _ => None,
+        }
+    }
+}
+
+/// A leased block, and what its holder last said, so that a restarted federator starts from it.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct LeaseRecord {
+    pub block: Block,
+    pub spiffe_id: String,
+    pub role: Role,
+    /// Unix seconds.
+    pub not_after: u64,
+    #[serde(default)]
+    pub adopted: bool,
+    #[serde(default)]
+    pub address: Option<SocketAddr>,
+    #[serde(default)]
+    pub registers: bool,
+    #[serde(default)]
+    pub ids: Vec<EndpointId>,
+    #[serde(default)]
+    pub services: Vec<ServedRecord>,
+}
+impl Record for LeaseRecord {
+    const TABLE: Table = Table::Leases;
+}
+
+/// A service that a lease holder serves.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct ServedRecord {
+    pub service: ServiceKey,
+    pub ports: Vec<Port>,
+    pub weight: u32,
+    pub healthy: bool,
+}
+
+/// A port as callers name it.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize)]
+pub struct Port {
+    #[serde(default)]
+    pub name: String,
+    pub port: u16,
+    #[serde(default)]
+    pub app_protocol: String,
+    #[serde(default)]
+    pub protocol: String,
+}
+
+/// An allotted handle.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct HandleRecord {
+    pub importer: ClusterName,
+    pub service: String,
+    pub handle: Handle,
+    pub export_uid: [u8; 16],
+    /// Unix seconds since when nobody may use it; not given again for a day.
+    #[serde(default)]
+    pub released: Option<u64>,
+}
+impl Record for HandleRecord {
+    const TABLE: Table = Table::Handles;
+}
+
+impl HandleRecord {
+    pub fn binding(&self) -> HandleBinding {
+        HandleBinding {
+            handle: self.handle,
+            importer: self.importer.clone(),
+            service: self.service.clone(),
+            export_uid: self.export_uid,
+        }
+    }
+}
+
+/// A token as it is kept: the secret is hashed.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct TokenRecord {
+    pub kind: TokenPurpose,
+    /// SHA-256 of the secret, hex.
+    pub secret_sha256: String,
+    pub not_after: u64,
+    pub provisional: Option<Block>,
+    /// Hash of the request that used it: the same request may be repeated when its answer was lost.
+    #[serde(default)]
+    pub used_by: Option<String>,
+    #[serde(default)]
+    pub wrong_secrets: u32,
+}
+impl Record for TokenRecord {
+    const TABLE: Table = Table::Tokens;
+}
+
+/// What a token is bound to.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum TokenPurpose {
+    Workload { role: Role, name: String, namespace: String },
+    Link { peer: ClusterName },
+}
+
+/// A linked cluster.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct Link {
+    pub peer: ClusterName,
+    pub tag: ClusterTag,
+    /// Hex, 32 bytes; held by both sides.
+    pub key: String,
+    /// The peer's federator, proven when the link was made.
+    pub federator_ids: Vec<SpiffeId>,
+    /// The handle by which we dial the peer's federators.
+    pub control: ControlHandle,
+    /// As told when the link was made; the peer's own record replaces them.
+    pub first_gateways: Vec<PeerGateway>,
+    pub properties: BTreeMap<String, String>,
+    pub created_unix: u64,
+    /// Loopback gateway addresses are believed: the link was made with such (a demo on one machine).
+    #[serde(default)]
+    pub loopback: bool,
+    /// A cluster of this name but with another tag showed up.
+    #[serde(default)]
+    pub recreated: Option<ClusterTag>,
+    /// The peer said that it has unlinked.
+    #[serde(default)]
+    pub ended_by_peer: bool,
+}
+impl Record for Link {
+    const TABLE: Table = Table::Links;
+}
+
+impl Link {
+    pub fn link_key(&self) -> Option<LinkKey> {
+        hex::decode(&self.key).ok()?.try_into().ok().map(LinkKey::from_bytes)
+    }
+    /// Whether traffic may flow.
+    pub fn is_live(&self) -> bool {
+        !self.ended_by_peer
+    }
+}
+
+/// A control handle at the peer.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct ControlHandle {
+    pub handle: Handle,
+    pub export_uid: [u8; 16],
+}
+
+impl ControlHandle {
+    /// As the peer's gateways know it; `importer` is our own cluster.
+    pub fn binding(&self, importer: &ClusterName) -> HandleBinding {
+        HandleBinding {
+            handle: self.handle,
+            importer: importer.clone(),
+            service: CONTROL.to_owned(),
+            export_uid: self.export_uid,
+        }
+    }
+}
+
+/// A gateway of a peer.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize)]
+pub struct PeerGateway {
+    pub name: String,
+    pub address: SocketAddr,
+    pub balanced: bool,
+    #[serde(default)]
+    pub zone: String,
+}
+
+/// What a peer exports to us.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Import {
+    pub exports: BTreeMap<ServiceKey, ImportedExport>,
+    pub gateways: Vec<PeerGateway>,
+    pub properties: BTreeMap<String, String>,
+    pub position: (Epoch, Revision),
+    /// Records that were refused, by key, with the reason.
+    pub rejected: BTreeMap<String, String>,
+    pub freshness: Freshness,
+    /// Since the Unix epoch; `None`: never.
+    pub heard: Option<Duration>,
+    pub connected: bool,
+    pub last_error: String,
+}
+
+impl Default for Import {
+    fn default() -> Self {
+        Self {
+            exports: BTreeMap::new(),
+            gateways: Vec::new(),
+            properties: BTreeMap::new(),
+            position: (Epoch(0), Revision(0)),
+            rejected: BTreeMap::new(),
+            freshness: Freshness::Expired,
+            heard: None,
+            connected: false,
+            last_error: String::new(),
+        }
+    }
+}
+
+/// One service of one peer.
+#[derive(Clone, PartialEq, Debug)]
+pub struct ImportedExport {
+    pub export_uid: [u8; 16],
+    pub handle: Handle,
+    pub ports: Vec<Port>,
+    pub spiffe_ids: Vec<String>,
+    pub healthy: u32,
+    pub total: u32,
+    pub exported_at_unix_ms: i64,
+}
+
+/// The last state of a peer's records on disk: wire form, hex.
+#[derive(Serialize, Deserialize)]
+pub struct ImportRecord {
+    pub epoch: Epoch,
+    pub revision: Revision,
+    pub heard_unix: u64,
+    pub records: Vec<String>,
+}
+impl Record for ImportRecord {
+    const TABLE: Table = Table::Imports;
+}
+
+/// A failover decision of a sidecar.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct ShiftRecord {
+    pub sidecar: String,
+    pub sequence: u64,
+    pub at_unix_ms: u64,
+    pub service: String,
+    pub from_tier: usize,
+    pub to_tier: usize,
+    pub clusters: Vec<ClusterName>,
+    pub reason: String,
+}
+impl Record for ShiftRecord {
+    const TABLE: Table = Table::Shifts;
+}
+
+/// An SVID that was issued.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct IdentityRecord {
+    pub spiffe_id: String,
+    pub role: Role,
+    pub serial: String,
+    pub issued_unix: u64,
+    pub not_after: u64,
+}
+impl Record for IdentityRecord {
+    const TABLE: Table = Table::Identities;
+}
+
+/// Ranges that a link's `ClusterLink` object allows, and whether loopback is.
+#[derive(Clone, Debug, Default)]
+pub struct AllowedRanges {
+    pub ranges: Vec<IpNet>,
+    pub loopback: bool,
+}
+
+impl AllowedRanges {
+    /// Whether a peer may announce a gateway there. Without ranges: anything that is an ordinary unicast address.
+    pub fn allows(&self, address: SocketAddr) -> bool {
+        let ip = address.ip().to_canonical();
+        if address.port() == 0 || ip.is_unspecified() || ip.is_multicast() {
+            return false;
+        }
+        if !self.ranges.is_empty() {
+            return self.ranges.iter().any(|range| range.contains(&ip));
+        }
+        match ip {
+            _ if ip.is_loopback() => self.loopback,
+            std::net::IpAddr::V4(v4) => !v4.is_link_local() && !v4.is_broadcast() && v4.octets()[0] != 0,
+            std::net::IpAddr::V6(v6) => !v6.is_unicast_link_local(),
+        }
+    }
+}
+
+impl Facts {
+    /// Where a linked peer may announce gateways.
+    pub fn allowed_ranges(&self, peer: &ClusterName) -> AllowedRanges {
+        let loopback = self.links.get(peer).is_some_and(|link| link.loopback);
+        let ranges = self.link_spec(peer).map(|spec| spec.allowed_gateway_ranges.clone()).unwrap_or_default();
+        AllowedRanges { ranges, loopback }
+    }
+
+    /// The applied `ClusterLink` of a peer.
+    pub fn link_spec(&self, peer: &ClusterName) -> Option<&tombolo_model::resource::ClusterLinkSpec> {
+        self.objects.values().find_map(|stored| match &stored.object.spec {
+            tombolo_model::resource::Spec::ClusterLink(spec) => {
+                let name = spec.cluster.as_deref().unwrap_or(&stored.object.metadata.name);
+                (name == peer.as_str()).then_some(spec)
+            }
+            _ => None,
+        })
+    }
+
+    /// Where a peer's gateways are, as last said.
+    pub fn peer_gateways(&self, link: &Link) -> Vec<PeerGateway> {
+        let announced = self.imports.get(&link.peer).map(|import| &import.gateways);
+        match announced {
+            Some(gateways) if !gateways.is_empty() => gateways.clone(),
+            _ => link.first_gateways.clone(),
+        }
+    }
+
+    /// The handle allotted to an importer for a service, if it is in use.
+    pub fn handle(&self, importer: &ClusterName, service: &str) -> Option<&HandleRecord> {
+        self.handles.get(&(importer.clone(), service.to_owned())).filter(|h| h.released.is_none())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_peers_gateways_lie_in_the_ranges_of_its_link() {
+        let at = |text: &str| text.parse().unwrap();
+        let open = AllowedRanges::default();
+        for bad in [
+            "127.0.0.1:7440",
+            "169.254.1.1:7440",
+            "224.0.0.1:7440",
+            "0.0.0.0:7440",
+            "10.0.0.1:0",
+            "[fe80::1]:7440",
+            "[::ffff:127.0.0.1]:7440",
+            "255.255.255.255:1",
+        ] {
+            assert!(!open.allows(at(bad)), "{bad}");
+        }
+        assert!(open.allows(at("203.0.113.7:7440")) && open.allows(at("[2001:db8::1]:7440")));
+        let demo = AllowedRanges { loopback: true, ..Default::default() };
+        assert!(demo.allows(at("127.0.2.11:7440")));
+        let narrow = AllowedRanges { ranges: vec!["10.1.0.0/16".parse().unwrap()], loopback: true };
+        assert!(narrow.allows(at("10.1.2.3:7440")) && !narrow.allows(at("10.2.2.3:7440")));
+        assert!(!narrow.allows(at("127.0.0.1:7440")), "ranges say all that is allowed");
+    }
+
+    #[test]
+    fn a_role_is_read_from_the_path_alone() {
+        let role = |path: &str| Role::of(&format!("spiffe://a.example/cluster/east{path}").parse().unwrap());
+        assert_eq!(role("/gateway/gw-1"), Some(Role::Gateway));
+        assert_eq!(role("/ns/shop/sa/web"), Some(Role::Sidecar));
+        assert_eq!(role("/vm/db-1"), Some(Role::Vm));
+        for other in ["/gateway", "/gateway/a/b", "/ns/shop/web", "/admin"] {
+            assert_eq!(role(other), None, "{other}");
+        }
+    }
+}

@@ -1,0 +1,389 @@
+//! Who is there: sidecars and gateways with what they serve and when they were last heard (pure, time passed in).
+//!
+//! An endpoint is in rotation for a service while it is live and its sidecar reports the service healthy. Out of
+//! rotation at once when it says that it leaves or its control connection closes; after [`Patience::silent`] without a
+//! report. A federator that was itself held up (stopped, swapped out) credits everybody its own absence: nobody is
+//! thrown out because we did not listen. `now` is a monotonic time since any origin.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use tombolo_identity::SpiffeId;
+use tombolo_model::ids::{Block, EndpointId};
+use tombolo_model::names::ServiceKey;
+use tombolo_proto::v1;
+
+use crate::facts::{LeaseRecord, Port, Role, ServedRecord};
+
+/// How long silence is borne.
+#[derive(Clone, Copy, Debug)]
+pub struct Patience {
+    /// Reports come at least once a second.
+    pub silent: Duration,
+    /// After a restart of the federator everybody needs to find it again: 5 s of backoff at most, and a handshake.
+    pub restart: Duration,
+}
+
+impl Default for Patience {
+    fn default() -> Self {
+        Self { silent: Duration::from_secs(2), restart: Duration::from_secs(10) }
+    }
+}
+
+/// A silent endpoint's peers are told that it may be gone after this; they check for themselves.
+const GONE_AFTER: Duration = Duration::from_secs(10);
+/// Ticks come every 250 ms: a gap beyond this is our own absence.
+const OWN_ABSENCE: Duration = Duration::from_millis(1000);
+
+/// Whether a member is heard.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Presence {
+    Live,
+    /// No report for too long.
+    Silent,
+    /// It said so, or its control connection closed.
+    Left,
+}
+
+/// A service as one endpoint serves it.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Served {
+    pub ports: Vec<Port>,
+    pub weight: u32,
+    pub healthy: bool,
+    pub reason: String,
+}
+
+/// A sidecar.
+#[derive(Clone, Debug)]
+pub struct Member {
+    pub block: Block,
+    pub spiffe_id: SpiffeId,
+    pub role: Role,
+    /// One per socket.
+    pub ids: Vec<EndpointId>,
+    /// `None`: it registers at the gateways.
+    pub address: Option<SocketAddr>,
+    pub services: BTreeMap<ServiceKey, Served>,
+    /// What it said it serves and may not.
+    pub refused: BTreeMap<String, String>,
+    pub presence: Presence,
+    pub reason: String,
+    pub heard: Duration,
+    pub heard_unix: u64,
+    /// Of its newest configuration stream.
+    pub watch: u64,
+    pub version: String,
+    pub upstreams: Vec<v1::UpstreamStatus>,
+    pub hops: Vec<v1::HopStatus>,
+}
+
+impl Member {
+    pub fn in_rotation(&self, service: &ServiceKey) -> bool {
+        self.presence == Presence::Live && self.services.get(service).is_some_and(|s| s.healthy)
+    }
+    pub fn gone(&self, now: Duration) -> bool {
+        match self.presence {
+            Presence::Live => false,
+            Presence::Left => true,
+            Presence::Silent => now.saturating_sub(self.heard) >= GONE_AFTER,
+        }
+    }
+}
+
+/// A gateway replica.
+#[derive(Clone, Debug)]
+pub struct Gateway {
+    pub name: String,
+    pub border: SocketAddr,
+    pub inner: SocketAddr,
+    pub balanced: bool,
+    pub zone: String,
+    pub start_number: u64,
+    /// The endpoint that it dials us with.
+    pub endpoint: Option<(EndpointId, Option<SocketAddr>)>,
+    pub presence: Presence,
+    pub draining: bool,
+    pub registered: u32,
+    pub heard: Duration,
+    pub heard_unix: u64,
+    pub watch: u64,
+    pub links: Vec<v1::LinkCounters>,
+    pub hops: Vec<v1::HopStatus>,
+}
+
+/// What a sidecar said about itself, checked.
+#[derive(Clone, Debug)]
+pub struct SidecarHello {
+    pub block: Block,
+    pub spiffe_id: SpiffeId,
+    pub role: Role,
+    pub ids: Vec<EndpointId>,
+    pub address: Option<SocketAddr>,
+    pub services: BTreeMap<ServiceKey, (Vec<Port>, u32)>,
+    pub refused: BTreeMap<String, String>,
+    pub watch: u64,
+    pub version: String,
+}
+
+/// What a gateway said about itself, checked.
+#[derive(Clone, Debug)]
+pub struct GatewayHello {
+    pub name: String,
+    pub border: SocketAddr,
+    pub inner: SocketAddr,
+    pub balanced: bool,
+    pub zone: String,
+    pub start_number: u64,
+    pub endpoint: Option<(EndpointId, Option<SocketAddr>)>,
+    pub watch: u64,
+}
+
+/// What happens to the registry.
+#[derive(Clone, Debug)]
+pub enum Event {
+    Sidecar(SidecarHello),
+    Gateway(GatewayHello),
+    SidecarReport {
+        block: Block,
+        report: Box<v1::StatusReport>,
+    },
+    GatewayReport {
+        name: String,
+        report: Box<v1::StatusReport>,
+    },
+    /// A configuration stream ended.
+    Closed {
+        watch: u64,
+    },
+    Tick,
+}
+
+/// The tables.
+#[derive(Clone, Debug, Default)]
+pub struct Registry {
+    pub members: BTreeMap<Block, Member>,
+    pub gateways: BTreeMap<String, Gateway>,
+    last_tick: Option<Duration>,
+    patience: Patience,
+}
+
+impl Registry {
+    pub fn new(patience: Patience) -> Self {
+        Self { patience, ..Self::default() }
+    }
+
+    /// What the store remembers of a member, in rotation until it would have come back.
+    pub fn restore(&mut self, lease: &LeaseRecord, id: SpiffeId, now: Duration) {
+        let served = |s: &ServedRecord| {
+            let served = Served {
+                ports: s.ports.clone(),
+                weight: s.weight,
+                healthy: s.healthy,
+                reason: "as before the federator's restart".to_owned(),
+            };
+            (s.service.clone(), served)
+        };
+        let member = Member {
+            block: lease.block,
+            spiffe_id: id,
+            role: lease.role,
+            ids: lease.ids.clone(),
+            address: lease.address,
+            services: lease.services.iter().map(served).collect(),
+            refused: BTreeMap::new(),
+            presence: Presence::Live,
+            reason: "not heard yet since the federator's restart".to_owned(),
+            heard: (now + self.patience.restart).saturating_sub(self.patience.silent),
+            heard_unix: 0,
+            watch: 0,
+            version: String::new(),
+            upstreams: Vec::new(),
+            hops: Vec::new(),
+        };
+        self.members.insert(lease.block, member);
+    }
+
+    /// Applies an event; returns whether anything that snapshots are made of has changed.
+    pub fn step(&mut self, event: Event, now: Duration, unix: u64) -> bool {
+        match event {
+            Event::Sidecar(hello) => {
+                self.sidecar(hello, now, unix);
+                true
+            }
+            Event::Gateway(hello) => {
+                self.gateway(hello, now, unix);
+                true
+            }
+            Event::SidecarReport { block, report } => self.sidecar_report(block, *report, now, unix),
+            Event::GatewayReport { name, report } => self.gateway_report(&name, *report, now, unix),
+            Event::Closed { watch } => self.closed(watch),
+            Event::Tick => self.tick(now),
+        }
+    }
+
+    fn sidecar(&mut self, hello: SidecarHello, now: Duration, unix: u64) {
+        let SidecarHello { block, spiffe_id, role, ids, address, services, refused, watch, version } = hello;
+        let old = self.members.remove(&block);
+        let same_start = old.as_ref().is_some_and(|old| old.ids == ids);
+        let services = services.into_iter().map(|(service, (ports, weight))| {
+            // Health is the sidecar's to report; a reconnecting one keeps what it said last.
+            let before = old.as_ref().filter(|_| same_start).and_then(|old| old.services.get(&service));
+            let healthy = before.is_some_and(|s| s.healthy);
+            let reason = before.map_or_else(|| "no health report yet".to_owned(), |s| s.reason.clone());
+            (service, Served { ports, weight, healthy, reason })
+        });
+        let (upstreams, hops) =
+            old.as_ref().map(|o| (o.upstreams.clone(), o.hops.clone())).unwrap_or_default();
+        let member = Member {
+            block,
+            spiffe_id,
+            role,
+            ids,
+            address,
+            services: services.collect(),
+            refused,
+            presence: Presence::Live,
+            reason: String::new(),
+            heard: now,
+            heard_unix: unix,
+            watch,
+            version,
+            upstreams,
+            hops,
+        };
+        self.members.insert(block, member);
+    }
+
+    fn gateway(&mut self, hello: GatewayHello, now: Duration, unix: u64) {
+        let GatewayHello { name, border, inner, balanced, zone, start_number, endpoint, watch } = hello;
+        let gateway = Gateway {
+            name: name.clone(),
+            border,
+            inner,
+            balanced,
+            zone,
+            start_number,
+            endpoint,
+            presence: Presence::Live,
+            draining: false,
+            registered: 0,
+            heard: now,
+            heard_unix: unix,
+            watch,
+            links: Vec::new(),
+            hops: Vec::new(),
+        };
+        self.gateways.insert(name, gateway);
+    }
+
+    fn sidecar_report(&mut self, block: Block, report: v1::StatusReport, now: Duration, unix: u64) -> bool {
+        let Some(member) = self.members.get_mut(&block) else { return false };
+        let mut changed = false;
+        for health in &report.health {
+            let Ok(service) = health.service.parse::<ServiceKey>() else { continue };
+            let Some(served) = member.services.get_mut(&service) else { continue };
+            let reason: String = health.reason.chars().take(300).collect();
+            changed |= served.healthy != health.healthy;
+            (served.healthy, served.reason) = (health.healthy, reason);
+        }
+        member.upstreams = report.upstreams;
+        member.hops = report.hops;
+        let presence = if report.leaving { Presence::Left } else { Presence::Live };
+        changed |= member.presence != presence;
+        member.presence = presence;
+        member.reason = if report.leaving { "draining".to_owned() } else { String::new() };
+        member.heard = member.heard.max(now);
+        member.heard_unix = unix;
+        changed
+    }
+
+    fn gateway_report(&mut self, name: &str, report: v1::StatusReport, now: Duration, unix: u64) -> bool {
+        let Some(gateway) = self.gateways.get_mut(name) else { return false };
+        let counters = report.gateway.unwrap_or_default();
+        let draining = counters.draining || report.leaving;
+        let changed = gateway.presence != Presence::Live || gateway.draining != draining;
+        gateway.draining = draining;
+        gateway.presence = Presence::Live;
+        gateway.registered = counters.registered;
+        gateway.links = counters.links;
+        gateway.hops = report.hops;
+        gateway.heard = now;
+        gateway.heard_unix = unix;
+        changed
+    }
+
+    fn closed(&mut self, watch: u64) -> bool {
+        let mut changed = false;
+        for member in self.members.values_mut().filter(|m| m.watch == watch) {
+            changed |= member.presence != Presence::Left;
+            member.presence = Presence::Left;
+            member.reason = "its control connection closed".to_owned();
+        }
+        for gateway in self.gateways.values_mut().filter(|g| g.watch == watch) {
+            changed |= gateway.presence != Presence::Left;
+            gateway.presence = Presence::Left;
+        }
+        changed
+    }
+
+    fn tick(&mut self, now: Duration) -> bool {
+        let absence = self.last_tick.map_or(Duration::ZERO, |last| now.saturating_sub(last));
+        self.last_tick = Some(now);
+        let credit = if absence > OWN_ABSENCE { absence } else { Duration::ZERO };
+        let mut changed = false;
+        for member in self.members.values_mut() {
+            member.heard += credit;
+            let silence = now.saturating_sub(member.heard);
+            if member.presence == Presence::Live && silence >= self.patience.silent {
+                member.presence = Presence::Silent;
+                member.reason = format!("no report for {} s", self.patience.silent.as_secs_f32());
+                changed = true;
+            }
+            // Crossing into "may be gone" is told to gateways too.
+            let before = silence.saturating_sub(absence);
+            changed |= member.presence == Presence::Silent && (before < GONE_AFTER) != (silence < GONE_AFTER);
+        }
+        for gateway in self.gateways.values_mut() {
+            gateway.heard += credit;
+            if gateway.presence == Presence::Live && now.saturating_sub(gateway.heard) >= self.patience.silent
+            {
+                gateway.presence = Presence::Silent;
+                changed = true;
+            }
+        }
+        changed
+    }
+
+    /// Forgets a member whose lease has ended.
+    pub fn forget(&mut self, block: Block) {
+        self.members.remove(&block);
+    }
+
+    /// Every member that serves a service, in rotation or not.
+    pub fn serving<'a>(&'a self, service: &'a ServiceKey) -> impl Iterator<Item = &'a Member> {
+        self.members.values().filter(move |m| m.services.contains_key(service))
+    }
+
+    /// Endpoint ids in rotation for a service, sorted.
+    pub fn healthy(&self, service: &ServiceKey) -> Vec<EndpointId> {
+        let mut ids: Vec<_> = self
+            .serving(service)
+            .filter(|m| m.in_rotation(service))
+            .filter_map(|m| m.ids.first().copied())
+            .collect();
+        ids.sort_unstable();
+        ids
+    }
+
+    /// Endpoints in rotation and all that are not gone.
+    pub fn counts(&self, service: &ServiceKey) -> (u32, u32) {
+        let healthy = self.serving(service).filter(|m| m.in_rotation(service)).count();
+        let total = self.serving(service).count();
+        (u32::try_from(healthy).unwrap_or(u32::MAX), u32::try_from(total).unwrap_or(u32::MAX))
+    }
+}
+
+#[cfg(test)]
+mod tests;
