@@ -13,7 +13,8 @@ use serde::{Deserialize, Serialize};
 use tombolo_identity::{SpiffeId, TrustDomain};
 use tombolo_model::ids::{Block, ClusterTag, EndpointId, Epoch, Handle, Revision};
 use tombolo_model::names::{ClusterName, ServiceKey};
-use tombolo_model::resource::{Object, ObjectKey};
+use tombolo_model::resource::service_export::ExportTo;
+use tombolo_model::resource::{ClusterLinkSpec, FailoverPolicySpec, Object, ObjectKey, Spec};
 use tombolo_model::sync::Freshness;
 use tombolo_overlay::keys::{ClusterKey, HandleBinding, LinkKey};
 
@@ -40,6 +41,10 @@ pub struct ClusterFacts {
     /// `ClusterProperty` values of this cluster.
     pub properties: BTreeMap<String, String>,
     pub started_unix: u64,
+    /// Unix seconds.
+    pub intermediate_not_after: u64,
+    /// Unix seconds.
+    pub root_not_after: u64,
 }
 
 /// Where this federator's overlay endpoint is.
@@ -157,9 +162,28 @@ pub struct LeaseRecord {
     pub ids: Vec<EndpointId>,
     #[serde(default)]
     pub services: Vec<ServedRecord>,
+    /// Of a machine: all that it has ever been allowed to serve.
+    #[serde(default)]
+    pub pinned: Vec<ServiceKey>,
+    /// Of a gateway: what it announced.
+    #[serde(default)]
+    pub gateway: Option<GatewayRecord>,
 }
 impl Record for LeaseRecord {
     const TABLE: Table = Table::Leases;
+}
+
+/// Where a gateway replica is.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct GatewayRecord {
+    pub name: String,
+    pub border: SocketAddr,
+    pub inner: SocketAddr,
+    #[serde(default)]
+    pub balanced: bool,
+    #[serde(default)]
+    pub zone: String,
+    pub start_number: u64,
 }
 
 /// A service that a lease holder serves.
@@ -422,9 +446,9 @@ impl Facts {
     }
 
     /// The applied `ClusterLink` of a peer.
-    pub fn link_spec(&self, peer: &ClusterName) -> Option<&tombolo_model::resource::ClusterLinkSpec> {
+    pub fn link_spec(&self, peer: &ClusterName) -> Option<&ClusterLinkSpec> {
         self.objects.values().find_map(|stored| match &stored.object.spec {
-            tombolo_model::resource::Spec::ClusterLink(spec) => {
+            Spec::ClusterLink(spec) => {
                 let name = spec.cluster.as_deref().unwrap_or(&stored.object.metadata.name);
                 (name == peer.as_str()).then_some(spec)
             }
@@ -439,6 +463,42 @@ impl Facts {
             Some(gateways) if !gateways.is_empty() => gateways.clone(),
             _ => link.first_gateways.clone(),
         }
+    }
+
+    /// Whether a service is exported to a linked peer: its `ServiceExport` is there and names it.
+    pub fn exported_to(&self, service: &ServiceKey, peer: &ClusterName) -> bool {
+        self.export_of(service).is_some_and(|stored| {
+            ExportTo::of(&stored.object.metadata).is_ok_and(|to| to.includes(peer))
+        })
+    }
+
+    /// The `ServiceExport` of a service.
+    pub fn export_of(&self, service: &ServiceKey) -> Option<&Arc<StoredObject>> {
+        self.objects.get(&ObjectKey {
+            kind: "ServiceExport",
+            namespace: service.namespace.to_string(),
+            name: service.name.to_string(),
+        })
+    }
+
+    /// The policy of a service, with its name.
+    pub fn failover_policy(&self, service: &ServiceKey) -> Option<(&str, &FailoverPolicySpec)> {
+        let policies = self.objects.iter().filter(|(key, _)| {
+            key.kind == "FailoverPolicy" && key.namespace == service.namespace.as_str()
+        });
+        policies.filter_map(|(key, stored)| match &stored.object.spec {
+            Spec::FailoverPolicy(spec) if spec.target_ref.name == service.name.as_str() => {
+                Some((key.name.as_str(), spec))
+            }
+            _ => None,
+        })
+        // The one that was there first, as with conflicts everywhere else.
+        .next()
+    }
+
+    /// Linked peers between which traffic may flow.
+    pub fn live_links(&self) -> impl Iterator<Item = &Arc<Link>> {
+        self.links.values().filter(|link| link.is_live())
     }
 
     /// The handle allotted to an importer for a service, if it is in use.

@@ -1,4 +1,20 @@
 //! The control plane of one cluster.
+//!
+//! [`core`] is the one writer of [`facts`] and [`store`]; [`registry`] says who is there; [`snapshot`], [`export`] and
+//! [`view`] turn facts into what members, peers and operators are told, [`import`] reads what peers tell; [`service`]
+//! and [`peers`] carry it over the overlay, [`linking`] makes links; [`role`] binds and runs the whole.
+
+pub mod core;
+pub mod export;
 pub mod facts;
+pub mod import;
+pub mod linking;
+pub mod metrics;
+pub mod peers;
 pub mod registry;
+pub mod role;
+pub mod service;
+pub mod snapshot;
 pub mod store;
+pub mod view;
+mod wiring;

@@ -14,7 +14,7 @@ use tombolo_model::ids::{Block, EndpointId};
 use tombolo_model::names::ServiceKey;
 use tombolo_proto::v1;
 
-use crate::facts::{LeaseRecord, Port, Role, ServedRecord};
+use crate::facts::{GatewayRecord, LeaseRecord, Port, Role, ServedRecord};
 
 /// How long silence is borne.
 #[derive(Clone, Copy, Debug)]
@@ -33,6 +33,8 @@ impl Default for Patience {
 
 /// A silent endpoint's peers are told that it may be gone after this; they check for themselves.
 const GONE_AFTER: Duration = Duration::from_secs(10);
+/// One that is not heard any more counts as unhealthy for this long; then its service is simply smaller.
+const COUNTED: Duration = Duration::from_secs(60);
 /// Ticks come every 250 ms: a gap beyond this is our own absence.
 const OWN_ABSENCE: Duration = Duration::from_millis(1000);
 
@@ -69,6 +71,8 @@ pub struct Member {
     /// What it said it serves and may not.
     pub refused: BTreeMap<String, String>,
     pub presence: Presence,
+    /// It said that it drains: it counts for nothing any more.
+    pub leaving: bool,
     pub reason: String,
     pub heard: Duration,
     pub heard_unix: u64,
@@ -174,6 +178,28 @@ impl Registry {
         Self { patience, ..Self::default() }
     }
 
+    /// What the store remembers of a gateway, used until it would have come back.
+    pub fn restore_gateway(&mut self, lease: &LeaseRecord, record: &GatewayRecord, now: Duration) {
+        let gateway = Gateway {
+            name: record.name.clone(),
+            border: record.border,
+            inner: record.inner,
+            balanced: record.balanced,
+            zone: record.zone.clone(),
+            start_number: record.start_number,
+            endpoint: lease.ids.first().map(|id| (*id, lease.address)),
+            presence: Presence::Live,
+            draining: false,
+            registered: 0,
+            heard: (now + self.patience.restart).saturating_sub(self.patience.silent),
+            heard_unix: 0,
+            watch: 0,
+            links: Vec::new(),
+            hops: Vec::new(),
+        };
+        self.gateways.insert(record.name.clone(), gateway);
+    }
+
     /// What the store remembers of a member, in rotation until it would have come back.
     pub fn restore(&mut self, lease: &LeaseRecord, id: SpiffeId, now: Duration) {
         let served = |s: &ServedRecord| {
@@ -194,6 +220,7 @@ impl Registry {
             services: lease.services.iter().map(served).collect(),
             refused: BTreeMap::new(),
             presence: Presence::Live,
+            leaving: false,
             reason: "not heard yet since the federator's restart".to_owned(),
             heard: (now + self.patience.restart).saturating_sub(self.patience.silent),
             heard_unix: 0,
@@ -245,6 +272,7 @@ impl Registry {
             services: services.collect(),
             refused,
             presence: Presence::Live,
+            leaving: false,
             reason: String::new(),
             heard: now,
             heard_unix: unix,
@@ -293,6 +321,7 @@ impl Registry {
         let presence = if report.leaving { Presence::Left } else { Presence::Live };
         changed |= member.presence != presence;
         member.presence = presence;
+        member.leaving = report.leaving;
         member.reason = if report.leaving { "draining".to_owned() } else { String::new() };
         member.heard = member.heard.max(now);
         member.heard_unix = unix;
@@ -377,10 +406,14 @@ impl Registry {
         ids
     }
 
-    /// Endpoints in rotation and all that are not gone.
+    /// Endpoints in rotation and all that count: one that drained does not, one that fell silent does for a minute, so
+    /// that a tier of which half is dead is seen as half healthy.
     pub fn counts(&self, service: &ServiceKey) -> (u32, u32) {
+        let now = self.last_tick.unwrap_or_default();
+        let counts =
+            |m: &&Member| m.presence == Presence::Live || !m.leaving && now.saturating_sub(m.heard) < COUNTED;
         let healthy = self.serving(service).filter(|m| m.in_rotation(service)).count();
-        let total = self.serving(service).count();
+        let total = self.serving(service).filter(counts).count();
         (u32::try_from(healthy).unwrap_or(u32::MAX), u32::try_from(total).unwrap_or(u32::MAX))
     }
 }

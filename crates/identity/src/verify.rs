@@ -252,3 +252,9 @@ pub(crate) fn check_path(
 pub fn unix_time(since_epoch: Duration) -> UnixTime {
     UnixTime::since_unix_epoch(since_epoch)
 }
+
+/// The end of a certificate's validity (DER), unix seconds.
+pub fn not_after(certificate: &[u8]) -> Result<u64, IdentityError> {
+    let certificate = parse(certificate)?;
+    Ok(u64::try_from(certificate.validity().not_after.timestamp()).unwrap_or(0))
+}

@@ -58,7 +58,7 @@ pub struct OverlayConfig {
     pub bind: SocketAddr,
     /// This endpoint has no address that gateways could know: tell them by REGISTER.
     pub registers: bool,
-    /// Answer long-header packets of the own cluster to where they came from: federators.
+    /// Answer long-header packets of the own cluster to where they came from: federators, and who joins at one directly.
     pub learns: bool,
     pub server: Option<ServerTls>,
     pub limits: Limits,

@@ -40,7 +40,7 @@ use crate::lease::{EndpointLease, LeaseError, LeaseFile};
 use crate::routes::{GatewayHop, Routes};
 
 pub use control::ControlError;
-pub use join::{JoinError, JoinOptions, JoinPlan};
+pub use join::{JoinConnection, JoinError, JoinOptions, JoinPlan};
 use state::State;
 
 /// How a member reaches its cluster's federators.

@@ -106,7 +106,12 @@ impl RouteState {
 
     fn direct(&self, dcid: &Cid) -> Option<Exit> {
         match dcid.kind() {
-            Kind::Endpoint => self.routes.endpoints.get(&dcid.endpoint().block()).copied().map(Exit::direct),
+            Kind::Endpoint => {
+                let block = dcid.endpoint().block();
+                let federator =
+                    || self.routes.control.iter().find(|(e, _)| e.block() == block).map(|(_, a)| a);
+                self.routes.endpoints.get(&block).or_else(federator).copied().map(Exit::direct)
+            }
             Kind::Service => {
                 let endpoints = self.routes.services.get(&dcid.handle())?;
                 let nonce = nonce_of(dcid);
@@ -176,6 +181,7 @@ mod tests {
         let block = Block::new(7).unwrap();
         routes.endpoints.insert(block, SocketAddr::from(([127, 0, 1, 1], 7442)));
         routes.services.insert(Handle::from_u32(300), vec![EndpointId::from_u32(7 << 4)]);
+        routes.control.push((EndpointId::from_u32(8 << 4), SocketAddr::from(([127, 0, 1, 2], 7443))));
         RouteState { routes: Arc::new(routes), paths }
     }
 
@@ -186,8 +192,15 @@ mod tests {
         let gateway = Some(Exit { address: SocketAddr::from(([127, 0, 0, 9], 7441)), slot: 0 });
         assert_eq!(state.exit(&cid(Kind::Endpoint, 1, 7 << 4, 0), 0), direct);
         assert_eq!(state.exit(&cid(Kind::Service, 1, 300, 0), 0), direct);
+        let federator = Some(Exit { address: SocketAddr::from(([127, 0, 1, 2], 7443)), slot: 0 });
+        assert_eq!(state.exit(&cid(Kind::Control, 1, 300, 0), 0), federator);
         assert_eq!(
-            state.exit(&cid(Kind::Endpoint, 1, 8 << 4, 0), 0),
+            state.exit(&cid(Kind::Endpoint, 1, (8 << 4) + 3, 0), 0),
+            federator,
+            "what it answers with"
+        );
+        assert_eq!(
+            state.exit(&cid(Kind::Endpoint, 1, 9 << 4, 0), 0),
             gateway,
             "unknown blocks go to the gateway"
         );

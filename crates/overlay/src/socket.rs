@@ -119,7 +119,8 @@ pub(crate) struct OverlaySocket {
 const MAX_ROTATIONS: usize = 4096;
 
 impl OverlaySocket {
-    /// `learn`: answer long-header packets of the own cluster to where they came from (federators).
+    /// `learn`: answer long-header packets of the own cluster to where they came from (federators, and joiners that
+    /// dial one directly and can't know its endpoint id yet).
     pub fn new(
         tag: ClusterTag,
         slot: Slot,
@@ -226,6 +227,10 @@ impl OverlaySocket {
     fn learn(&self, scid: &[u8], source: SocketAddr) {
         let Some(learned) = &self.learned else { return };
         let Some(scid) = Cid::from_bytes(scid) else { return };
+        // What a gateway passed on has no address of its own: routes know the gateways, and which of them live.
+        if self.routes.load().paths.iter().any(|path| path.address == source) {
+            return;
+        }
         if scid.tag_value() == self.tag.value() && matches!(scid.kind(), Kind::Join | Kind::Endpoint) {
             let mut learned = learned.lock().unwrap_or_else(PoisonError::into_inner);
             learned.learn(scid.target(), source, Instant::now());

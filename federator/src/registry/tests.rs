@@ -105,6 +105,8 @@ fn a_restarted_federator_keeps_members_in_rotation_until_they_could_be_back() {
         registers: true,
         ids: vec![EndpointId::from_u32(7 << 4)],
         services: vec![ServedRecord { service: web(), ports: vec![], weight: 100, healthy: true }],
+        pinned: vec![],
+        gateway: None,
     };
     let mut registry = Registry::new(Patience::default());
     registry.restore(&lease, lease.spiffe_id.parse().unwrap(), secs(0.0));

@@ -24,6 +24,7 @@ use tombolo_runtime::{clock, dirs};
 use super::state::State;
 use super::{Control, Member, MemberError, check_svid, control_targets, gateway_hops};
 use crate::cid::Kind;
+use crate::connection::PeerConnection;
 use crate::dial::{DialError, DialTarget};
 use crate::endpoint::{BindError, Overlay, OverlayConfig};
 use crate::grpc;
@@ -61,7 +62,16 @@ pub struct JoinPlan {
 impl JoinPlan {
     /// Reads a token. `name`, where the joiner has one, must be the token's: asking with another one would use it up.
     pub fn from_token(text: &str, name: Option<&str>, now: Duration) -> Result<(Self, String), JoinError> {
-        let token = token::parse(text, v1::TokenKind::Workload, now)?;
+        Self::read(token::parse(text, v1::TokenKind::Workload, now)?, name)
+    }
+
+    /// Reads a link token, which must be bound to the cluster `own`.
+    pub fn from_link_token(text: &str, own: &ClusterName, now: Duration) -> Result<Self, JoinError> {
+        let token = token::parse(text, v1::TokenKind::Link, now)?;
+        Self::read(token, Some(own.as_str())).map(|(plan, _)| plan)
+    }
+
+    fn read(token: v1::Token, name: Option<&str>) -> Result<(Self, String), JoinError> {
         if let Some(name) = name.filter(|name| *name != token.name) {
             return Err(JoinError::WrongName { given: name.to_owned(), bound: token.name });
         }
@@ -194,19 +204,50 @@ impl Member {
         if plan.addresses.is_empty() {
             return Err(JoinError::NoAddress);
         }
-        let tasks = TaskGroup::new();
-        let overlay = open(plan, options, &tasks)?;
-        let joined = ask(plan, &overlay, &options.name).await;
-        overlay.close().await;
-        drop(overlay);
-        tasks.shutdown(CLOSE_PATIENCE).await;
+        let way = JoinConnection::open(plan, options.bind).await?;
+        let joined = ask(plan, way.peer(), &options.name).await;
+        way.close().await;
         let (key, answer) = joined?;
         store(plan, dir, &options.name, &key, answer)
     }
 }
 
+/// A connection to the federator that made a token, over an overlay of its own.
+#[derive(Debug)]
+pub struct JoinConnection {
+    peer: PeerConnection,
+    overlay: Overlay,
+    tasks: TaskGroup,
+}
+
+impl JoinConnection {
+    /// Dials, with patience for a gateway that is just starting. Needs the runtime for as long as it is used.
+    pub async fn open(plan: &JoinPlan, bind: SocketAddr) -> Result<Self, JoinError> {
+        let tasks = TaskGroup::new();
+        let overlay = open(plan, bind, &tasks)?;
+        match dial(plan, &overlay).await {
+            Ok(peer) => Ok(Self { peer, overlay, tasks }),
+            Err(error) => {
+                tasks.shutdown(CLOSE_PATIENCE).await;
+                Err(error)
+            }
+        }
+    }
+
+    pub fn peer(&self) -> &PeerConnection {
+        &self.peer
+    }
+
+    pub async fn close(self) {
+        let Self { peer, overlay, tasks } = self;
+        overlay.close().await;
+        drop((peer, overlay));
+        tasks.shutdown(CLOSE_PATIENCE).await;
+    }
+}
+
 /// The temporary overlay.
-fn open(plan: &JoinPlan, options: &JoinOptions, tasks: &TaskGroup) -> Result<Overlay, JoinError> {
+fn open(plan: &JoinPlan, bind: SocketAddr, tasks: &TaskGroup) -> Result<Overlay, JoinError> {
     let mut routes = Routes::empty(plan.tag);
     let (kind, endpoint, keys) = match &plan.provisional {
         Some((block, keys)) if !plan.direct => {
@@ -240,9 +281,9 @@ fn open(plan: &JoinPlan, options: &JoinOptions, tasks: &TaskGroup) -> Result<Ove
         endpoint,
         keys,
         kind,
-        bind: options.bind,
+        bind,
         registers: !plan.direct,
-        learns: false,
+        learns: plan.direct,
         server: None,
         limits: Limits::default(),
     };
@@ -251,12 +292,8 @@ fn open(plan: &JoinPlan, options: &JoinOptions, tasks: &TaskGroup) -> Result<Ove
     Ok(overlay)
 }
 
-/// Dials and asks; the key and the answer.
-async fn ask(
-    plan: &JoinPlan,
-    overlay: &Overlay,
-    name: &str,
-) -> Result<(KeyAndCsr, v1::JoinWorkloadResponse), JoinError> {
+/// Dials the join handle until somebody answers.
+async fn dial(plan: &JoinPlan, overlay: &Overlay) -> Result<PeerConnection, JoinError> {
     let expected = ExpectedPeer::Role { cluster: plan.cluster.clone(), path: "/federator".into() };
     let tls = tls::join_client_config(&plan.root_fingerprint, expected)?;
     let target = DialTarget {
@@ -266,16 +303,24 @@ async fn ask(
         keys: Arc::new(plan.join_keys.clone()),
     };
     let mut dials = 0;
-    let connection = loop {
+    loop {
         dials += 1;
         match overlay.dial(&target, Arc::clone(&tls)).await {
-            Ok(connection) => break connection,
+            Ok(connection) => return Ok(connection),
             Err(error) if error.is_retryable() && dials < DIALS => {
                 tracing::info!(%error, addresses = %list(&plan.addresses), "no answer yet, trying again");
             }
             Err(source) => return Err(unreachable(plan, source)),
         }
-    };
+    }
+}
+
+/// Asks; the key and the answer.
+async fn ask(
+    plan: &JoinPlan,
+    peer: &PeerConnection,
+    name: &str,
+) -> Result<(KeyAndCsr, v1::JoinWorkloadResponse), JoinError> {
     let fresh = KeyAndCsr::generate().map_err(MemberError::from)?;
     let request = v1::JoinWorkloadRequest {
         token_id: plan.token_id.clone(),
@@ -284,7 +329,7 @@ async fn ask(
         name: name.to_owned(),
         lease_request_nonce: rand::random::<[u8; 16]>().to_vec(),
     };
-    let mut client = JoinClient::new(grpc::channel(connection));
+    let mut client = JoinClient::new(grpc::channel(peer.clone()));
     let answer = tokio::time::timeout(CALL_TIMEOUT, client.join_workload(request)).await;
     let answer = answer.map_err(|_| JoinError::Late { cluster: plan.cluster.clone() })?;
     let answer = answer.map_err(|status| JoinError::Refused {

@@ -1,0 +1,188 @@
+//! The core: the one writer of this cluster's facts and of its store.
+//!
+//! A thread of its own, because commits wait for the disk. Everybody else sends it jobs through [`CoreHandle::call`]
+//! and reads what it publishes: an `Arc<Facts>`, replaced whole after each batch of jobs that changed something. A job
+//! commits to the store before it changes a fact, so an error always means "unchanged". Operations live in the modules
+//! below, each `impl Core`: [`boot`], [`allot`], [`leases`], [`tokens`], [`members`], [`links`], [`imports`] and
+//! [`objects`]. Ends when the last handle is dropped.
+
+pub mod allot;
+pub mod boot;
+mod error;
+pub mod imports;
+pub mod leases;
+pub mod links;
+pub mod members;
+pub mod objects;
+#[cfg(test)]
+mod tests;
+pub mod tokens;
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::sync::{mpsc, oneshot, watch};
+use tombolo_identity::issuer::LeafIssuer;
+use tombolo_model::ids::Handle;
+use tombolo_model::names::ClusterName;
+use tombolo_runtime::clock;
+
+use crate::facts::Facts;
+use crate::store::Store;
+use members::Session;
+
+pub use error::CoreError;
+
+/// Jobs that wait; whoever sends one more waits too.
+const QUEUE: usize = 1024;
+/// Jobs done between two publications: bounds how old the published facts get under load.
+const BATCH: usize = 64;
+
+/// When a job runs.
+#[derive(Clone, Copy, Debug)]
+pub struct Moment {
+    /// Since the process started; never goes back.
+    pub monotonic: Duration,
+    /// Since the Unix epoch.
+    pub unix: Duration,
+}
+
+/// The state that only the core thread touches.
+pub struct Core {
+    pub facts: Facts,
+    store: Arc<dyn Store>,
+    issuer: LeafIssuer,
+    /// Handles that were in use and may not be given out again yet, with the unix second of their release.
+    released: BTreeMap<Handle, u64>,
+    /// The records of each linked peer, as it wrote them.
+    views: BTreeMap<ClusterName, imports::View>,
+    /// Who said hello on which connection.
+    sessions: HashMap<usize, Session>,
+    next_watch: u64,
+    /// Peers whose records are to be written with the next tick that may.
+    unsaved_imports: BTreeSet<ClusterName>,
+    last_save: Duration,
+    /// The facts differ from what was published.
+    dirty: bool,
+}
+
+fn moment(origin: Instant) -> Moment {
+    Moment { monotonic: origin.elapsed(), unix: clock::since_unix_epoch() }
+}
+
+type Job = Box<dyn FnOnce(&mut Core, Moment) + Send>;
+
+/// The core has ended: the process is going away.
+#[derive(Clone, Copy, Debug, thiserror::Error)]
+#[error("the federator is shutting down")]
+pub struct CoreGone;
+
+/// Sends jobs and reads facts; clones share the core.
+#[derive(Clone)]
+pub struct CoreHandle {
+    jobs: mpsc::Sender<Job>,
+    facts: watch::Receiver<Arc<Facts>>,
+    origin: Instant,
+}
+
+impl CoreHandle {
+    /// Now, by the core's clocks.
+    pub fn now(&self) -> Moment {
+        moment(self.origin)
+    }
+
+    /// Runs `job` on the core thread.
+    pub async fn call<R, F>(&self, job: F) -> Result<R, CoreGone>
+    where
+        R: Send + 'static,
+        F: FnOnce(&mut Core, Moment) -> R + Send + 'static,
+    {
+        let (answer, answered) = oneshot::channel();
+        let job: Job = Box::new(move |core, moment| {
+            let _ = answer.send(job(core, moment));
+        });
+        self.jobs.send(job).await.map_err(|_| CoreGone)?;
+        answered.await.map_err(|_| CoreGone)
+    }
+
+    /// The same, for jobs that can be refused.
+    pub async fn attempt<R, F>(&self, job: F) -> Result<R, CoreError>
+    where
+        R: Send + 'static,
+        F: FnOnce(&mut Core, Moment) -> Result<R, CoreError> + Send + 'static,
+    {
+        self.call(job).await.map_err(|_| CoreError::Gone)?
+    }
+
+    /// A job whose outcome nobody waits for; false when the queue is full or the core gone.
+    pub fn post(&self, job: impl FnOnce(&mut Core, Moment) + Send + 'static) -> bool {
+        self.jobs.try_send(Box::new(job)).is_ok()
+    }
+
+    /// What was last published.
+    pub fn facts(&self) -> Arc<Facts> {
+        self.facts.borrow().clone()
+    }
+
+    pub fn watch(&self) -> watch::Receiver<Arc<Facts>> {
+        self.facts.clone()
+    }
+}
+
+impl Core {
+    /// Starts the thread.
+    pub fn start(mut self) -> std::io::Result<CoreHandle> {
+        let (jobs, receiver) = mpsc::channel(QUEUE);
+        self.dirty = false;
+        let (publisher, facts) = watch::channel(Arc::new(self.facts.clone()));
+        let origin = Instant::now();
+        let work = move || self.run(receiver, &publisher, origin);
+        std::thread::Builder::new().name("core".to_owned()).spawn(work)?;
+        Ok(CoreHandle { jobs, facts, origin })
+    }
+
+    fn run(mut self, mut jobs: mpsc::Receiver<Job>, publisher: &watch::Sender<Arc<Facts>>, origin: Instant) {
+        while let Some(job) = jobs.blocking_recv() {
+            job(&mut self, moment(origin));
+            for _ in 1..BATCH {
+                let Ok(job) = jobs.try_recv() else { break };
+                job(&mut self, moment(origin));
+            }
+            if std::mem::take(&mut self.dirty) {
+                self.settle(moment(origin));
+                self.dirty = false;
+                self.facts.revision += 1;
+                publisher.send_replace(Arc::new(self.facts.clone()));
+            }
+        }
+    }
+
+    /// What follows from the facts, after any change: handles are allotted and released.
+    fn settle(&mut self, moment: Moment) {
+        if let Err(error) = self.allot_handles(moment) {
+            // Tried again with every change and tick: without a store nothing is allotted.
+            tracing::warn!(%error, "handles can't be allotted now");
+        }
+        self.facts.store_writable = self.store.is_writable();
+    }
+
+    /// Every 250 ms: silence, freshness, leases, and what is written at leisure.
+    pub fn tick(&mut self, moment: Moment) {
+        let unix = moment.unix.as_secs();
+        if self.facts.registry.step(crate::registry::Event::Tick, moment.monotonic, unix) {
+            self.dirty = true;
+        }
+        if self.facts.store_writable != self.store.is_writable() {
+            self.dirty = true;
+        }
+        self.refresh_imports(moment);
+        self.dirty |= self.handles_missing();
+        if moment.monotonic.saturating_sub(self.last_save) >= Duration::from_secs(1) {
+            self.last_save = moment.monotonic;
+            self.save_imports();
+            self.keep_own_lease(moment);
+            self.forget_expired(unix);
+        }
+    }
+}

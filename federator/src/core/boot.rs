@@ -1,0 +1,252 @@
+//! From the store to the facts: what a federator knows when it starts.
+//!
+//! A store of another cluster is refused. An empty one gets a new epoch and new keys: members show their leases and are
+//! adopted ([`super::leases`]), links must be made anew.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tombolo_identity::authority::ClusterMaterial;
+use tombolo_identity::bundle::fingerprint;
+use tombolo_identity::issuer::{IssueError, LeafIssuer};
+use tombolo_identity::{SpiffeId, verify};
+use tombolo_model::ids::{Epoch, Handle};
+use tombolo_model::names::ClusterName;
+use tombolo_model::resource::Object;
+use tombolo_model::sync::Freshness;
+use tombolo_overlay::keys::{ClusterKey, LinkKey};
+
+use super::Core;
+use super::imports::View;
+use crate::facts::{
+    ClusterFacts, Facts, HandleRecord, IdentityRecord, Import, ImportRecord, LeaseRecord, Link, MetaRecord,
+    ObjectRecord, Role, ShiftRecord, StoredObject,
+};
+use crate::import;
+use crate::registry::{Patience, Registry};
+use crate::store::{Record, Store, StoreError, Table, Transaction, record};
+
+/// Key of the one record of [`Table::Meta`].
+const META: &str = "cluster";
+/// Shifts kept per service, newest first.
+pub const SHIFTS_KEPT: usize = 50;
+
+/// Why a federator can't start from what it has.
+#[derive(Debug, thiserror::Error)]
+pub enum BootError {
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error(transparent)]
+    Issuer(#[from] IssueError),
+    #[error(
+        "the store belongs to cluster {found}, the trust directory to {expected}: give each cluster a --state-dir of its own"
+    )]
+    OtherCluster { found: ClusterName, expected: ClusterName },
+    #[error(
+        "the store was made with tag {found}, the trust directory has tag {expected}: the cluster was recreated; move the state directory away to start anew"
+    )]
+    OtherTag { found: String, expected: String },
+    #[error("the trust directory holds no root certificate: run `tombolo trust cluster` again")]
+    NoRoot,
+    #[error("the trust directory can't be used: {0}")]
+    Trust(String),
+}
+
+/// What a store remembers, as far as it reads. A record that does not read is an error: it would be lost otherwise.
+fn all<R: Record>(store: &dyn Store) -> Result<Vec<(String, R)>, StoreError> {
+    record::list::<R>(store)
+}
+
+impl Core {
+    /// Loads everything. `monotonic` is zero here: the registry counts from the start of the process.
+    pub fn load(
+        store: Arc<dyn Store>,
+        material: ClusterMaterial,
+        properties: BTreeMap<String, String>,
+        unix: Duration,
+    ) -> Result<Self, BootError> {
+        let meta = meta(&*store, &material)?;
+        let root = material.bundle.roots.first().ok_or(BootError::NoRoot)?;
+        let trust = |e: &dyn std::fmt::Display| BootError::Trust(e.to_string());
+        let cluster = ClusterFacts {
+            name: material.cluster.clone(),
+            tag: material.tag,
+            trust_domain: material.trust_domain.clone(),
+            federator_id: SpiffeId::federator(&material.trust_domain, &material.cluster)
+                .map_err(|e| trust(&e))?,
+            bundle_json: material.bundle.to_json(),
+            root_fingerprint: fingerprint(root),
+            cluster_key: ClusterKey::from_bytes(key("cluster_key", &meta.cluster_key)?),
+            self_link_key: LinkKey::from_bytes(key("self_link_key", &meta.self_link_key)?),
+            epoch: meta.epoch,
+            properties,
+            started_unix: unix.as_secs(),
+            intermediate_not_after: verify::not_after(&material.certificate).map_err(|e| trust(&e))?,
+            root_not_after: verify::not_after(root).map_err(|e| trust(&e))?,
+        };
+        let mut facts = Facts {
+            cluster: Arc::new(cluster),
+            federator: None,
+            revision: meta.starts << 32,
+            objects: objects(&*store)?,
+            links: all::<Link>(&*store)?.into_iter().map(|(_, l)| (l.peer.clone(), Arc::new(l))).collect(),
+            handles: BTreeMap::new(),
+            leases: BTreeMap::new(),
+            registry: Registry::new(Patience::default()),
+            imports: BTreeMap::new(),
+            shifts: shifts(&*store)?,
+            identities: all::<IdentityRecord>(&*store)?.into_iter().collect(),
+            store_writable: true,
+        };
+        let released = handles(&*store, &mut facts)?;
+        leases(&*store, &mut facts)?;
+        let views = imports(&*store, &mut facts)?;
+        Ok(Self {
+            facts,
+            store,
+            issuer: LeafIssuer::new(material)?,
+            released,
+            views,
+            sessions: HashMap::new(),
+            next_watch: 1,
+            unsaved_imports: BTreeSet::new(),
+            last_save: Duration::ZERO,
+            dirty: true,
+        })
+    }
+}
+
+/// Counts this start; makes the record of a new store.
+fn meta(store: &dyn Store, material: &ClusterMaterial) -> Result<MetaRecord, BootError> {
+    let found = record::get::<MetaRecord>(store, META)?;
+    let meta = match found {
+        Some(meta) if meta.cluster != material.cluster => {
+            return Err(BootError::OtherCluster { found: meta.cluster, expected: material.cluster.clone() });
+        }
+        Some(meta) if meta.tag != material.tag => {
+            let (found, expected) = (meta.tag.to_string(), material.tag.to_string());
+            return Err(BootError::OtherTag { found, expected });
+        }
+        Some(meta) => MetaRecord { starts: meta.starts + 1, ..meta },
+        None => {
+            tracing::info!(cluster = %material.cluster, "a new store: new epoch and keys");
+            MetaRecord {
+                cluster: material.cluster.clone(),
+                tag: material.tag,
+                epoch: Epoch(rand::random()),
+                starts: 1,
+                cluster_key: hex::encode(rand::random::<[u8; 32]>()),
+                self_link_key: hex::encode(rand::random::<[u8; 32]>()),
+            }
+        }
+    };
+    store.commit(&Transaction::new().put(META, &meta))?;
+    Ok(meta)
+}
+
+fn key(field: &'static str, text: &str) -> Result<[u8; 32], StoreError> {
+    let bytes = hex::decode(text).ok().and_then(|bytes| bytes.try_into().ok());
+    bytes.ok_or_else(|| StoreError::Value {
+        table: Table::Meta,
+        key: META.to_owned(),
+        reason: format!("{field} is not 32 bytes"),
+    })
+}
+
+fn objects(
+    store: &dyn Store,
+) -> Result<BTreeMap<tombolo_model::resource::ObjectKey, Arc<StoredObject>>, StoreError> {
+    let mut objects = BTreeMap::new();
+    for (key, ObjectRecord { json, uid, created_unix, generation }) in all::<ObjectRecord>(store)? {
+        let object = Object::from_json(json).map_err(|e| StoreError::Value {
+            table: Table::Objects,
+            key: key.clone(),
+            reason: e.to_string(),
+        })?;
+        let stored = StoredObject { object, uid, created_unix, generation };
+        objects.insert(stored.object.key(), Arc::new(stored));
+    }
+    Ok(objects)
+}
+
+fn handles(store: &dyn Store, facts: &mut Facts) -> Result<BTreeMap<Handle, u64>, StoreError> {
+    let mut released = BTreeMap::new();
+    for (_, handle) in all::<HandleRecord>(store)? {
+        match handle.released {
+            Some(at) => {
+                released.insert(handle.handle, at);
+            }
+            None => {
+                facts.handles.insert((handle.importer.clone(), handle.service.clone()), handle);
+            }
+        }
+    }
+    Ok(released)
+}
+
+fn leases(store: &dyn Store, facts: &mut Facts) -> Result<(), StoreError> {
+    for (key, lease) in all::<LeaseRecord>(store)? {
+        let id: SpiffeId = lease.spiffe_id.parse().map_err(|e| StoreError::Value {
+            table: Table::Leases,
+            key,
+            reason: format!("spiffe_id: {e}"),
+        })?;
+        match (lease.role, &lease.gateway) {
+            (Role::Sidecar | Role::Vm, _) if !lease.ids.is_empty() => {
+                facts.registry.restore(&lease, id, Duration::ZERO);
+            }
+            (Role::Gateway, Some(record)) => {
+                facts.registry.restore_gateway(&lease, record, Duration::ZERO);
+            }
+            _ => {}
+        }
+        facts.leases.insert(lease.block, Arc::new(lease));
+    }
+    Ok(())
+}
+
+/// The last state of each peer's records: stale until the peer is heard again.
+fn imports(store: &dyn Store, facts: &mut Facts) -> Result<BTreeMap<ClusterName, View>, StoreError> {
+    let saved: BTreeMap<String, ImportRecord> = all::<ImportRecord>(store)?.into_iter().collect();
+    let peers: Vec<ClusterName> = facts.links.keys().cloned().collect();
+    let mut views = BTreeMap::new();
+    for peer in peers {
+        let mut import = Import {
+            last_error: "not connected yet since the federator's start".to_owned(),
+            ..Import::default()
+        };
+        let mut view = View::new(super::imports::QUOTA);
+        if let Some(saved) = saved.get(peer.as_str()) {
+            match import::from_saved(&saved.records) {
+                Some(records) => {
+                    let scope = import::PeerScope::of(facts, &peer);
+                    records.values().for_each(|record| import::put(&mut import, &scope, record));
+                    import.position = (saved.epoch, saved.revision);
+                    import.heard = Some(Duration::from_secs(saved.heard_unix));
+                    import.freshness = Freshness::Stale;
+                    view.restore(saved.epoch, saved.revision, records);
+                }
+                None => {
+                    tracing::warn!(%peer, "the saved records of a peer do not read; they are asked for anew");
+                }
+            }
+        }
+        facts.imports.insert(peer.clone(), Arc::new(import));
+        views.insert(peer, view);
+    }
+    Ok(views)
+}
+
+fn shifts(store: &dyn Store) -> Result<BTreeMap<String, VecDeque<ShiftRecord>>, StoreError> {
+    let mut all: Vec<ShiftRecord> = all::<ShiftRecord>(store)?.into_iter().map(|(_, shift)| shift).collect();
+    all.sort_by_key(|shift| std::cmp::Reverse(shift.at_unix_ms));
+    let mut by_service: BTreeMap<String, VecDeque<ShiftRecord>> = BTreeMap::new();
+    for shift in all {
+        let kept = by_service.entry(shift.service.clone()).or_default();
+        if kept.len() < SHIFTS_KEPT {
+            kept.push_back(shift);
+        }
+    }
+    Ok(by_service)
+}

@@ -1,0 +1,319 @@
+//! Leases of blocks and the identities that go with them: granted, renewed, adopted, forgotten.
+//!
+//! A lease is signed by the cluster's CA, so a federator that has lost its store believes those it is shown: it adopts
+//! them, and no endpoint id ever reaches somebody else. A block is not drawn again until [`REUSE_AFTER`] its lease ended.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tombolo_identity::issuer::{IssuedLeaf, LEAF_LIFE};
+use tombolo_identity::{PeerIdentity, SpiffeId};
+use tombolo_model::ids::{Block, Handle, Incarnation};
+use tombolo_overlay::keys::KeyRing;
+use tombolo_overlay::lease::EndpointLease;
+use tombolo_proto::v1;
+
+use super::allot::block_key;
+use super::{Core, CoreError, Moment};
+use crate::facts::{CONTROL, FederatorEndpoint, IdentityRecord, LeaseRecord, Role};
+use crate::store::{Table, Transaction};
+
+/// What the CA's signature on a lease is labelled with.
+const LABEL: &str = "endpoint lease";
+/// Renewed with every hello and SVID renewal; a holder that is away for two days keeps its block for the time below.
+pub const LEASE_LIFE: Duration = Duration::from_secs(2 * 24 * 3600);
+/// An expired member may come back for 30 days (design section 4) and expects its block.
+const REUSE_AFTER: Duration = Duration::from_secs(35 * 24 * 3600);
+/// Blocks of tokens are held by nobody once the token has ended; a day covers every key that was handed out.
+const PROVISIONAL_REUSE_AFTER: Duration = Duration::from_secs(24 * 3600);
+/// Expired identities are shown for a day.
+const IDENTITY_KEPT: Duration = Duration::from_secs(24 * 3600);
+
+impl Core {
+    /// The lease as its holder gets it, with keys for the day ahead.
+    pub fn lease_to_wire(&self, record: &LeaseRecord, moment: Moment) -> Result<v1::EndpointLease, CoreError> {
+        let cluster = &self.facts.cluster;
+        let mut lease = EndpointLease {
+            cluster: cluster.name.clone(),
+            tag: cluster.tag,
+            block: record.block,
+            spiffe_id: record.spiffe_id.clone(),
+            not_after: record.not_after,
+            signature: Vec::new(),
+            keys: KeyRing::derive_now(moment.unix, |hour| cluster.cluster_key.endpoint_key(record.block, hour)),
+        };
+        lease.signature = self.issuer.sign_record(LABEL, &lease.signed_bytes())?;
+        Ok(lease.to_wire())
+    }
+
+    /// A record for a new holder, not stored yet.
+    pub(super) fn new_lease(
+        &self,
+        spiffe_id: &str,
+        role: Role,
+        not_after: u64,
+    ) -> Result<LeaseRecord, CoreError> {
+        Ok(LeaseRecord {
+            block: self.draw_block()?,
+            spiffe_id: spiffe_id.to_owned(),
+            role,
+            not_after,
+            adopted: false,
+            address: None,
+            registers: false,
+            ids: Vec::new(),
+            services: Vec::new(),
+            pinned: Vec::new(),
+            gateway: None,
+        })
+    }
+
+    pub(super) fn install_lease(&mut self, record: LeaseRecord) {
+        self.facts.leases.insert(record.block, Arc::new(record));
+        self.dirty = true;
+    }
+
+    /// The lease that a member shows: known, or signed by us and free, which adopts it.
+    pub(super) fn shown_lease(
+        &mut self,
+        caller: &SpiffeId,
+        role: Role,
+        wire: Option<&v1::EndpointLease>,
+    ) -> Result<LeaseRecord, CoreError> {
+        let wire = wire.ok_or_else(|| CoreError::Invalid("field lease: nothing is not a lease".to_owned()))?;
+        let lease = EndpointLease::from_wire(wire)?;
+        if lease.spiffe_id != caller.as_str() {
+            return Err(CoreError::Denied(format!("the lease belongs to {}, not to {caller}", lease.spiffe_id)));
+        }
+        if lease.tag != self.facts.cluster.tag || lease.cluster != self.facts.cluster.name {
+            return Err(CoreError::Denied(format!("the lease is of cluster {} ({})", lease.cluster, lease.tag)));
+        }
+        match self.facts.leases.get(&lease.block) {
+            Some(known) if known.spiffe_id == lease.spiffe_id => Ok((**known).clone()),
+            Some(known) => Err(CoreError::Denied(format!(
+                "block {} is held by {} now: move the state directory away and join again",
+                lease.block, known.spiffe_id
+            ))),
+            None => {
+                if !self.issuer.verify_record(LABEL, &lease.signed_bytes(), &lease.signature) {
+                    return Err(CoreError::Denied(
+                        "the lease is not signed by this cluster's CA: join again with a new token".to_owned(),
+                    ));
+                }
+                tracing::info!(block = %lease.block, holder = %caller, "a lease unknown here is adopted");
+                Ok(LeaseRecord {
+                    block: lease.block,
+                    adopted: true,
+                    ..self.new_lease(caller.as_str(), role, lease.not_after)?
+                })
+            }
+        }
+    }
+
+    /// Stores `record` if it differs from what is known. Its end is moved on when half of its life is over.
+    pub(super) fn keep_lease(&mut self, record: LeaseRecord, moment: Moment) -> Result<LeaseRecord, CoreError> {
+        let unix = moment.unix.as_secs();
+        let mut record = record;
+        if record.not_after < unix + LEASE_LIFE.as_secs() / 2 {
+            record.not_after = unix + LEASE_LIFE.as_secs();
+        }
+        if self.facts.leases.get(&record.block).is_some_and(|known| **known == record) {
+            return Ok(record);
+        }
+        self.store.commit(&Transaction::new().put(block_key(record.block), &record))?;
+        self.install_lease(record.clone());
+        Ok(record)
+    }
+
+    /// A leaf for `id`, recorded.
+    pub(super) fn issue(
+        &mut self,
+        csr_der: &[u8],
+        id: &SpiffeId,
+        role: Role,
+        moment: Moment,
+        transaction: Transaction,
+    ) -> Result<(v1::Svid, Transaction, (String, IdentityRecord)), CoreError> {
+        let leaf = self.issuer.issue(csr_der, id, LEAF_LIFE, moment.unix)?;
+        let serial = hex::encode(&leaf.serial);
+        let record = IdentityRecord {
+            spiffe_id: id.to_string(),
+            role,
+            serial: serial.clone(),
+            issued_unix: moment.unix.as_secs(),
+            not_after: leaf.not_after,
+        };
+        let transaction = transaction.put(serial.as_str(), &record);
+        Ok((svid_to_wire(&leaf, &self.facts.cluster.bundle_json), transaction, (serial, record)))
+    }
+
+    /// The own identity of this federator: a key made here, a leaf that is recorded like every other.
+    pub fn own_svid(&mut self, csr_der: &[u8], moment: Moment) -> Result<v1::Svid, CoreError> {
+        let id = self.facts.cluster.federator_id.clone();
+        let (svid, transaction, identity) =
+            self.issue(csr_der, &id, Role::Federator, moment, Transaction::new())?;
+        self.store.commit(&transaction)?;
+        self.facts.identities.insert(identity.0, identity.1);
+        self.dirty = true;
+        Ok(svid)
+    }
+
+    /// Renews a member's SVID and lease.
+    pub fn renew(
+        &mut self,
+        caller: &PeerIdentity,
+        request: &v1::RenewRequest,
+        moment: Moment,
+    ) -> Result<v1::RenewResponse, CoreError> {
+        let id = &caller.spiffe_id;
+        let role = member_role(id)?;
+        let record = self.shown_lease(id, role, request.lease.as_ref())?;
+        let record = self.keep_lease(record, moment)?;
+        let (svid, transaction, identity) =
+            self.issue(&request.csr_der, id, role, moment, Transaction::new())?;
+        self.store.commit(&transaction)?;
+        self.facts.identities.insert(identity.0, identity.1);
+        self.dirty = true;
+        Ok(v1::RenewResponse {
+            svid: Some(svid),
+            lease: Some(self.lease_to_wire(&record, moment)?),
+            control_keys: self.control_keys(moment),
+        })
+    }
+
+    /// The keys of the handle that members dial this cluster's federators with.
+    pub(super) fn control_keys(&self, moment: Moment) -> Option<v1::KeyRing> {
+        let cluster = &self.facts.cluster;
+        let binding = self.facts.handle(&cluster.name, CONTROL)?.binding();
+        let ring = KeyRing::derive_now(moment.unix, |hour| cluster.self_link_key.handle_key(&binding, hour));
+        Some(ring.to_wire())
+    }
+
+    /// The endpoint id of this start of the federator: another incarnation than any that a peer may remember.
+    pub fn own_endpoint(&mut self, moment: Moment) -> Result<(FederatorEndpoint, KeyRing), CoreError> {
+        let unix = moment.unix.as_secs();
+        let id = self.facts.cluster.federator_id.to_string();
+        let before = self.facts.leases.values().find(|l| l.role == Role::Federator && l.not_after > unix);
+        let next = before.and_then(|lease| {
+            let last = lease.ids.last()?.incarnation().value();
+            Some(((**lease).clone(), Incarnation::new(last + 1)?))
+        });
+        let (mut record, incarnation) = match next {
+            Some(next) => next,
+            // All 16 were used: another block, and the old one rests.
+            None => {
+                let record = self.new_lease(&id, Role::Federator, unix + LEASE_LIFE.as_secs())?;
+                (record, Incarnation::new(0).ok_or_else(|| CoreError::Invalid("no incarnation".to_owned()))?)
+            }
+        };
+        let endpoint = record.block.endpoint(incarnation);
+        record.ids = vec![endpoint];
+        let record = self.keep_lease(record, moment)?;
+        let address = std::net::SocketAddr::from(([0, 0, 0, 0], 0));
+        Ok((FederatorEndpoint { endpoint, address }, self.block_keys(record.block, moment)))
+    }
+
+    /// Keys of a block for the day ahead.
+    pub fn block_keys(&self, block: Block, moment: Moment) -> KeyRing {
+        KeyRing::derive_now(moment.unix, |hour| self.facts.cluster.cluster_key.endpoint_key(block, hour))
+    }
+
+    /// Where this federator listens.
+    pub fn set_own_endpoint(&mut self, endpoint: FederatorEndpoint) {
+        self.facts.federator = Some(endpoint);
+        self.dirty = true;
+    }
+
+    /// A federator that runs for weeks keeps its block.
+    pub(super) fn keep_own_lease(&mut self, moment: Moment) {
+        let Some(endpoint) = self.facts.federator else { return };
+        let Some(lease) = self.facts.leases.get(&endpoint.endpoint.block()).map(|l| (**l).clone()) else { return };
+        if let Err(error) = self.keep_lease(lease, moment) {
+            tracing::debug!(%error, "the federator's own lease can't be renewed yet");
+        }
+    }
+
+    /// Keys of the reserved join handle.
+    pub(super) fn join_keys(&self, moment: Moment) -> v1::KeyRing {
+        let key = &self.facts.cluster.cluster_key;
+        KeyRing::derive_now(moment.unix, |hour| key.reserved_key(Handle::JOIN, hour)).to_wire()
+    }
+
+    /// Leases, identities, tokens and handles whose time is over.
+    pub(super) fn forget_expired(&mut self, unix: u64) {
+        let mut transaction = Transaction::new();
+        let reuse = |lease: &LeaseRecord| match lease.role {
+            Role::Provisional => PROVISIONAL_REUSE_AFTER,
+            _ => REUSE_AFTER,
+        };
+        let blocks: Vec<Block> = self
+            .facts
+            .leases
+            .values()
+            .filter(|lease| lease.not_after.saturating_add(reuse(lease).as_secs()) < unix)
+            .map(|lease| lease.block)
+            .collect();
+        for block in &blocks {
+            transaction = transaction.delete(Table::Leases, block_key(*block));
+        }
+        let identities: Vec<String> = self
+            .facts
+            .identities
+            .values()
+            .filter(|identity| identity.not_after.saturating_add(IDENTITY_KEPT.as_secs()) < unix)
+            .map(|identity| identity.serial.clone())
+            .collect();
+        for serial in &identities {
+            transaction = transaction.delete(Table::Identities, serial.as_str());
+        }
+        let (transaction, handles) = self.forget_released(unix, transaction);
+        let transaction = self.forget_tokens(unix, transaction);
+        self.forget_members(unix);
+        if transaction.is_empty() {
+            return;
+        }
+        if let Err(error) = self.store.commit(&transaction) {
+            tracing::debug!(%error, "what has expired can't be removed from the store yet");
+            return;
+        }
+        for block in blocks {
+            self.facts.leases.remove(&block);
+        }
+        for serial in identities {
+            self.facts.identities.remove(&serial);
+        }
+        for handle in handles {
+            self.released.remove(&handle);
+        }
+        self.dirty = true;
+    }
+
+    /// A member whose lease has ended is not shown, counted or sent to any more.
+    fn forget_members(&mut self, unix: u64) {
+        let leases = &self.facts.leases;
+        let ended = |block: &Block| leases.get(block).is_none_or(|lease| lease.not_after < unix);
+        let members: Vec<Block> = self.facts.registry.members.keys().filter(|b| ended(b)).copied().collect();
+        for block in members {
+            self.facts.registry.forget(block);
+            self.dirty = true;
+        }
+    }
+}
+
+/// The role of a caller that may hold a lease.
+pub(super) fn member_role(id: &SpiffeId) -> Result<Role, CoreError> {
+    match Role::of(id) {
+        Some(role @ (Role::Gateway | Role::Sidecar | Role::Vm)) => Ok(role),
+        _ => Err(CoreError::Denied(format!("{id} is neither a gateway nor a sidecar of this cluster"))),
+    }
+}
+
+/// An issued leaf as its holder gets it.
+pub fn svid_to_wire(leaf: &IssuedLeaf, bundle_json: &str) -> v1::Svid {
+    v1::Svid {
+        spiffe_id: leaf.spiffe_id.to_string(),
+        chain_der: leaf.chain.iter().map(|der| der.to_vec()).collect(),
+        trust_bundle_json: bundle_json.to_owned(),
+        not_after_unix: i64::try_from(leaf.not_after).unwrap_or(i64::MAX),
+    }
+}

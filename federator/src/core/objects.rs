@@ -1,0 +1,107 @@
+//! Objects that operators apply: validated by the model, stored as written, changed by compare-and-swap.
+
+use std::sync::Arc;
+
+use tombolo_model::names::ClusterName;
+use tombolo_model::resource::{Object, ObjectKey, Spec};
+
+use super::{Core, CoreError, Moment};
+use crate::facts::{ObjectRecord, StoredObject};
+use crate::import;
+use crate::store::{Table, Transaction};
+
+/// Objects of one cluster.
+const MAX_STORED: usize = 50_000;
+
+/// What applying an object did.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Outcome {
+    Created,
+    Configured,
+    Unchanged,
+}
+
+impl Outcome {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Created => "created",
+            Self::Configured => "configured",
+            Self::Unchanged => "unchanged",
+        }
+    }
+}
+
+impl Core {
+    /// Creates or changes an object.
+    pub fn apply(&mut self, object: Object, dry_run: bool, moment: Moment) -> Result<Outcome, CoreError> {
+        let key = object.key();
+        let existing = self.facts.objects.get(&key);
+        let outcome = match existing {
+            Some(stored) if same(&stored.object, &object) => return Ok(Outcome::Unchanged),
+            Some(_) => Outcome::Configured,
+            None if self.facts.objects.len() >= MAX_STORED => {
+                return Err(CoreError::Exhausted(format!("{MAX_STORED} objects are stored: delete some first")));
+            }
+            None => Outcome::Created,
+        };
+        if dry_run {
+            return Ok(outcome);
+        }
+        let stored = StoredObject {
+            uid: existing.map_or_else(|| uuid::Uuid::new_v4().to_string(), |s| s.uid.clone()),
+            created_unix: existing.map_or(moment.unix.as_secs(), |s| s.created_unix),
+            generation: existing.map_or(1, |s| s.generation + 1),
+            object,
+        };
+        let record = ObjectRecord {
+            json: stored.object.to_json(),
+            uid: stored.uid.clone(),
+            created_unix: stored.created_unix,
+            generation: stored.generation,
+        };
+        self.store.commit(&Transaction::new().put(key.to_string(), &record))?;
+        let affected = linked_cluster(&stored.object);
+        self.facts.objects.insert(key, Arc::new(stored));
+        self.dirty = true;
+        affected.iter().for_each(|peer| self.rescope(peer));
+        Ok(outcome)
+    }
+
+    /// Removes an object; whether it was there.
+    pub fn delete(&mut self, key: &ObjectKey, dry_run: bool) -> Result<bool, CoreError> {
+        let Some(stored) = self.facts.objects.get(key).cloned() else { return Ok(false) };
+        if dry_run {
+            return Ok(true);
+        }
+        self.store.commit(&Transaction::new().delete(Table::Objects, key.to_string()))?;
+        self.facts.objects.remove(key);
+        self.dirty = true;
+        linked_cluster(&stored.object).iter().for_each(|peer| self.rescope(peer));
+        Ok(true)
+    }
+
+    /// A link's ranges have changed: what the peer said is read again.
+    fn rescope(&mut self, peer: &ClusterName) {
+        let scope = import::PeerScope::of(&self.facts, peer);
+        let (Some(view), Some(import)) = (self.views.get(peer), self.facts.imports.get_mut(peer)) else { return };
+        let import = Arc::make_mut(import);
+        import.gateways.retain(|gateway| scope.ranges.allows(gateway.address));
+        view.records().for_each(|(_, record)| import::put(import, &scope, record));
+    }
+}
+
+/// Equal but for what a server fills in.
+fn same(a: &Object, b: &Object) -> bool {
+    a.api_version == b.api_version
+        && a.spec == b.spec
+        && a.metadata.labels == b.metadata.labels
+        && a.metadata.annotations == b.metadata.annotations
+}
+
+/// The peer that a `ClusterLink` is about.
+fn linked_cluster(object: &Object) -> Option<ClusterName> {
+    match &object.spec {
+        Spec::ClusterLink(spec) => spec.cluster.as_deref().unwrap_or(&object.metadata.name).parse().ok(),
+        _ => None,
+    }
+}

@@ -1,0 +1,305 @@
+//! One-use tokens: made for operators, redeemed by joiners (protocol.md section 4).
+//!
+//! The secret is hashed at rest and compared in constant time; five wrong guesses void a token. A request that was
+//! answered may be repeated, byte for byte, because its answer may have been lost; any other second use is refused.
+
+use std::time::Duration;
+
+use sha2::{Digest, Sha256};
+use tombolo_identity::SpiffeId;
+use tombolo_model::names::{ClusterName, Namespace, ObjectName};
+use tombolo_proto::{token, v1};
+
+use super::allot::block_key;
+use super::leases::LEASE_LIFE;
+use super::{Core, CoreError, Moment};
+use crate::facts::{CONTROL, LeaseRecord, Role, TokenPurpose, TokenRecord};
+use crate::registry::Presence;
+use crate::store::{Table, Transaction, record};
+
+/// Long enough to carry a token to another machine by hand.
+const DEFAULT_TTL: Duration = Duration::from_secs(15 * 60);
+const MAX_TTL: Duration = Duration::from_secs(24 * 3600);
+/// 32 random bytes need no more to be beyond guessing; this bounds what guessing can cost.
+const WRONG_SECRETS: u32 = 5;
+/// Ended tokens are kept this long, so that a late joiner is told what happened.
+const ENDED_KEPT: Duration = Duration::from_secs(24 * 3600);
+/// Tokens that may be open at a time.
+const MAX_TOKENS: usize = 10_000;
+
+/// A token and what its maker is told besides.
+#[derive(Clone, Debug)]
+pub struct MadeToken {
+    pub text: String,
+    /// Unix seconds.
+    pub not_after: u64,
+}
+
+fn sha256(bytes: &[u8]) -> String {
+    hex::encode(Sha256::digest(bytes))
+}
+
+fn constant_time_eq(a: &str, b: &str) -> bool {
+    aws_lc_rs::constant_time::verify_slices_are_equal(a.as_bytes(), b.as_bytes()).is_ok()
+}
+
+fn life(ttl_seconds: u32) -> Result<Duration, CoreError> {
+    let life = match ttl_seconds {
+        0 => DEFAULT_TTL,
+        seconds => Duration::from_secs(seconds.into()),
+    };
+    if life > MAX_TTL {
+        return Err(CoreError::Invalid(format!("ttl {}s: a token lives at most 24 h", life.as_secs())));
+    }
+    Ok(life)
+}
+
+impl Core {
+    /// A token for one gateway, sidecar or machine.
+    pub fn create_join_token(
+        &mut self,
+        request: &v1::CreateJoinTokenRequest,
+        moment: Moment,
+    ) -> Result<MadeToken, CoreError> {
+        let role = match request.role.as_str() {
+            "gateway" => Role::Gateway,
+            "sidecar" => Role::Sidecar,
+            "vm" => Role::Vm,
+            other => {
+                return Err(CoreError::Invalid(format!("field role: {other:?} is not gateway, sidecar or vm")));
+            }
+        };
+        let invalid = |e: tombolo_model::names::NameError| CoreError::Invalid(e.to_string());
+        request.name.parse::<ObjectName>().map_err(invalid)?;
+        let namespace = if role == Role::Sidecar {
+            request.namespace.parse::<Namespace>().map_err(invalid)?.to_string()
+        } else {
+            String::new()
+        };
+        let purpose = TokenPurpose::Workload { role, name: request.name.clone(), namespace: namespace.clone() };
+        let mut token = v1::Token {
+            kind: v1::TokenKind::Workload.into(),
+            role: role.as_str().to_owned(),
+            name: request.name.clone(),
+            namespace,
+            ..v1::Token::default()
+        };
+        if !request.via_gateways {
+            token.federators = self.federators(true);
+            if token.federators.is_empty() {
+                return Err(CoreError::Precondition("the federator is not listening yet".to_owned()));
+            }
+        }
+        self.make_token(token, purpose, life(request.ttl_seconds)?, moment)
+    }
+
+    /// A token by which the named cluster may link.
+    pub fn create_link_token(
+        &mut self,
+        request: &v1::CreateLinkTokenRequest,
+        moment: Moment,
+    ) -> Result<MadeToken, CoreError> {
+        let peer: ClusterName =
+            request.peer.parse().map_err(|e: tombolo_model::names::NameError| CoreError::Invalid(e.to_string()))?;
+        if peer == self.facts.cluster.name {
+            return Err(CoreError::Invalid(format!("peer {peer} is this cluster itself: name the other one")));
+        }
+        self.check_not_linked(&peer)?;
+        let token = v1::Token {
+            kind: v1::TokenKind::Link.into(),
+            name: peer.to_string(),
+            ..v1::Token::default()
+        };
+        self.make_token(token, TokenPurpose::Link { peer }, life(request.ttl_seconds)?, moment)
+    }
+
+    fn make_token(
+        &mut self,
+        mut token: v1::Token,
+        kind: TokenPurpose,
+        life: Duration,
+        moment: Moment,
+    ) -> Result<MadeToken, CoreError> {
+        if self.store.list(Table::Tokens).len() >= MAX_TOKENS {
+            return Err(CoreError::Exhausted(format!("{MAX_TOKENS} tokens are open; wait until some have ended")));
+        }
+        let unix = moment.unix.as_secs();
+        let not_after = unix + life.as_secs();
+        let (id, secret) = (hex::encode(rand::random::<[u8; 12]>()), rand::random::<[u8; 32]>());
+        let mut transaction = Transaction::new();
+        let mut provisional = None;
+        if token.federators.is_empty() {
+            token.gateways = self.gateways_for(Role::Vm);
+            if token.gateways.is_empty() {
+                return Err(CoreError::Precondition(
+                    "no gateway is connected, and whoever joins from outside comes through one: start `tombolo gateway` first"
+                        .to_owned(),
+                ));
+            }
+            // Its holder is nobody yet: an identity that no certificate has.
+            let holder = format!("{}/token/{id}", self.facts.cluster.federator_id);
+            let lease = self.new_lease(&holder, Role::Provisional, not_after)?;
+            token.provisional = Some(self.lease_to_wire(&lease, moment)?);
+            transaction = transaction.absent(Table::Leases, block_key(lease.block)).put(block_key(lease.block), &lease);
+            provisional = Some(lease);
+        }
+        let record = TokenRecord {
+            kind,
+            secret_sha256: sha256(&secret),
+            not_after,
+            provisional: provisional.as_ref().map(|lease| lease.block),
+            used_by: None,
+            wrong_secrets: 0,
+        };
+        self.store.commit(&transaction.absent(Table::Tokens, id.as_str()).put(id.as_str(), &record))?;
+        if let Some(lease) = provisional {
+            self.install_lease(lease);
+        }
+        let cluster = &self.facts.cluster;
+        token.cluster = cluster.name.to_string();
+        token.tag = cluster.tag.value();
+        token.root_fingerprint.clone_from(&cluster.root_fingerprint);
+        token.token_id = id;
+        token.secret = secret.to_vec();
+        token.not_after_unix = i64::try_from(not_after).unwrap_or(i64::MAX);
+        token.join_keys = Some(self.join_keys(moment));
+        Ok(MadeToken { text: token::encode(&token), not_after })
+    }
+
+    /// Checks a token; the record is not changed but for wrong guesses. `request_hash` is of the whole request.
+    pub(super) fn check_token(
+        &mut self,
+        id: &str,
+        secret: &[u8],
+        request_hash: &str,
+        moment: Moment,
+    ) -> Result<TokenRecord, CoreError> {
+        let unknown = || CoreError::Denied("the token is not known here, or its secret is wrong".to_owned());
+        if id.len() > 64 {
+            return Err(unknown());
+        }
+        let record = record::get::<TokenRecord>(&*self.store, id)?.ok_or_else(unknown)?;
+        if record.wrong_secrets >= WRONG_SECRETS {
+            return Err(CoreError::Denied(
+                "the token is void after too many wrong secrets: make a new one".to_owned(),
+            ));
+        }
+        if !constant_time_eq(&record.secret_sha256, &sha256(secret)) {
+            let guessed = TokenRecord { wrong_secrets: record.wrong_secrets + 1, ..record };
+            self.store.commit(&Transaction::new().put(id, &guessed))?;
+            return Err(unknown());
+        }
+        if moment.unix.as_secs() > record.not_after {
+            let ago = moment.unix.as_secs() - record.not_after;
+            return Err(CoreError::Denied(format!("the token expired {ago} s ago: make a new one")));
+        }
+        match &record.used_by {
+            Some(hash) if hash != request_hash => {
+                Err(CoreError::Denied("the token has been used already: make a new one".to_owned()))
+            }
+            _ => Ok(record),
+        }
+    }
+
+    /// Marks a checked token as used, within `transaction`.
+    pub(super) fn use_token(
+        transaction: Transaction,
+        id: &str,
+        record: &TokenRecord,
+        request_hash: &str,
+    ) -> Transaction {
+        let used = TokenRecord { used_by: Some(request_hash.to_owned()), ..record.clone() };
+        transaction.unchanged(Table::Tokens, id, record::encode(record)).put(id, &used)
+    }
+
+    /// A joiner's request: an identity, a lease, and the way to this federator.
+    pub fn join_workload(
+        &mut self,
+        request: &v1::JoinWorkloadRequest,
+        moment: Moment,
+    ) -> Result<v1::JoinWorkloadResponse, CoreError> {
+        let hash = request_hash(request);
+        let record = self.check_token(&request.token_id, &request.secret, &hash, moment)?;
+        let TokenPurpose::Workload { role, name, namespace } = &record.kind else {
+            return Err(CoreError::Denied("this is a link token: use it with `tombolo link join`".to_owned()));
+        };
+        if request.name != *name {
+            return Err(CoreError::Denied(format!("the token is for {name:?}, not for {:?}", request.name)));
+        }
+        let id = self.identity_of(*role, name, namespace)?;
+        let (svid, transaction, identity) =
+            self.issue(&request.csr_der, &id, *role, moment, Transaction::new())?;
+        let lease = self.new_lease(id.as_str(), *role, moment.unix.as_secs() + LEASE_LIFE.as_secs())?;
+        let key = block_key(lease.block);
+        let transaction = transaction.absent(Table::Leases, key.as_str()).put(key, &lease);
+        let wire = self.lease_to_wire(&lease, moment)?;
+        self.store.commit(&Self::use_token(transaction, &request.token_id, &record, &hash))?;
+        self.facts.identities.insert(identity.0, identity.1);
+        tracing::info!(spiffe_id = %id, block = %lease.block, "joined");
+        let role = *role;
+        self.install_lease(lease);
+        let cluster = self.facts.cluster.clone();
+        Ok(v1::JoinWorkloadResponse {
+            svid: Some(svid),
+            lease: Some(wire),
+            control: Some(v1::ControlAccess {
+                cluster: cluster.name.to_string(),
+                tag: cluster.tag.value(),
+                handle: self.facts.handle(&cluster.name, CONTROL).map_or(0, |h| h.handle.value()),
+                keys: self.control_keys(moment),
+                federators: self.federators(role != Role::Vm),
+                spiffe_ids: vec![cluster.federator_id.to_string()],
+            }),
+            gateways: self.gateways_for(role),
+        })
+    }
+
+    fn identity_of(&self, role: Role, name: &str, namespace: &str) -> Result<SpiffeId, CoreError> {
+        let cluster = &self.facts.cluster;
+        let (domain, cluster) = (&cluster.trust_domain, &cluster.name);
+        let id = match role {
+            Role::Gateway => SpiffeId::gateway(domain, cluster, name),
+            Role::Vm => SpiffeId::vm(domain, cluster, name),
+            _ => SpiffeId::workload(domain, cluster, namespace, name),
+        };
+        id.map_err(|e| CoreError::Invalid(e.to_string()))
+    }
+
+    /// This cluster's federators, with addresses for those that can send to them.
+    pub(super) fn federators(&self, direct: bool) -> Vec<v1::ControlTarget> {
+        let target = |federator: &crate::facts::FederatorEndpoint| v1::ControlTarget {
+            endpoint: federator.endpoint.value(),
+            address: if direct { federator.address.to_string() } else { String::new() },
+        };
+        self.facts.federator.iter().map(target).collect()
+    }
+
+    /// The gateways as members of this role reach them.
+    pub(super) fn gateways_for(&self, role: Role) -> Vec<v1::GatewayReplica> {
+        crate::snapshot::gateways_for(&self.facts, role)
+    }
+
+    /// Tokens that ended a day ago.
+    pub(super) fn forget_tokens(&self, unix: u64, transaction: Transaction) -> Transaction {
+        let Ok(tokens) = record::list::<TokenRecord>(&*self.store) else { return transaction };
+        tokens
+            .into_iter()
+            .filter(|(_, token)| token.not_after.saturating_add(ENDED_KEPT.as_secs()) < unix)
+            .fold(transaction, |transaction, (id, _)| transaction.delete(Table::Tokens, id))
+    }
+
+    /// Whether any gateway can carry packets now.
+    pub fn has_gateway(&self) -> bool {
+        self.facts.registry.gateways.values().any(|g| g.presence == Presence::Live)
+    }
+}
+
+/// What tells a repeated request from another one.
+pub(super) fn request_hash<M: prost::Message>(request: &M) -> String {
+    sha256(&request.encode_to_vec())
+}
+
+/// Whether a lease belongs to a token that may still be used.
+pub fn is_open_provisional(lease: &LeaseRecord, unix: u64) -> bool {
+    lease.role == Role::Provisional && lease.not_after >= unix
+}

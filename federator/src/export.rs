@@ -1,0 +1,70 @@
+//! What a linked peer is told: this cluster's gateways and properties, and the services that are exported to it. Pure.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use tombolo_model::names::{ClusterName, ServiceKey};
+use tombolo_model::resource::Spec;
+use tombolo_proto::v1;
+use tombolo_proto::v1::record::Value;
+
+use crate::facts::{CONTROL, Facts, Port};
+use crate::import::{GATEWAYS, PROPERTIES, export_key};
+use crate::snapshot::{port_to_wire, usable_gateways};
+
+/// Every record that `peer` may have, by key.
+pub fn records(facts: &Facts, peer: &ClusterName) -> BTreeMap<String, v1::Record> {
+    let mut records = BTreeMap::new();
+    let mut put = |key: String, value: Value| {
+        records.insert(key.clone(), v1::Record { key, value: Some(value) });
+    };
+    let gateways = usable_gateways(facts).map(|gateway| v1::GatewayReplica {
+        name: gateway.name.clone(),
+        address: gateway.border.to_string(),
+        balanced: gateway.balanced,
+        zone: gateway.zone.clone(),
+    });
+    put(GATEWAYS.to_owned(), Value::Gateways(v1::GatewaysRecord { gateways: gateways.collect() }));
+    let properties = facts.cluster.properties.clone().into_iter().collect();
+    put(PROPERTIES.to_owned(), Value::Properties(v1::PropertiesRecord { properties }));
+    for (service, export) in exports(facts, peer) {
+        put(export_key(&service), Value::Export(export));
+    }
+    records
+}
+
+/// The services exported to `peer`: those with a handle for it.
+fn exports<'a>(
+    facts: &'a Facts,
+    peer: &'a ClusterName,
+) -> impl Iterator<Item = (ServiceKey, v1::ExportRecord)> + 'a {
+    let handles = facts.handles.values().filter(move |record| {
+        record.importer == *peer && record.service != CONTROL && record.released.is_none()
+    });
+    handles.filter_map(move |record| {
+        let service: ServiceKey = record.service.parse().ok()?;
+        let stored = facts.export_of(&service)?;
+        let Spec::ServiceExport(spec) = &stored.object.spec else { return None };
+        let mut ports: BTreeMap<u16, Port> = BTreeMap::new();
+        let mut identities = BTreeSet::new();
+        for member in facts.registry.serving(&service) {
+            identities.insert(member.spiffe_id.to_string());
+            for port in member.services.get(&service).into_iter().flat_map(|served| &served.ports) {
+                ports.entry(port.port).or_insert_with(|| port.clone());
+            }
+        }
+        let (healthy, total) = facts.registry.counts(&service);
+        let export = v1::ExportRecord {
+            service: service.to_string(),
+            export_uid: record.export_uid.to_vec(),
+            handle: record.handle.value(),
+            ports: ports.values().map(port_to_wire).collect(),
+            spiffe_ids: identities.into_iter().collect(),
+            healthy,
+            total,
+            exported_at_unix_ms: i64::try_from(stored.created_unix.saturating_mul(1000)).unwrap_or(i64::MAX),
+            labels: spec.exported_labels.clone().into_iter().collect(),
+            annotations: spec.exported_annotations.clone().into_iter().collect(),
+        };
+        Some((service, export))
+    })
+}

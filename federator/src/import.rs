@@ -1,0 +1,286 @@
+//! A peer's records, read into facts: each is checked by itself, so that a bad one is refused with a reason and costs
+//! the good ones nothing. Pure.
+//!
+//! A peer can only speak for itself: identities of its own cluster and trust domain, gateways inside the ranges that
+//! the link allows. Sizes are bounded here, the number of records by [`PeerView`](tombolo_model::sync::PeerView).
+
+use std::collections::BTreeMap;
+
+use prost::Message;
+use tombolo_identity::{SpiffeId, TrustDomain};
+use tombolo_model::ids::Handle;
+use tombolo_model::names::{ClusterName, ServiceKey};
+use tombolo_proto::convert::{self, FieldError};
+use tombolo_proto::v1;
+
+use crate::facts::{AllowedRanges, Facts, Import, ImportedExport, PeerGateway, Port};
+
+/// Key of the record with a cluster's gateways.
+pub const GATEWAYS: &str = "gateways";
+/// Key of the record with a cluster's properties.
+pub const PROPERTIES: &str = "properties";
+/// A service runs under a handful of identities.
+const MAX_IDENTITIES: usize = 64;
+const MAX_PORTS: usize = 100;
+const MAX_GATEWAYS: usize = 64;
+const MAX_PROPERTIES: usize = 64;
+const MAX_TEXT: usize = 256;
+
+/// Key of an export's record.
+pub fn export_key(service: &ServiceKey) -> String {
+    format!("export/{service}")
+}
+
+/// What a peer may speak of.
+#[derive(Clone, Debug)]
+pub struct PeerScope {
+    pub peer: ClusterName,
+    pub trust_domain: TrustDomain,
+    pub ranges: AllowedRanges,
+}
+
+impl PeerScope {
+    pub fn of(facts: &Facts, peer: &ClusterName) -> Self {
+        Self {
+            peer: peer.clone(),
+            trust_domain: facts.cluster.trust_domain.clone(),
+            ranges: facts.allowed_ranges(peer),
+        }
+    }
+}
+
+/// Takes one record over, or its refusal.
+pub fn put(import: &mut Import, scope: &PeerScope, record: &v1::Record) {
+    match read(import, scope, record) {
+        Ok(()) => {
+            import.rejected.remove(&record.key);
+        }
+        Err(error) => {
+            // What was good before stays until it is replaced by something good, or deleted.
+            import.rejected.insert(record.key.chars().take(MAX_TEXT).collect(), error.to_string());
+        }
+    }
+}
+
+/// A record is no more.
+pub fn remove(import: &mut Import, key: &str) {
+    import.rejected.remove(key);
+    match key {
+        GATEWAYS => import.gateways.clear(),
+        PROPERTIES => import.properties.clear(),
+        key => {
+            if let Some(service) = key.strip_prefix("export/").and_then(|s| s.parse::<ServiceKey>().ok()) {
+                import.exports.remove(&service);
+            }
+        }
+    }
+}
+
+fn read(import: &mut Import, scope: &PeerScope, record: &v1::Record) -> Result<(), FieldError> {
+    match &record.value {
+        Some(v1::record::Value::Export(export)) => {
+            let (service, export) = export_of(scope, export)?;
+            expect_key(&record.key, &export_key(&service))?;
+            import.exports.insert(service, export);
+        }
+        Some(v1::record::Value::Gateways(gateways)) => {
+            expect_key(&record.key, GATEWAYS)?;
+            import.gateways = gateways_of(scope, &gateways.gateways)?;
+        }
+        Some(v1::record::Value::Properties(properties)) => {
+            expect_key(&record.key, PROPERTIES)?;
+            import.properties = properties_of(&properties.properties)?;
+        }
+        // Of a newer version.
+        None => return Err(FieldError::new("record.value", "nothing", "a kind of record known here")),
+    }
+    Ok(())
+}
+
+fn expect_key(found: &str, expected: &str) -> Result<(), FieldError> {
+    if found == expected { Ok(()) } else { Err(FieldError::new("record.key", found, expected)) }
+}
+
+fn export_of(
+    scope: &PeerScope,
+    wire: &v1::ExportRecord,
+) -> Result<(ServiceKey, ImportedExport), FieldError> {
+    let service: ServiceKey = convert::parse("export.service", &wire.service)?;
+    let handle = Handle::from_u32(wire.handle);
+    if handle.is_reserved() {
+        return Err(FieldError::new("export.handle", handle, "an allotted handle (256 or more)"));
+    }
+    if wire.spiffe_ids.len() > MAX_IDENTITIES {
+        let expected = format!("at most {MAX_IDENTITIES} identities");
+        return Err(FieldError::new("export.spiffe_ids", wire.spiffe_ids.len(), expected));
+    }
+    for id in &wire.spiffe_ids {
+        let parsed: SpiffeId = convert::parse("export.spiffe_ids", id)?;
+        if parsed.trust_domain() != scope.trust_domain || parsed.cluster().as_ref() != Some(&scope.peer) {
+            let expected = format!("an identity of cluster {}", scope.peer);
+            return Err(FieldError::new("export.spiffe_ids", id, expected));
+        }
+    }
+    if wire.ports.len() > MAX_PORTS {
+        return Err(FieldError::new("export.ports", wire.ports.len(), format!("at most {MAX_PORTS} ports")));
+    }
+    let export = ImportedExport {
+        export_uid: convert::bytes("export.export_uid", &wire.export_uid)?,
+        handle,
+        ports: wire.ports.iter().map(|p| port_of("export.ports", p)).collect::<Result<_, _>>()?,
+        spiffe_ids: wire.spiffe_ids.clone(),
+        healthy: wire.healthy.min(wire.total),
+        total: wire.total,
+        exported_at_unix_ms: wire.exported_at_unix_ms,
+    };
+    Ok((service, export))
+}
+
+/// A port as callers name it.
+pub fn port_of(field: &'static str, wire: &v1::ServicePort) -> Result<Port, FieldError> {
+    let number = u16::try_from(wire.port).ok().filter(|port| *port != 0);
+    for text in [&wire.name, &wire.app_protocol, &wire.protocol] {
+        if text.len() > MAX_TEXT {
+            return Err(FieldError::new(field, text, format!("at most {MAX_TEXT} bytes")));
+        }
+    }
+    Ok(Port {
+        name: wire.name.clone(),
+        port: number.ok_or_else(|| FieldError::new(field, wire.port, "1..=65535"))?,
+        app_protocol: wire.app_protocol.clone(),
+        protocol: if wire.protocol.is_empty() { "TCP".to_owned() } else { wire.protocol.clone() },
+    })
+}
+
+/// A peer's gateways: all of them must be where the link allows.
+pub fn gateways_of(scope: &PeerScope, wire: &[v1::GatewayReplica]) -> Result<Vec<PeerGateway>, FieldError> {
+    if wire.len() > MAX_GATEWAYS {
+        return Err(FieldError::new("gateways", wire.len(), format!("at most {MAX_GATEWAYS} gateways")));
+    }
+    let mut gateways = Vec::with_capacity(wire.len());
+    for replica in wire {
+        let Some(address) = convert::address("gateways.address", &replica.address)? else { continue };
+        if !scope.ranges.allows(address) {
+            let expected = format!("an address that the link to {} allows", scope.peer);
+            return Err(FieldError::new("gateways.address", address, expected));
+        }
+        let text = |text: &str| text.chars().take(MAX_TEXT).collect::<String>();
+        let (name, zone) = (text(&replica.name), text(&replica.zone));
+        gateways.push(PeerGateway { name, address, balanced: replica.balanced, zone });
+    }
+    Ok(gateways)
+}
+
+/// A cluster's properties.
+pub fn properties_of<'a>(
+    wire: impl IntoIterator<Item = (&'a String, &'a String)>,
+) -> Result<BTreeMap<String, String>, FieldError> {
+    let properties: BTreeMap<String, String> =
+        wire.into_iter().map(|(key, value)| (key.clone(), value.clone())).collect();
+    if properties.len() > MAX_PROPERTIES {
+        let expected = format!("at most {MAX_PROPERTIES} properties");
+        return Err(FieldError::new("properties", properties.len(), expected));
+    }
+    let long = properties.iter().find(|(key, value)| key.len() > MAX_TEXT || value.len() > MAX_TEXT);
+    match long {
+        Some((key, _)) => Err(FieldError::new("properties", key, format!("at most {MAX_TEXT} bytes each"))),
+        None => Ok(properties),
+    }
+}
+
+/// Records as the store keeps them.
+pub fn to_saved<'a>(records: impl Iterator<Item = &'a v1::Record>) -> Vec<String> {
+    records.map(|record| hex::encode(record.encode_to_vec())).collect()
+}
+
+/// Reads what [`to_saved`] wrote; `None` when it does not read.
+pub fn from_saved(saved: &[String]) -> Option<BTreeMap<String, v1::Record>> {
+    let read = |text: &String| {
+        let record = v1::Record::decode(hex::decode(text).ok()?.as_slice()).ok()?;
+        Some((record.key.clone(), record))
+    };
+    saved.iter().map(read).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn scope() -> PeerScope {
+        PeerScope {
+            peer: "west".parse().unwrap(),
+            trust_domain: "a.example".parse().unwrap(),
+            ranges: AllowedRanges::default(),
+        }
+    }
+
+    fn export(key: &str, change: impl FnOnce(&mut v1::ExportRecord)) -> v1::Record {
+        let mut record = v1::ExportRecord {
+            service: "shop/web".into(),
+            export_uid: vec![7; 16],
+            handle: 300,
+            ports: vec![v1::ServicePort { port: 80, ..Default::default() }],
+            spiffe_ids: vec!["spiffe://a.example/cluster/west/ns/shop/sa/web".into()],
+            healthy: 1,
+            total: 1,
+            ..Default::default()
+        };
+        change(&mut record);
+        v1::Record { key: key.into(), value: Some(v1::record::Value::Export(record)) }
+    }
+
+    #[test]
+    fn a_good_record_is_taken_and_survives_being_saved() {
+        let mut import = Import::default();
+        let record = export("export/shop/web", |_| ());
+        let saved = from_saved(&to_saved([&record].into_iter())).unwrap();
+        put(&mut import, &scope(), &saved["export/shop/web"]);
+        assert_eq!(import.exports.len(), 1);
+        remove(&mut import, "export/shop/web");
+        assert!(import.exports.is_empty() && import.rejected.is_empty());
+    }
+
+    #[test]
+    fn a_bad_record_is_refused_with_its_field_and_what_was_good_stays() {
+        let key = "export/shop/web";
+        let cases: Vec<(v1::Record, &str)> = vec![
+            (export("export/shop/other", |_| ()), "record.key"),
+            (export(key, |e| e.handle = 2), "export.handle"),
+            (export(key, |e| e.export_uid = vec![1; 15]), "export.export_uid"),
+            (export(key, |e| e.ports[0].port = 0), "export.ports"),
+            (export(key, |e| e.service = "web".into()), "export.service"),
+            (export(key, |e| e.spiffe_ids = vec![e.spiffe_ids[0].clone(); 65]), "export.spiffe_ids"),
+            (
+                export(key, |e| e.spiffe_ids = vec!["spiffe://a.example/cluster/east/ns/shop/sa/web".into()]),
+                "export.spiffe_ids",
+            ),
+            (
+                export(key, |e| e.spiffe_ids = vec!["spiffe://b.example/cluster/west/ns/shop/sa/web".into()]),
+                "export.spiffe_ids",
+            ),
+            (v1::Record { key: key.into(), value: None }, "record.value"),
+        ];
+        for (record, field) in cases {
+            let mut import = Import::default();
+            put(&mut import, &scope(), &export(key, |_| ()));
+            put(&mut import, &scope(), &record);
+            let reason = &import.rejected[&record.key];
+            assert!(reason.contains(field), "{field}: {reason}");
+            assert_eq!(import.exports.len(), 1, "{field}: the good one is lost");
+        }
+    }
+
+    #[test]
+    fn gateways_outside_the_allowed_ranges_are_refused() {
+        let gateways = |address: &str| {
+            let replica = v1::GatewayReplica { address: address.into(), ..Default::default() };
+            let record = v1::GatewaysRecord { gateways: vec![replica] };
+            v1::Record { key: GATEWAYS.into(), value: Some(v1::record::Value::Gateways(record)) }
+        };
+        let mut import = Import::default();
+        put(&mut import, &scope(), &gateways("203.0.113.1:7440"));
+        put(&mut import, &scope(), &gateways("127.0.0.1:7440"));
+        assert_eq!(import.gateways[0].address.to_string(), "203.0.113.1:7440");
+        assert!(import.rejected[GATEWAYS].contains("127.0.0.1:7440"));
+    }
+}

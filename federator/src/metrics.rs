@@ -1,0 +1,159 @@
+//! What `/metrics` shows of a federator. Labels are bounded sets: roles, states, linked peers, closed reasons.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::time::Duration;
+
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::registry::Registry;
+use tombolo_model::sync::Freshness;
+
+use crate::core::{CoreError, CoreHandle};
+use crate::facts::Facts;
+use crate::registry::Presence;
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct MemberLabels {
+    pub role: &'static str,
+    pub state: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct PeerLabels {
+    pub peer: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct IssueLabels {
+    pub call: &'static str,
+    pub result: &'static str,
+}
+
+/// Handles of every metric; clones share them.
+#[derive(Clone, Debug)]
+pub struct Metrics {
+    members: Family<MemberLabels, Gauge>,
+    link_connected: Family<PeerLabels, Gauge>,
+    import_age: Family<PeerLabels, Gauge<f64, AtomicU64>>,
+    imports: Family<PeerLabels, Gauge>,
+    rejected: Family<PeerLabels, Gauge>,
+    issued: Family<IssueLabels, Counter>,
+    handles: Gauge,
+    leases: Gauge,
+    objects: Gauge,
+    revision: Gauge<u64, AtomicU64>,
+    store_writable: Gauge,
+    intermediate_expiry: Gauge<f64, AtomicU64>,
+    root_expiry: Gauge<f64, AtomicU64>,
+}
+
+impl Metrics {
+    /// Registers everything under `tombolo_federator_`.
+    pub fn register(registry: &mut Registry) -> Self {
+        let registry = registry.sub_registry_with_prefix("tombolo_federator");
+        let metrics = Self {
+            members: Family::default(),
+            link_connected: Family::default(),
+            import_age: Family::default(),
+            imports: Family::default(),
+            rejected: Family::default(),
+            issued: Family::default(),
+            handles: Gauge::default(),
+            leases: Gauge::default(),
+            objects: Gauge::default(),
+            revision: Gauge::default(),
+            store_writable: Gauge::default(),
+            intermediate_expiry: Gauge::default(),
+            root_expiry: Gauge::default(),
+        };
+        registry.register("members", "Sidecars, machines and gateways, by state", metrics.members.clone());
+        registry.register(
+            "link_connected",
+            "1 while the peer's federator is watched",
+            metrics.link_connected.clone(),
+        );
+        registry.register(
+            "import_age_seconds",
+            "Since the peer's federator was last heard",
+            metrics.import_age.clone(),
+        );
+        registry.register("imported_services", "Services that a peer exports to us", metrics.imports.clone());
+        registry.register("rejected_records", "Records of a peer that are refused", metrics.rejected.clone());
+        registry.register(
+            "requests",
+            "Requests for identities and links, by outcome",
+            metrics.issued.clone(),
+        );
+        registry.register("handles", "Handles in use", metrics.handles.clone());
+        registry.register("leases", "Leased blocks of endpoint ids", metrics.leases.clone());
+        registry.register("objects", "Applied objects", metrics.objects.clone());
+        registry.register("revision", "Of the published facts", metrics.revision.clone());
+        registry.register("store_writable", "1 while the last commit worked", metrics.store_writable.clone());
+        registry.register(
+            "intermediate_expiry_seconds",
+            "Until the cluster's intermediate expires",
+            metrics.intermediate_expiry.clone(),
+        );
+        registry.register("root_expiry_seconds", "Until the root expires", metrics.root_expiry.clone());
+        metrics
+    }
+
+    /// Counts a request for an identity or a link.
+    pub fn issued<T>(&self, call: &'static str, outcome: &Result<T, CoreError>) {
+        let result = outcome.as_ref().map_or_else(CoreError::kind, |_| "ok");
+        self.issued.get_or_create_owned(&IssueLabels { call, result }).inc();
+    }
+
+    fn show(&self, facts: &Facts, unix: Duration) {
+        self.members.clear();
+        let state = |presence: Presence| match presence {
+            Presence::Live => "live",
+            Presence::Silent => "silent",
+            Presence::Left => "left",
+        };
+        for member in facts.registry.members.values() {
+            let labels = MemberLabels { role: member.role.as_str(), state: state(member.presence) };
+            self.members.get_or_create_owned(&labels).inc();
+        }
+        for gateway in facts.registry.gateways.values() {
+            let labels = MemberLabels { role: "gateway", state: state(gateway.presence) };
+            self.members.get_or_create_owned(&labels).inc();
+        }
+        self.link_connected.clear();
+        self.import_age.clear();
+        self.imports.clear();
+        self.rejected.clear();
+        let count = |n: usize| i64::try_from(n).unwrap_or(i64::MAX);
+        for (peer, import) in &facts.imports {
+            let labels = PeerLabels { peer: peer.to_string() };
+            let fresh = import.connected && import.freshness == Freshness::Fresh;
+            self.link_connected.get_or_create_owned(&labels).set(i64::from(fresh));
+            if let Some(heard) = import.heard {
+                self.import_age.get_or_create_owned(&labels).set(unix.saturating_sub(heard).as_secs_f64());
+            }
+            self.imports.get_or_create_owned(&labels).set(count(import.exports.len()));
+            self.rejected.get_or_create_owned(&labels).set(count(import.rejected.len()));
+        }
+        self.handles.set(count(facts.handles.len()));
+        self.leases.set(count(facts.leases.len()));
+        self.objects.set(count(facts.objects.len()));
+        self.revision.set(facts.revision);
+        self.store_writable.set(i64::from(facts.store_writable));
+        let left = |end: u64| end as f64 - unix.as_secs_f64();
+        self.intermediate_expiry.set(left(facts.cluster.intermediate_not_after));
+        self.root_expiry.set(left(facts.cluster.root_not_after));
+    }
+
+    /// Shows the newest facts, once a second: scrapes are seconds apart, changes may be milliseconds.
+    pub async fn follow(self, core: CoreHandle) {
+        let mut tick = tokio::time::interval(Duration::from_secs(1));
+        loop {
+            tick.tick().await;
+            let facts: Arc<Facts> = core.facts();
+            self.show(&facts, core.now().unix);
+        }
+    }
+}

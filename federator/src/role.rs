@@ -1,0 +1,355 @@
+//! A federator: built (store opened, everything bound, so that a clash fails at start), then run until it is told to end.
+//!
+//! Owner of every task of the process. On SIGTERM the operator's socket closes and the overlay's peers are told; members
+//! and peers keep what they know, so there is nothing to drain.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use prometheus_client::registry::Registry as MetricsRegistry;
+use tokio::net::UnixListener;
+use tokio_stream::wrappers::UnixListenerStream;
+use tombolo_identity::authority::{AuthorityError, ClusterMaterial};
+use tombolo_identity::bundle::{BundleError, BundleSet, TrustBundle};
+use tombolo_identity::issuer::{IssueError, KeyAndCsr};
+use tombolo_identity::tls::SvidError;
+use tombolo_identity::{Svid, SvidHandle, tls};
+use tombolo_model::names::ClusterName;
+use tombolo_overlay::cid::Kind;
+use tombolo_overlay::grpc::{GrpcAcceptor, GrpcIncoming};
+use tombolo_overlay::member::renewal::due_at;
+use tombolo_overlay::{BindError, HandleClass, Limits, Overlay, OverlayConfig, ServerTls};
+use tombolo_proto::v1;
+use tombolo_proto::v1::admin_server::AdminServer;
+use tombolo_proto::v1::config_server::ConfigServer;
+use tombolo_proto::v1::federation_server::FederationServer;
+use tombolo_proto::v1::join_server::JoinServer;
+use tombolo_runtime::admin::{Admin, AdminError};
+use tombolo_runtime::clock;
+use tombolo_runtime::dirs::{self, DirsError};
+use tombolo_runtime::drain::Drain;
+use tombolo_runtime::readiness::{BlockReady, Readiness};
+use tombolo_runtime::tasks::TaskGroup;
+use tonic::transport::Server;
+
+use crate::core::boot::BootError;
+use crate::core::{Core, CoreError, CoreHandle};
+use crate::facts::FederatorEndpoint;
+use crate::metrics::Metrics;
+use crate::peers::PeersTask;
+use crate::service::admin::{AdminService, check_operator};
+use crate::service::config::ConfigService;
+use crate::service::federation::{FederationService, Logs};
+use crate::service::join::JoinService;
+use crate::snapshot::rings::Rings;
+use crate::store::redb::RedbStore;
+use crate::store::{Store, StoreError};
+use crate::wiring;
+
+/// Where the overlay listens unless told otherwise (design section 3).
+pub const DEFAULT_LISTEN: SocketAddr =
+    SocketAddr::V4(std::net::SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 7443));
+const STORE: &str = "store.redb";
+/// Half of the registry's patience for reports would be too coarse; a quarter second is a hundredth of a core.
+const TICK: Duration = Duration::from_millis(250);
+/// Every cluster's members and its peers' federators; each connection is 40 KB.
+const MAX_PENDING: usize = 1024;
+const END_PATIENCE: Duration = Duration::from_secs(2);
+
+/// Everything that a federator is told.
+#[derive(Clone, Debug)]
+pub struct FederatorConfig {
+    pub cluster: ClusterName,
+    pub trust_dir: PathBuf,
+    pub state_dir: PathBuf,
+    pub listen: SocketAddr,
+    /// Where members of the cluster reach the overlay socket; found by itself where `listen` names an address.
+    pub advertise: Option<SocketAddr>,
+    pub admin: SocketAddr,
+    pub socket: PathBuf,
+    pub properties: BTreeMap<String, String>,
+}
+
+/// Why a federator did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum BuildError {
+    #[error(transparent)]
+    Dir(#[from] DirsError),
+    #[error("{source}: make them with `tombolo trust cluster {cluster} --out {dir}`, or name them with --trust-dir", dir = dir.display())]
+    Trust { cluster: ClusterName, dir: PathBuf, source: AuthorityError },
+    #[error("{dir} holds the keys of cluster {found}, not of {expected}: give --trust-dir or --cluster accordingly", dir = dir.display())]
+    OtherCluster { dir: PathBuf, found: ClusterName, expected: ClusterName },
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    #[error(transparent)]
+    Core(#[from] CoreError),
+    #[error(transparent)]
+    Issue(#[from] IssueError),
+    #[error("the federator's own SVID can't be used: {0}")]
+    Svid(#[from] SvidError),
+    #[error("the trust bundle can't be used: {0}")]
+    Bundle(#[from] BundleError),
+    #[error("the TLS configuration can't be made: {0}")]
+    Tls(#[from] rustls::Error),
+    #[error(transparent)]
+    Overlay(#[from] BindError),
+    #[error("the core thread can't be started: {0}")]
+    Thread(io::Error),
+    #[error("the operators' socket {path} can't be used ({source}): choose another with --socket", path = path.display())]
+    Socket { path: PathBuf, source: io::Error },
+    #[error("another federator answers on {path}: end it, or choose another --socket", path = path.display())]
+    SocketInUse { path: PathBuf },
+    #[error(transparent)]
+    Admin(#[from] AdminError),
+}
+
+/// Builds federators.
+#[derive(Debug)]
+pub struct Federator;
+
+/// A federator whose addresses are bound and known.
+pub struct Bound {
+    core: CoreHandle,
+    overlay: Overlay,
+    svid: SvidHandle,
+    admin: Admin,
+    operators: UnixListener,
+    socket: PathBuf,
+    metrics: Metrics,
+    bind: IpAddr,
+    /// Dropped when everything serves.
+    serving: BlockReady,
+    tasks: TaskGroup,
+}
+
+impl Federator {
+    /// Opens the store and binds every socket. Needs a one-thread runtime, which then runs it.
+    pub async fn build(config: FederatorConfig) -> Result<Bound, BuildError> {
+        let FederatorConfig { cluster, trust_dir, state_dir, listen, advertise, admin, socket, properties } =
+            config;
+        let trust = |source| BuildError::Trust { cluster: cluster.clone(), dir: trust_dir.clone(), source };
+        let material = ClusterMaterial::load(&trust_dir).map_err(trust)?;
+        if material.cluster != cluster {
+            let found = material.cluster;
+            return Err(BuildError::OtherCluster { dir: trust_dir, found, expected: cluster });
+        }
+        let tag = material.tag;
+        dirs::ensure_private(&state_dir)?;
+        let store: Arc<dyn Store> = Arc::new(RedbStore::open(&state_dir.join(STORE))?);
+        let readiness = Readiness::new();
+        let serving = readiness.block("serving");
+        let mut registry = MetricsRegistry::default();
+        let metrics = Metrics::register(&mut registry);
+        let admin = Admin::bind(admin, registry, readiness).await?;
+        let operators = bind_socket(&socket).await?;
+
+        let core = Core::load(store, material, properties, clock::since_unix_epoch())?;
+        let core = core.start().map_err(BuildError::Thread)?;
+        let svid = SvidHandle::new(own_svid(&core).await?);
+        let (endpoint, keys) = core.attempt(|core, moment| core.own_endpoint(moment)).await?;
+        let tasks = TaskGroup::new();
+        let overlay = Overlay::bind(
+            OverlayConfig {
+                tag,
+                endpoint: endpoint.endpoint,
+                keys,
+                kind: Kind::Endpoint,
+                bind: listen,
+                registers: false,
+                learns: true,
+                server: Some(ServerTls {
+                    mesh: tls::mesh_server_config(&svid)?,
+                    join: Some(tls::join_server_config(&svid)?),
+                }),
+                limits: Limits { max_pending: MAX_PENDING, ..Limits::default() },
+            },
+            &tasks,
+        )?;
+        let address = advertise.unwrap_or_else(|| reachable(overlay.local_addr()));
+        let endpoint = FederatorEndpoint { address, ..endpoint };
+        core.call(move |core, _| core.set_own_endpoint(endpoint)).await.map_err(|_| CoreError::Gone)?;
+        tracing::info!(%cluster, %tag, overlay = %overlay.local_addr(), advertised = %address,
+            admin = %admin.local_addr(), socket = %socket.display(), "federator bound");
+        Ok(Bound {
+            core,
+            overlay,
+            svid,
+            admin,
+            operators,
+            socket,
+            metrics,
+            bind: listen.ip(),
+            serving,
+            tasks,
+        })
+    }
+}
+
+impl Bound {
+    pub fn overlay_addr(&self) -> SocketAddr {
+        self.overlay.local_addr()
+    }
+    pub fn admin_addr(&self) -> SocketAddr {
+        self.admin.local_addr()
+    }
+    /// For tests, and for whoever embeds a federator.
+    pub fn core(&self) -> &CoreHandle {
+        &self.core
+    }
+
+    /// Runs until `shutdown` starts.
+    pub async fn run(self, shutdown: Drain) -> Result<(), AdminError> {
+        let Self { core, overlay, svid, admin, operators, socket, metrics, bind, serving, tasks } = self;
+        tasks.spawn("ticks", tick(core.clone()));
+        tasks.spawn("own SVID", renew_own_svid(core.clone(), svid.clone()));
+        tasks.spawn("own overlay", wiring::follow(core.clone(), overlay.clone()));
+        tasks.spawn("metrics", metrics.clone().follow(core.clone()));
+        let peers = PeersTask {
+            core: core.clone(),
+            overlay: overlay.clone(),
+            svid: svid.clone(),
+            tasks: tasks.clone(),
+        };
+        tasks.spawn("peers", peers.run());
+
+        let (control, control_incoming) = GrpcIncoming::new(&tasks);
+        let (join, join_incoming) = GrpcIncoming::new(&tasks);
+        let config_service = ConfigService {
+            core: core.clone(),
+            rings: Arc::new(Rings::default()),
+            metrics: metrics.clone(),
+            tasks: tasks.clone(),
+        };
+        let federation =
+            FederationService { core: core.clone(), logs: Arc::new(Logs::default()), tasks: tasks.clone() };
+        let server = Server::builder()
+            .add_service(ConfigServer::new(config_service))
+            .add_service(FederationServer::new(federation));
+        tasks.spawn("control services", served("control", server.serve_with_incoming(control_incoming)));
+        let joins = JoinService::new(core.clone(), svid.clone(), metrics);
+        let server = Server::builder().add_service(JoinServer::new(joins));
+        tasks.spawn("join service", served("join", server.serve_with_incoming(join_incoming)));
+        tasks.spawn("connections", accept(overlay.clone(), control, join));
+        let service = AdminService { core, svid, bind, tasks: tasks.clone() };
+        let server = Server::builder().add_service(AdminServer::with_interceptor(service, check_operator));
+        let operators = server.serve_with_incoming(UnixListenerStream::new(operators));
+        tasks.spawn("operators", served("operators", operators));
+        drop(serving);
+
+        let result = tokio::select! {
+            served = admin.run(shutdown.clone()) => served,
+            () = shutdown.started() => Ok(()),
+        };
+        tracing::info!("ending; members and peers keep what they know");
+        let _ = std::fs::remove_file(&socket);
+        overlay.close().await;
+        tasks.shutdown(END_PATIENCE).await;
+        result
+    }
+}
+
+async fn served(
+    what: &'static str,
+    server: impl Future<Output = Result<(), tonic::transport::Error>> + Send,
+) {
+    if let Err(error) = server.await {
+        tracing::error!(%error, what, "a service has ended");
+    }
+}
+
+/// Hands each connection to the services that its handle is for.
+async fn accept(overlay: Overlay, control: GrpcAcceptor, join: GrpcAcceptor) {
+    while let Some(peer) = overlay.accept().await {
+        match peer.class() {
+            HandleClass::Control => control.attach(peer),
+            HandleClass::Join => join.attach(peer),
+            // No mesh handle is served here.
+            HandleClass::Mesh => peer.close(tombolo_overlay::close_code::NOT_ADMITTED, "no service here"),
+        }
+    }
+}
+
+async fn tick(core: CoreHandle) {
+    let mut tick = tokio::time::interval(TICK);
+    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        tick.tick().await;
+        if core.call(|core, moment| core.tick(moment)).await.is_err() {
+            return;
+        }
+    }
+}
+
+/// A fresh key and a leaf for it.
+async fn own_svid(core: &CoreHandle) -> Result<Svid, BuildError> {
+    let fresh = KeyAndCsr::generate()?;
+    let csr = fresh.csr_der.clone();
+    let v1::Svid { chain_der, trust_bundle_json, .. } =
+        core.attempt(move |core, moment| core.own_svid(&csr, moment)).await?;
+    let bundle = TrustBundle::from_json(core.facts().cluster.trust_domain.clone(), &trust_bundle_json)?;
+    let chain = chain_der.into_iter().map(Into::into).collect();
+    Ok(Svid::new(&fresh.key_der, chain, BundleSet::of(bundle))?)
+}
+
+/// Renews the federator's own SVID at half its life.
+async fn renew_own_svid(core: CoreHandle, svid: SvidHandle) {
+    let mut due = due_at(clock::unix_seconds(), svid.load().not_after, rand::random());
+    loop {
+        let now = clock::unix_seconds();
+        if now < due {
+            // Looked at again: the clock may have been set.
+            tokio::time::sleep(Duration::from_secs((due - now).min(300))).await;
+            continue;
+        }
+        match own_svid(&core).await {
+            Ok(fresh) => {
+                due = due_at(clock::unix_seconds(), fresh.not_after, rand::random());
+                svid.swap(fresh);
+                tracing::info!("the federator's own SVID is renewed");
+            }
+            Err(error) => {
+                tracing::warn!(%error, "the federator's own SVID can't be renewed; tried again");
+                tokio::time::sleep(Duration::from_secs(30)).await;
+            }
+        }
+    }
+}
+
+/// The address to advertise for a socket: its own, or the one that packets to elsewhere leave from.
+fn reachable(local: SocketAddr) -> SocketAddr {
+    if !local.ip().is_unspecified() {
+        return local;
+    }
+    // Connecting a UDP socket sends nothing: it asks the kernel for a source address (RFC 5737 test network).
+    let source = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).and_then(|socket| {
+        socket.connect((Ipv4Addr::new(192, 0, 2, 1), 9))?;
+        socket.local_addr()
+    });
+    let ip = source.map_or(IpAddr::V4(Ipv4Addr::LOCALHOST), |source| source.ip());
+    SocketAddr::new(ip, local.port())
+}
+
+/// The operators' socket, for the own user alone. One that nobody answers on is left over and removed.
+async fn bind_socket(path: &Path) -> Result<UnixListener, BuildError> {
+    dirs::check_socket_path(path)?;
+    let failed = |source| BuildError::Socket { path: path.to_owned(), source };
+    if let Some(parent) = path.parent() {
+        dirs::ensure_private(parent)?;
+    }
+    if path.exists() {
+        if tokio::net::UnixStream::connect(path).await.is_ok() {
+            return Err(BuildError::SocketInUse { path: path.to_owned() });
+        }
+        std::fs::remove_file(path).map_err(failed)?;
+    }
+    let listener = UnixListener::bind(path).map_err(failed)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).map_err(failed)?;
+    Ok(listener)
+}

@@ -1,0 +1,237 @@
+//! `Config`: what gateways and sidecars of this cluster are told, and what they report.
+//!
+//! A stream's first snapshot comes at once, the next when its content changes, and one every 5 s in any case. Changes
+//! are gathered for [`PACE`]; a slow reader gets the newest snapshot, not a queue of old ones.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::Stream;
+use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
+use tokio_stream::wrappers::ReceiverStream;
+use tombolo_model::names::ServiceKey;
+use tombolo_overlay::keys::Hour;
+use tombolo_proto::v1::config_server::Config;
+use tombolo_proto::{convert, v1};
+use tombolo_runtime::tasks::TaskGroup;
+use tonic::{Request, Response, Status};
+
+use super::member;
+use crate::core::members::Welcome;
+use crate::core::{CoreError, CoreHandle, Moment};
+use crate::facts::Facts;
+use crate::metrics::Metrics;
+use crate::snapshot::rings::Rings;
+use crate::snapshot::{gateway, sidecar};
+
+/// A snapshot at least this often: its readers take silence for a dead federator.
+const HEARTBEAT: Duration = Duration::from_secs(5);
+/// Changes that come within this are one snapshot: an export must be usable elsewhere within 250 ms.
+const PACE: Duration = Duration::from_millis(20);
+/// Services one sidecar may call.
+const MAX_UPSTREAMS: usize = 256;
+
+pub struct ConfigService {
+    pub core: CoreHandle,
+    pub rings: Arc<Rings>,
+    pub metrics: Metrics,
+    pub tasks: TaskGroup,
+}
+
+type Snapshots<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+/// Tells the core when a stream has ended, however it did.
+struct Watch {
+    core: CoreHandle,
+    id: u64,
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        let id = self.id;
+        self.core.post(move |core, moment| core.closed(id, moment));
+    }
+}
+
+/// A snapshot that knows how to carry a revision.
+trait Revised: Clone + PartialEq + Send + 'static {
+    fn set_revision(&mut self, revision: u64);
+}
+impl Revised for v1::GatewaySnapshot {
+    fn set_revision(&mut self, revision: u64) {
+        self.revision = revision;
+    }
+}
+impl Revised for v1::SidecarSnapshot {
+    fn set_revision(&mut self, revision: u64) {
+        self.revision = revision;
+    }
+}
+
+impl ConfigService {
+    /// Streams what `make` computes from the facts until the reader is gone. `make` may wait; `None` ends the stream.
+    fn stream<T, F>(&self, watch: Watch, mut make: F) -> Snapshots<T>
+    where
+        T: Revised,
+        F: AsyncFnMut(Arc<Facts>, Moment) -> Option<T> + Send + 'static,
+        for<'a> F::CallRefFuture<'a>: Send,
+    {
+        let (sender, receiver) = mpsc::channel(1);
+        let mut facts = self.core.watch();
+        let core = self.core.clone();
+        self.tasks.spawn("configuration stream", async move {
+            let _watch = watch;
+            let mut last: Option<T> = None;
+            let mut sent = Instant::now();
+            loop {
+                let current = facts.borrow_and_update().clone();
+                let revision = current.revision;
+                let Some(snapshot) = make(current, core.now()).await else { return };
+                if last.as_ref() != Some(&snapshot) || sent.elapsed() >= HEARTBEAT {
+                    let mut wire = snapshot.clone();
+                    wire.set_revision(revision);
+                    if sender.send(Ok(wire)).await.is_err() {
+                        return;
+                    }
+                    (last, sent) = (Some(snapshot), Instant::now());
+                }
+                if !wait(&mut facts, &sender, sent + HEARTBEAT).await {
+                    return;
+                }
+            }
+        });
+        Box::pin(ReceiverStream::new(receiver))
+    }
+}
+
+/// Until something changed and the pace allows, or a heartbeat is due; false when the reader or the core is gone.
+async fn wait<T>(
+    facts: &mut watch::Receiver<Arc<Facts>>,
+    sender: &mpsc::Sender<T>,
+    heartbeat: Instant,
+) -> bool {
+    tokio::select! {
+        changed = facts.changed() => {
+            if changed.is_err() {
+                return false;
+            }
+            tokio::time::sleep(PACE).await;
+            true
+        }
+        () = sender.closed() => false,
+        () = tokio::time::sleep_until(heartbeat) => true,
+    }
+}
+
+/// The signed lease with its keys, made anew only when either has changed: a signature costs more than a snapshot.
+struct LeaseOf {
+    core: CoreHandle,
+    welcome: Welcome,
+    made: Option<(Hour, u64, v1::EndpointLease)>,
+}
+
+impl LeaseOf {
+    async fn wire(&mut self, facts: &Facts, moment: Moment) -> Option<v1::EndpointLease> {
+        let record = facts.leases.get(&self.welcome.block)?.clone();
+        let hour = Hour::at(moment.unix);
+        if let Some((made_hour, not_after, wire)) = &self.made
+            && (*made_hour, *not_after) == (hour, record.not_after)
+        {
+            return Some(wire.clone());
+        }
+        let not_after = record.not_after;
+        let wire = self.core.attempt(move |core, moment| core.lease_to_wire(&record, moment)).await;
+        match wire {
+            Ok(wire) => {
+                self.made = Some((hour, not_after, wire.clone()));
+                Some(wire)
+            }
+            Err(error) => {
+                tracing::warn!(%error, "a lease can't be signed");
+                None
+            }
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl Config for ConfigService {
+    type WatchGatewayStream = Snapshots<v1::GatewaySnapshot>;
+    type WatchSidecarStream = Snapshots<v1::SidecarSnapshot>;
+
+    async fn watch_gateway(
+        &self,
+        request: Request<v1::GatewayHello>,
+    ) -> Result<Response<Self::WatchGatewayStream>, Status> {
+        let caller = member(&request, &self.core.facts().cluster.name)?;
+        let hello = request.into_inner();
+        let name = hello.name.clone();
+        let welcome = self
+            .core
+            .attempt(move |core, moment| core.gateway_hello(&caller.identity, caller.connection, &hello, moment))
+            .await?;
+        tracing::info!(gateway = name, "gateway connected");
+        let watch = Watch { core: self.core.clone(), id: welcome.watch };
+        let stream = self.stream(watch, async move |facts: Arc<Facts>, moment: Moment| {
+            Some(gateway::snapshot(&facts, &name, moment.monotonic, moment.unix))
+        });
+        Ok(Response::new(stream))
+    }
+
+    async fn watch_sidecar(
+        &self,
+        request: Request<v1::SidecarHello>,
+    ) -> Result<Response<Self::WatchSidecarStream>, Status> {
+        let caller = member(&request, &self.core.facts().cluster.name)?;
+        let hello = request.into_inner();
+        if hello.upstreams.len() > MAX_UPSTREAMS {
+            let text = format!("field upstreams: {} are too many, at most {MAX_UPSTREAMS}", hello.upstreams.len());
+            return Err(Status::invalid_argument(text));
+        }
+        let upstreams = hello.upstreams.iter().map(|service| convert::parse("upstreams", service));
+        let upstreams: Vec<ServiceKey> = upstreams.collect::<Result<_, _>>().map_err(CoreError::from)?;
+        let id = caller.identity.spiffe_id.clone();
+        let welcome = self
+            .core
+            .attempt(move |core, moment| core.sidecar_hello(&caller.identity, caller.connection, &hello, moment))
+            .await?;
+        tracing::info!(spiffe_id = %id, block = %welcome.block, "sidecar connected");
+        let watch = Watch { core: self.core.clone(), id: welcome.watch };
+        let rings = Arc::clone(&self.rings);
+        let mut lease = LeaseOf { core: self.core.clone(), welcome, made: None };
+        let stream = self.stream(watch, async move |facts: Arc<Facts>, moment: Moment| {
+            let (monotonic, unix) = (moment.monotonic, moment.unix);
+            let mut snapshot = sidecar::snapshot(&facts, welcome.block, &upstreams, &rings, monotonic, unix);
+            snapshot.lease = lease.wire(&facts, moment).await;
+            Some(snapshot)
+        });
+        Ok(Response::new(stream))
+    }
+
+    async fn report(
+        &self,
+        request: Request<v1::StatusReport>,
+    ) -> Result<Response<v1::ReportAck>, Status> {
+        let caller = member(&request, &self.core.facts().cluster.name)?;
+        let report = request.into_inner();
+        let ack = self
+            .core
+            .attempt(move |core, moment| core.report(&caller.identity, caller.connection, report, moment))
+            .await?;
+        Ok(Response::new(ack))
+    }
+
+    async fn renew(
+        &self,
+        request: Request<v1::RenewRequest>,
+    ) -> Result<Response<v1::RenewResponse>, Status> {
+        let caller = member(&request, &self.core.facts().cluster.name)?;
+        let request = request.into_inner();
+        let renewed =
+            self.core.attempt(move |core, moment| core.renew(&caller.identity, &request, moment)).await;
+        self.metrics.issued("renew", &renewed);
+        Ok(Response::new(renewed?))
+    }
+}

@@ -1,0 +1,185 @@
+//! A gateway's snapshot: who is where, what importers may reach, and the linked clusters.
+
+use std::time::Duration;
+
+use tombolo_model::ids::{EndpointId, Handle};
+use tombolo_model::names::ServiceKey;
+use tombolo_overlay::keys::HandleBinding;
+use tombolo_proto::v1;
+
+use crate::core::tokens::is_open_provisional;
+use crate::facts::{CONTROL, Facts, HandleRecord, JOIN, Link};
+use crate::registry::Gateway;
+
+/// First packets per second of one handle: a sidecar does some 1,500 handshakes a second on one core.
+const SERVICE_INITIALS: u32 = 1000;
+/// Federators and members reconnect; a cluster of a thousand is back in ten seconds.
+const CONTROL_INITIALS: u32 = 200;
+/// Guessing tokens must be slow, a rollout of a hundred pods must not.
+const JOIN_INITIALS: u32 = 20;
+
+/// The snapshot of the replica `name`. `monotonic` as the registry's clock.
+pub fn snapshot(facts: &Facts, name: &str, monotonic: Duration, unix: Duration) -> v1::GatewaySnapshot {
+    let cluster = &facts.cluster;
+    v1::GatewaySnapshot {
+        revision: 0,
+        cluster: cluster.name.to_string(),
+        tag: cluster.tag.value(),
+        cluster_key: cluster.cluster_key.as_bytes().to_vec(),
+        endpoints: endpoints(facts, monotonic),
+        handles: inbound(facts),
+        links: links(facts),
+        siblings: facts
+            .registry
+            .gateways
+            .values()
+            .filter(|gateway| gateway.name != name)
+            .filter(|gateway| gateway.presence != crate::registry::Presence::Left)
+            .map(|gateway| replica(gateway, gateway.inner))
+            .collect(),
+        provisional: facts
+            .leases
+            .values()
+            .filter(|lease| is_open_provisional(lease, unix.as_secs()))
+            .map(|lease| v1::ProvisionalLease {
+                block: lease.block.value(),
+                not_after_unix: i64::try_from(lease.not_after).unwrap_or(i64::MAX),
+            })
+            .collect(),
+        name: name.to_owned(),
+    }
+}
+
+fn replica(gateway: &Gateway, address: std::net::SocketAddr) -> v1::GatewayReplica {
+    v1::GatewayReplica {
+        name: gateway.name.clone(),
+        address: address.to_string(),
+        balanced: false,
+        zone: gateway.zone.clone(),
+    }
+}
+
+fn endpoint(id: EndpointId, address: Option<std::net::SocketAddr>, gone: bool) -> v1::GatewayEndpoint {
+    v1::GatewayEndpoint {
+        block: id.block().value(),
+        address: address.map(|a| a.to_string()).unwrap_or_default(),
+        registers: address.is_none(),
+        min_incarnation: id.incarnation().value().into(),
+        gone,
+    }
+}
+
+/// Every endpoint of the cluster: members, gateways' own, this federator.
+fn endpoints(facts: &Facts, monotonic: Duration) -> Vec<v1::GatewayEndpoint> {
+    let federator = facts.federator.iter().map(|f| endpoint(f.endpoint, Some(f.address), false));
+    let gateways = facts.registry.gateways.values().filter_map(|gateway| {
+        let (id, address) = gateway.endpoint?;
+        Some(endpoint(id, address, false))
+    });
+    let members = facts.registry.members.values().filter_map(|member| {
+        // Several sockets of one start have several incarnations: the oldest of them is the least that lives.
+        let oldest = member.ids.iter().min_by_key(|id| id.incarnation().value())?;
+        Some(endpoint(*oldest, member.address, member.gone(monotonic)))
+    });
+    federator.chain(gateways).chain(members).collect()
+}
+
+fn handle(
+    record: &HandleRecord,
+    class: v1::HandleClass,
+    endpoints: Vec<EndpointId>,
+    initials_per_second: u32,
+) -> v1::InboundHandle {
+    v1::InboundHandle {
+        binding: Some(record.binding().to_wire()),
+        class: class.into(),
+        endpoints: endpoints.into_iter().map(EndpointId::value).collect(),
+        initials_per_second,
+    }
+}
+
+/// What importers may reach here: each service's healthy endpoints, the federators, and the way in for joiners.
+fn inbound(facts: &Facts) -> Vec<v1::InboundHandle> {
+    let federators: Vec<EndpointId> = facts.federator.iter().map(|f| f.endpoint).collect();
+    let mut handles = Vec::with_capacity(facts.handles.len() + 1);
+    for record in facts.handles.values().filter(|record| record.released.is_none()) {
+        if record.service == CONTROL {
+            handles.push(handle(record, v1::HandleClass::Control, federators.clone(), CONTROL_INITIALS));
+        } else if let Ok(service) = record.service.parse::<ServiceKey>() {
+            let healthy = facts.registry.healthy(&service);
+            handles.push(handle(record, v1::HandleClass::Service, healthy, SERVICE_INITIALS));
+        }
+    }
+    let binding = HandleBinding {
+        handle: Handle::JOIN,
+        importer: facts.cluster.name.clone(),
+        service: JOIN.to_owned(),
+        export_uid: [0; 16],
+    };
+    handles.push(v1::InboundHandle {
+        binding: Some(binding.to_wire()),
+        class: v1::HandleClass::Join.into(),
+        endpoints: federators.into_iter().map(EndpointId::value).collect(),
+        initials_per_second: JOIN_INITIALS,
+    });
+    handles
+}
+
+fn links(facts: &Facts) -> Vec<v1::GatewayLink> {
+    let own = &facts.cluster;
+    let peers = facts.live_links().filter_map(|link| {
+        let key = link.link_key()?;
+        Some(v1::GatewayLink {
+            peer: link.peer.to_string(),
+            tag: link.tag.value(),
+            key: key.as_bytes().to_vec(),
+            gateways: peer_gateways(facts, link),
+            outbound: outbound(facts, link),
+            self_: false,
+        })
+    });
+    let to_itself = v1::GatewayLink {
+        peer: own.name.to_string(),
+        tag: own.tag.value(),
+        key: own.self_link_key.as_bytes().to_vec(),
+        gateways: Vec::new(),
+        outbound: facts
+            .handles
+            .values()
+            .filter(|record| record.importer == own.name && record.released.is_none())
+            .map(|record| record.binding().to_wire())
+            .collect(),
+        self_: true,
+    };
+    peers.chain([to_itself]).collect()
+}
+
+fn peer_gateways(facts: &Facts, link: &Link) -> Vec<v1::GatewayReplica> {
+    facts
+        .peer_gateways(link)
+        .into_iter()
+        .map(|gateway| v1::GatewayReplica {
+            name: gateway.name,
+            address: gateway.address.to_string(),
+            balanced: gateway.balanced,
+            zone: gateway.zone,
+        })
+        .collect()
+}
+
+/// The peer's handles that this cluster may call.
+fn outbound(facts: &Facts, link: &Link) -> Vec<v1::HandleBinding> {
+    let own = &facts.cluster.name;
+    let control = link.control.binding(own).to_wire();
+    let exports = facts.imports.get(&link.peer).into_iter().flat_map(|import| &import.exports);
+    let services = exports.map(|(service, export)| {
+        HandleBinding {
+            handle: export.handle,
+            importer: own.clone(),
+            service: service.to_string(),
+            export_uid: export.export_uid,
+        }
+        .to_wire()
+    });
+    std::iter::once(control).chain(services).collect()
+}

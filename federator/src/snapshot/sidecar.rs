@@ -1,0 +1,165 @@
+//! A sidecar's snapshot: where things are, what may call it, and what it calls.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use tombolo_model::ids::{Block, EndpointId};
+use tombolo_model::names::ServiceKey;
+use tombolo_model::sync::Freshness;
+use tombolo_overlay::keys::HandleBinding;
+use tombolo_proto::v1;
+
+use super::rings::Rings;
+use super::{gateways_for, port_to_wire};
+use crate::facts::{Facts, Port, Role};
+
+/// The snapshot of the member that holds `block` and calls `upstreams`; without its lease, which the caller adds.
+pub fn snapshot(
+    facts: &Facts,
+    block: Block,
+    upstreams: &[ServiceKey],
+    rings: &Rings,
+    monotonic: Duration,
+    unix: Duration,
+) -> v1::SidecarSnapshot {
+    let cluster = &facts.cluster;
+    let role = facts.leases.get(&block).map_or(Role::Vm, |lease| lease.role);
+    let direct = role != Role::Vm;
+    v1::SidecarSnapshot {
+        revision: 0,
+        cluster: cluster.name.to_string(),
+        tag: cluster.tag.value(),
+        gateways: gateways_for(facts, role),
+        endpoints: if direct { neighbours(facts, block, upstreams, monotonic) } else { Vec::new() },
+        inbound: inbound(facts, block),
+        upstreams: upstreams.iter().map(|service| upstream(facts, service, rings, unix)).collect(),
+        lease: None,
+        federators: facts
+            .federator
+            .iter()
+            .map(|f| v1::ControlTarget {
+                endpoint: f.endpoint.value(),
+                address: if direct { f.address.to_string() } else { String::new() },
+            })
+            .collect(),
+        trust_bundle_json: cluster.bundle_json.clone(),
+        direct,
+    }
+}
+
+/// Endpoints of this cluster that it talks to directly: those that serve what it calls, and, where it serves itself,
+/// every caller.
+fn neighbours(
+    facts: &Facts,
+    block: Block,
+    upstreams: &[ServiceKey],
+    monotonic: Duration,
+) -> Vec<v1::LocalEndpoint> {
+    let serves = facts.registry.members.get(&block).is_some_and(|member| !member.services.is_empty());
+    facts
+        .registry
+        .members
+        .values()
+        .filter(|member| member.block != block && !member.gone(monotonic))
+        .filter(|member| serves || upstreams.iter().any(|service| member.services.contains_key(service)))
+        .filter_map(|member| {
+            let address = member.address?.to_string();
+            Some(v1::LocalEndpoint { block: member.block.value(), address })
+        })
+        .collect()
+}
+
+/// The handles by which its services may be called.
+fn inbound(facts: &Facts, block: Block) -> Vec<v1::InboundHandle> {
+    let Some(member) = facts.registry.members.get(&block) else { return Vec::new() };
+    let served: BTreeSet<String> = member.services.keys().map(ToString::to_string).collect();
+    facts
+        .handles
+        .values()
+        .filter(|record| record.released.is_none() && served.contains(&record.service))
+        .map(|record| v1::InboundHandle {
+            binding: Some(record.binding().to_wire()),
+            class: v1::HandleClass::Service.into(),
+            endpoints: Vec::new(),
+            initials_per_second: 0,
+        })
+        .collect()
+}
+
+fn upstream(facts: &Facts, service: &ServiceKey, rings: &Rings, unix: Duration) -> v1::Upstream {
+    let mut ports: BTreeMap<u16, Port> = BTreeMap::new();
+    let mut backends = Vec::new();
+    for member in facts.registry.serving(service) {
+        for port in member.services.get(service).into_iter().flat_map(|served| &served.ports) {
+            ports.entry(port.port).or_insert_with(|| port.clone());
+        }
+    }
+    backends.extend(own_backend(facts, service, rings, unix));
+    for link in facts.live_links() {
+        let Some(import) = facts.imports.get(&link.peer) else { continue };
+        let Some(export) = import.exports.get(service) else { continue };
+        let Some(key) = link.link_key() else { continue };
+        // Nobody has vouched for it within the lease, or nobody serves it: there is nothing to demand of a peer.
+        if import.freshness == Freshness::Expired || export.spiffe_ids.is_empty() {
+            continue;
+        }
+        for port in &export.ports {
+            ports.entry(port.port).or_insert_with(|| port.clone());
+        }
+        let binding = HandleBinding {
+            handle: export.handle,
+            importer: facts.cluster.name.clone(),
+            service: service.to_string(),
+            export_uid: export.export_uid,
+        };
+        let properties = if import.properties.is_empty() { &link.properties } else { &import.properties };
+        backends.push(v1::Backend {
+            cluster: link.peer.to_string(),
+            tag: link.tag.value(),
+            handle: export.handle.value(),
+            keys: Some(rings.handle(&key, &binding, unix)),
+            spiffe_ids: export.spiffe_ids.clone(),
+            healthy: export.healthy,
+            total: export.total,
+            properties: properties.clone().into_iter().collect(),
+            stale: import.freshness == Freshness::Stale,
+            endpoints: Vec::new(),
+            export_uid: hex::encode(export.export_uid),
+        });
+    }
+    let policy = facts.failover_policy(service);
+    v1::Upstream {
+        service: service.to_string(),
+        ports: ports.values().map(port_to_wire).collect(),
+        backends,
+        failover_policy_json: policy
+            .and_then(|(_, spec)| serde_json::to_string(spec).ok())
+            .unwrap_or_default(),
+        policy_name: policy.map(|(name, _)| name.to_owned()).unwrap_or_default(),
+    }
+}
+
+/// The own cluster's share, called over its link to itself.
+fn own_backend(facts: &Facts, service: &ServiceKey, rings: &Rings, unix: Duration) -> Option<v1::Backend> {
+    let cluster = &facts.cluster;
+    let record = facts.handle(&cluster.name, &service.to_string())?;
+    let identities: BTreeSet<String> =
+        facts.registry.serving(service).map(|member| member.spiffe_id.to_string()).collect();
+    if identities.is_empty() {
+        return None;
+    }
+    let (healthy, total) = facts.registry.counts(service);
+    Some(v1::Backend {
+        cluster: cluster.name.to_string(),
+        tag: cluster.tag.value(),
+        handle: record.handle.value(),
+        keys: Some(rings.handle(&cluster.self_link_key, &record.binding(), unix)),
+        spiffe_ids: identities.into_iter().collect(),
+        healthy,
+        total,
+        properties: cluster.properties.clone().into_iter().collect(),
+        stale: false,
+        endpoints: facts.registry.healthy(service).into_iter().map(EndpointId::value).collect(),
+        export_uid: hex::encode(record.export_uid),
+    })
+}

@@ -1,0 +1,70 @@
+//! The federator's own overlay follows the facts: where members are, which handles it serves, its keys.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tombolo_model::ids::Handle;
+use tombolo_overlay::keys::Hour;
+use tombolo_overlay::{GatewayHop, HandleClass, Inbound, InboundHandle, Overlay, Routes};
+
+use crate::core::CoreHandle;
+use crate::facts::{CONTROL, Facts, JOIN};
+use crate::snapshot::usable_gateways;
+
+/// Keys are looked at this often: they change with the hour, and two hours back are still accepted.
+const KEYS: Duration = Duration::from_secs(60);
+
+/// Where the federator sends: members with an address directly, everybody else through its cluster's gateways.
+pub fn routes(facts: &Facts) -> Routes {
+    let mut routes = Routes::empty(facts.cluster.tag);
+    let members = facts.registry.members.values().filter_map(|m| Some((m.block, m.address?)));
+    let gateways = facts.registry.gateways.values().filter_map(|gateway| {
+        let (id, address) = gateway.endpoint?;
+        Some((id.block(), address?))
+    });
+    routes.endpoints = members.chain(gateways).collect();
+    routes.gateways = usable_gateways(facts)
+        .map(|gateway| GatewayHop { name: gateway.name.clone(), address: gateway.inner, balanced: false })
+        .collect();
+    routes
+}
+
+/// The handles that the federator serves: its control handles, one per importing cluster, and the join handle.
+pub fn inbound(facts: &Facts) -> Inbound {
+    let mut handles = HashMap::new();
+    for record in facts.handles.values().filter(|r| r.service == CONTROL && r.released.is_none()) {
+        let handle = InboundHandle {
+            class: HandleClass::Control,
+            importer: Some(record.importer.clone()),
+            service: Arc::from(CONTROL),
+        };
+        handles.insert(record.handle, handle);
+    }
+    let join = InboundHandle { class: HandleClass::Join, importer: None, service: Arc::from(JOIN) };
+    handles.insert(Handle::JOIN, join);
+    Inbound { handles }
+}
+
+/// Until the core is gone.
+pub async fn follow(core: CoreHandle, overlay: Overlay) {
+    let mut facts = core.watch();
+    let mut keys_of = None;
+    loop {
+        let current = facts.borrow_and_update().clone();
+        overlay.set_routes(routes(&current));
+        overlay.set_inbound(inbound(&current));
+        let hour = Hour::at(core.now().unix);
+        if keys_of != Some(hour) {
+            let block = overlay.endpoint_id().block();
+            if let Ok(keys) = core.call(move |core, moment| core.block_keys(block, moment)).await {
+                overlay.set_keys(keys);
+                keys_of = Some(hour);
+            }
+        }
+        match tokio::time::timeout(KEYS, facts.changed()).await {
+            Ok(Err(_)) => return,
+            Ok(Ok(())) | Err(_) => {}
+        }
+    }
+}
