@@ -34,6 +34,10 @@ pub struct ClusterFacts {
     pub federator_id: SpiffeId,
     pub bundle_json: String,
     pub root_fingerprint: String,
+    /// Of the trust root's certificate, unix seconds; 0: unknown.
+    pub root_not_after: u64,
+    /// Of this cluster's intermediate, unix seconds; 0: unknown.
+    pub intermediate_not_after: u64,
     pub cluster_key: ClusterKey,
     pub self_link_key: LinkKey,
     pub epoch: Epoch,
