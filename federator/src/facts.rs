@@ -13,8 +13,7 @@ use serde::{Deserialize, Serialize};
 use tombolo_identity::{SpiffeId, TrustDomain};
 use tombolo_model::ids::{Block, ClusterTag, EndpointId, Epoch, Handle, Revision};
 use tombolo_model::names::{ClusterName, ServiceKey};
-use tombolo_model::resource::service_export::ExportTo;
-use tombolo_model::resource::{ClusterLinkSpec, FailoverPolicySpec, Object, ObjectKey, Spec};
+use tombolo_model::resource::{ClusterLinkSpec, Object, ObjectKey, Spec};
 use tombolo_model::sync::Freshness;
 use tombolo_overlay::keys::{ClusterKey, HandleBinding, LinkKey};
 
@@ -35,16 +34,16 @@ pub struct ClusterFacts {
     pub federator_id: SpiffeId,
     pub bundle_json: String,
     pub root_fingerprint: String,
+    /// Of the trust root's certificate, unix seconds; 0: unknown.
+    pub root_not_after: u64,
+    /// Of this cluster's intermediate, unix seconds; 0: unknown.
+    pub intermediate_not_after: u64,
     pub cluster_key: ClusterKey,
     pub self_link_key: LinkKey,
     pub epoch: Epoch,
     /// `ClusterProperty` values of this cluster.
     pub properties: BTreeMap<String, String>,
     pub started_unix: u64,
-    /// Unix seconds.
-    pub intermediate_not_after: u64,
-    /// Unix seconds.
-    pub root_not_after: u64,
 }
 
 /// Where this federator's overlay endpoint is.
@@ -463,37 +462,6 @@ impl Facts {
             Some(gateways) if !gateways.is_empty() => gateways.clone(),
             _ => link.first_gateways.clone(),
         }
-    }
-
-    /// Whether a service is exported to a linked peer: its `ServiceExport` is there and names it.
-    pub fn exported_to(&self, service: &ServiceKey, peer: &ClusterName) -> bool {
-        self.export_of(service).is_some_and(|stored| {
-            ExportTo::of(&stored.object.metadata).is_ok_and(|to| to.includes(peer))
-        })
-    }
-
-    /// The `ServiceExport` of a service.
-    pub fn export_of(&self, service: &ServiceKey) -> Option<&Arc<StoredObject>> {
-        self.objects.get(&ObjectKey {
-            kind: "ServiceExport",
-            namespace: service.namespace.to_string(),
-            name: service.name.to_string(),
-        })
-    }
-
-    /// The policy of a service, with its name.
-    pub fn failover_policy(&self, service: &ServiceKey) -> Option<(&str, &FailoverPolicySpec)> {
-        let policies = self.objects.iter().filter(|(key, _)| {
-            key.kind == "FailoverPolicy" && key.namespace == service.namespace.as_str()
-        });
-        policies.filter_map(|(key, stored)| match &stored.object.spec {
-            Spec::FailoverPolicy(spec) if spec.target_ref.name == service.name.as_str() => {
-                Some((key.name.as_str(), spec))
-            }
-            _ => None,
-        })
-        // The one that was there first, as with conflicts everywhere else.
-        .next()
     }
 
     /// Linked peers between which traffic may flow.

@@ -101,10 +101,7 @@ fn expect_key(found: &str, expected: &str) -> Result<(), FieldError> {
     if found == expected { Ok(()) } else { Err(FieldError::new("record.key", found, expected)) }
 }
 
-fn export_of(
-    scope: &PeerScope,
-    wire: &v1::ExportRecord,
-) -> Result<(ServiceKey, ImportedExport), FieldError> {
+fn export_of(scope: &PeerScope, wire: &v1::ExportRecord) -> Result<(ServiceKey, ImportedExport), FieldError> {
     let service: ServiceKey = convert::parse("export.service", &wire.service)?;
     let handle = Handle::from_u32(wire.handle);
     if handle.is_reserved() {

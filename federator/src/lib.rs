@@ -1,16 +1,19 @@
 //! The control plane of one cluster.
 //!
-//! [`core`] is the one writer of [`facts`] and [`store`]; [`registry`] says who is there; [`snapshot`], [`export`] and
-//! [`view`] turn facts into what members, peers and operators are told, [`import`] reads what peers tell; [`service`]
-//! and [`peers`] carry it over the overlay, [`linking`] makes links; [`role`] binds and runs the whole.
+//! [`core`] is the one writer of [`facts`] and [`store`]; [`registry`] says who is there; [`exports`] and [`policies`]
+//! read the operators' objects; [`snapshot`], [`records`] and [`view`] turn facts into what members, peers and operators
+//! are told, [`import`] reads what peers tell; [`service`] and [`peers`] carry it over the overlay, [`linking`] makes
+//! links; [`role`] binds and runs the whole.
 
 pub mod core;
-pub mod export;
+pub mod exports;
 pub mod facts;
 pub mod import;
 pub mod linking;
 pub mod metrics;
 pub mod peers;
+pub mod policies;
+pub mod records;
 pub mod registry;
 pub mod role;
 pub mod service;

@@ -105,7 +105,8 @@ pub fn verify_party(
         }
         federator_ids.push(parsed);
     }
-    let wire = party.control.as_ref().ok_or_else(|| FieldError::new("party.control", "nothing", "a handle"))?;
+    let wire =
+        party.control.as_ref().ok_or_else(|| FieldError::new("party.control", "nothing", "a handle"))?;
     let control = HandleBinding::from_wire(wire)?;
     check_control(&control, &own.name)?;
     let ranges = AllowedRanges { loopback, ..AllowedRanges::default() };

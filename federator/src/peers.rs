@@ -166,7 +166,8 @@ impl Watcher {
             self.core.call(move |core, _| core.import_position(&peer)).await
         };
         let Ok((epoch, revision)) = position else { return Ended::Lost("shutting down".to_owned()) };
-        let request = v1::WatchRequest { cluster: own, epoch: epoch.0, revision: revision.0, protocol: PROTOCOL };
+        let request =
+            v1::WatchRequest { cluster: own, epoch: epoch.0, revision: revision.0, protocol: PROTOCOL };
         let mut client = FederationClient::new(grpc::channel(connection.clone()));
         let late = || Ended::Lost(format!("no word within {} s", SILENCE.as_secs_f32()));
         let opened = match tokio::time::timeout(SILENCE, client.watch(request)).await {
@@ -189,13 +190,11 @@ impl Watcher {
             };
             *worked = true;
             let peer = peer.clone();
-            let applied = self.core.attempt(move |core, moment| {
-                match update(response) {
-                    Some((epoch, update)) => core.apply_update(&peer, epoch, update, moment),
-                    None => {
-                        core.heard_peer(&peer, moment);
-                        Ok(())
-                    }
+            let applied = self.core.attempt(move |core, moment| match update(response) {
+                Some((epoch, update)) => core.apply_update(&peer, epoch, update, moment),
+                None => {
+                    core.heard_peer(&peer, moment);
+                    Ok(())
                 }
             });
             if let Err(error) = applied.await {
@@ -204,7 +203,6 @@ impl Watcher {
         }
     }
 }
-
 
 fn refused(status: &tonic::Status) -> Ended {
     let words: String = status.message().chars().take(300).collect();
@@ -219,10 +217,13 @@ fn refused(status: &tonic::Status) -> Ended {
 fn update(response: v1::WatchResponse) -> Option<(Epoch, Update<v1::Record>)> {
     let v1::WatchResponse { epoch, revision, event } = response;
     let (epoch, revision) = (Epoch(epoch), Revision(revision));
-    let keyed = |records: Vec<v1::Record>| records.into_iter().map(|record| (record.key.clone(), record)).collect();
+    let keyed =
+        |records: Vec<v1::Record>| records.into_iter().map(|record| (record.key.clone(), record)).collect();
     let update = match event? {
         Event::Snapshot(snapshot) => Update::Snapshot { epoch, revision, records: keyed(snapshot.records) },
-        Event::Delta(delta) => Update::Delta { revision, upserts: keyed(delta.upserts), deletes: delta.deletes },
+        Event::Delta(delta) => {
+            Update::Delta { revision, upserts: keyed(delta.upserts), deletes: delta.deletes }
+        }
         Event::Heartbeat(_) => return None,
     };
     Some((epoch, update))

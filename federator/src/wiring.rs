@@ -62,9 +62,8 @@ pub async fn follow(core: CoreHandle, overlay: Overlay) {
                 keys_of = Some(hour);
             }
         }
-        match tokio::time::timeout(KEYS, facts.changed()).await {
-            Ok(Err(_)) => return,
-            Ok(Ok(())) | Err(_) => {}
+        if let Ok(Err(_)) = tokio::time::timeout(KEYS, facts.changed()).await {
+            return;
         }
     }
 }

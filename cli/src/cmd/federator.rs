@@ -6,14 +6,18 @@ use std::path::PathBuf;
 use clap::Args;
 use serde::Deserialize;
 
+use tombolo_federator::role::{DEFAULT_LISTEN, Federator, FederatorConfig};
+use tombolo_model::names::ClusterName;
+use tombolo_runtime::dirs::Dirs;
+use tombolo_runtime::tasks::TaskGroup;
+use tombolo_runtime::{admin, signals};
+
 use super::role::{self, layered};
 use crate::failure::{Exit, Failure};
 
 /// Run the control plane of one cluster
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Note: the federator is not built into this binary yet; only its settings are checked.
-
 Examples:
   tombolo federator --cluster east
   tombolo federator --cluster east --trust-dir /etc/tombolo/east --listen 10.0.0.5:7443
@@ -41,6 +45,12 @@ struct Settings {
     /// Overlay socket [default: 0.0.0.0:7443]
     #[arg(long, env = "TOMBOLO_LISTEN", value_name = "ADDRESS:PORT/udp")]
     listen: Option<SocketAddr>,
+    /// Where this cluster's gateways and sidecars reach it [default: --listen, or this machine's address]
+    #[arg(long, env = "TOMBOLO_ADVERTISE", value_name = "ADDRESS:PORT")]
+    advertise: Option<SocketAddr>,
+    /// A `ClusterProperty` of this cluster, which policies may match; may be repeated
+    #[arg(long = "property", env = "TOMBOLO_PROPERTIES", value_delimiter = ',', value_name = "NAME=VALUE")]
+    properties: Option<Vec<String>>,
     /// Metrics and readiness [default: 127.0.0.1:7445]
     #[arg(long, env = "TOMBOLO_ADMIN", value_name = "ADDRESS:PORT")]
     admin: Option<SocketAddr>,
@@ -52,13 +62,81 @@ struct Settings {
     log_format: Option<String>,
 }
 
-layered!(Settings { cluster, trust_dir, state_dir, listen, admin, log_level, log_format });
+layered!(Settings {
+    cluster,
+    trust_dir,
+    state_dir,
+    listen,
+    advertise,
+    properties,
+    admin,
+    log_level,
+    log_format
+});
 
 pub fn run(args: FederatorArgs, socket: Option<PathBuf>) -> Result<Exit, Failure> {
     let FederatorArgs { settings, config } = args;
-    let Settings { cluster, trust_dir, state_dir, listen, admin, log_level, log_format } =
-        settings.over(role::file(config.as_deref())?);
-    role::logging(log_format, log_level)?;
-    let _ = (role::required(cluster, "--cluster", "east")?, trust_dir, state_dir, listen, admin, socket);
-    Err(Failure::new("federator: not built into this binary"))
+    let mut settings = settings.over(role::file(config.as_deref())?);
+    role::logging(settings.log_format.take(), settings.log_level.take())?;
+    let config = settings.config(socket)?;
+    role::run("federator", async move {
+        let tasks = TaskGroup::new();
+        let drain = signals::process_drain(&tasks)?;
+        let bound = Federator::build(config).await?;
+        Ok::<_, Box<dyn std::error::Error>>(bound.run(drain).await?)
+    })
+}
+
+impl Settings {
+    fn config(self, socket: Option<PathBuf>) -> Result<FederatorConfig, Failure> {
+        let Self {
+            cluster,
+            trust_dir,
+            state_dir,
+            listen,
+            advertise,
+            properties,
+            admin,
+            log_level: _,
+            log_format: _,
+        } = self;
+        let name = role::required(cluster, "--cluster", "east")?;
+        let cluster: ClusterName =
+            name.parse().map_err(|e| Failure::usage(format_args!("--cluster: {e}")))?;
+        if advertise.is_some_and(|address| address.ip().is_unspecified() || address.port() == 0) {
+            return Err(Failure::usage("--advertise: 0.0.0.0 and port 0 reach nobody")
+                .remedy("give the address that gateways and sidecars can send to"));
+        }
+        let dirs = Dirs::from_environment().map_err(Failure::new);
+        let place = |given: Option<PathBuf>, default: &dyn Fn(&Dirs) -> PathBuf| match (given, &dirs) {
+            (Some(path), _) => Ok(path),
+            (None, Ok(dirs)) => Ok(default(dirs)),
+            (None, Err(failure)) => Err(Failure::new(failure)),
+        };
+        Ok(FederatorConfig {
+            trust_dir: place(trust_dir, &|dirs| dirs.trust().join("clusters").join(&name))?,
+            state_dir: place(state_dir, &|dirs| dirs.role_state(&name, "federator"))?,
+            socket: place(socket, &|dirs| dirs.admin_socket(&name))?,
+            cluster,
+            listen: listen.unwrap_or(DEFAULT_LISTEN),
+            advertise,
+            admin: admin.unwrap_or(admin::DEFAULT_ADDRESS),
+            properties: properties
+                .unwrap_or_default()
+                .iter()
+                .map(|text| property(text))
+                .collect::<Result<_, _>>()?,
+        })
+    }
+}
+
+/// `name=value`, as KEP-2149's ClusterProperty has them.
+fn property(text: &str) -> Result<(String, String), Failure> {
+    match text.split_once('=') {
+        Some((name, value)) if !name.is_empty() && name.len() <= 253 && value.len() <= 253 => {
+            Ok((name.to_owned(), value.to_owned()))
+        }
+        _ => Err(Failure::usage(format_args!("--property {text:?} is not NAME=VALUE"))
+            .remedy("give it as region.topology=eu-west-1")),
+    }
 }

@@ -50,7 +50,10 @@ pub fn list(objects: &[Value], namespaces: bool, wide: bool, now: OffsetDateTime
 /// The condition that sums an object up: the first that is not `True`, else the first.
 fn leading_condition(object: &Value) -> Option<&Value> {
     let conditions = object.pointer("/status/conditions")?.as_array()?;
-    conditions.iter().find(|c| text(c, "/status") != "True").or_else(|| conditions.first())
+    let needs = |c: &&Value| {
+        tombolo_model::resource::condition::needs_attention(text(c, "/type"), text(c, "/status"))
+    };
+    conditions.iter().find(needs).or_else(|| conditions.first())
 }
 
 /// One line of what the object is about, by kind.
@@ -62,7 +65,8 @@ fn about(object: &Value) -> String {
     match text(object, "/kind") {
         "ServiceExport" => {
             let to = object.pointer("/metadata/annotations/tombolo.dev~1export-to").and_then(Value::as_str);
-            format!("to {}", to.unwrap_or("nobody"))
+            // Without the annotation: every linked cluster, as MCS has it.
+            format!("to {}", to.unwrap_or("*"))
         }
         "ServiceImport" => {
             let clusters = object.pointer("/status/clusters").and_then(Value::as_array);

@@ -130,7 +130,7 @@ fn export_table(exports: &[ExportStatus]) -> Table {
     let mut table = table(&["service", "to", "healthy", "condition", "message"]);
     for ExportStatus { service, export_to, healthy, total, conditions } in exports {
         // What needs attention, else the first.
-        let condition = conditions.iter().find(|c| c.status != "True").or_else(|| conditions.first());
+        let condition = conditions.iter().find(|c| c.needs_attention()).or_else(|| conditions.first());
         let (summary, message) = condition.map(summarised).unwrap_or_default();
         row(
             &mut table,

@@ -7,6 +7,7 @@ use tombolo_model::ids::{Block, Handle};
 use tombolo_model::names::ClusterName;
 
 use super::{Core, CoreError, Moment};
+use crate::exports::exported_to;
 use crate::facts::{CONTROL, HandleRecord};
 use crate::store::{Table, Transaction};
 
@@ -29,7 +30,9 @@ impl Core {
         (0..DRAWS)
             .filter_map(|_| Block::new(rand::random::<u32>() & Block::MAX))
             .find(|block| !self.facts.leases.contains_key(block))
-            .ok_or_else(|| CoreError::Exhausted("no free block of endpoint ids was found; try again".to_owned()))
+            .ok_or_else(|| {
+                CoreError::Exhausted("no free block of endpoint ids was found; try again".to_owned())
+            })
     }
 
     fn draw_handle(&self, taken: &BTreeSet<Handle>) -> Option<Handle> {
@@ -85,7 +88,7 @@ impl Core {
         for service in services {
             wanted.insert((own.clone(), service.to_string()));
             for link in self.facts.live_links() {
-                if self.facts.exported_to(service, &link.peer) {
+                if exported_to(&self.facts, service, &link.peer) {
                     wanted.insert((link.peer.clone(), service.to_string()));
                 }
             }
@@ -138,7 +141,11 @@ impl Core {
     }
 
     /// Handles whose hold is over may be given out again.
-    pub(super) fn forget_released(&mut self, unix: u64, transaction: Transaction) -> (Transaction, Vec<Handle>) {
+    pub(super) fn forget_released(
+        &mut self,
+        unix: u64,
+        transaction: Transaction,
+    ) -> (Transaction, Vec<Handle>) {
         let over: Vec<Handle> = self
             .released
             .iter()

@@ -143,7 +143,9 @@ impl Core {
         }
         match self.store.commit(&transaction) {
             Ok(()) => self.unsaved_imports.clear(),
-            Err(error) => tracing::warn!(%error, "the peers' records can't be saved; tried again in a second"),
+            Err(error) => {
+                tracing::warn!(%error, "the peers' records can't be saved; tried again in a second")
+            }
         }
     }
 

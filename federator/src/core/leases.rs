@@ -31,7 +31,11 @@ const IDENTITY_KEPT: Duration = Duration::from_secs(24 * 3600);
 
 impl Core {
     /// The lease as its holder gets it, with keys for the day ahead.
-    pub fn lease_to_wire(&self, record: &LeaseRecord, moment: Moment) -> Result<v1::EndpointLease, CoreError> {
+    pub fn lease_to_wire(
+        &self,
+        record: &LeaseRecord,
+        moment: Moment,
+    ) -> Result<v1::EndpointLease, CoreError> {
         let cluster = &self.facts.cluster;
         let mut lease = EndpointLease {
             cluster: cluster.name.clone(),
@@ -40,7 +44,9 @@ impl Core {
             spiffe_id: record.spiffe_id.clone(),
             not_after: record.not_after,
             signature: Vec::new(),
-            keys: KeyRing::derive_now(moment.unix, |hour| cluster.cluster_key.endpoint_key(record.block, hour)),
+            keys: KeyRing::derive_now(moment.unix, |hour| {
+                cluster.cluster_key.endpoint_key(record.block, hour)
+            }),
         };
         lease.signature = self.issuer.sign_record(LABEL, &lease.signed_bytes())?;
         Ok(lease.to_wire())
@@ -80,13 +86,20 @@ impl Core {
         role: Role,
         wire: Option<&v1::EndpointLease>,
     ) -> Result<LeaseRecord, CoreError> {
-        let wire = wire.ok_or_else(|| CoreError::Invalid("field lease: nothing is not a lease".to_owned()))?;
+        let wire =
+            wire.ok_or_else(|| CoreError::Invalid("field lease: nothing is not a lease".to_owned()))?;
         let lease = EndpointLease::from_wire(wire)?;
         if lease.spiffe_id != caller.as_str() {
-            return Err(CoreError::Denied(format!("the lease belongs to {}, not to {caller}", lease.spiffe_id)));
+            return Err(CoreError::Denied(format!(
+                "the lease belongs to {}, not to {caller}",
+                lease.spiffe_id
+            )));
         }
         if lease.tag != self.facts.cluster.tag || lease.cluster != self.facts.cluster.name {
-            return Err(CoreError::Denied(format!("the lease is of cluster {} ({})", lease.cluster, lease.tag)));
+            return Err(CoreError::Denied(format!(
+                "the lease is of cluster {} ({})",
+                lease.cluster, lease.tag
+            )));
         }
         match self.facts.leases.get(&lease.block) {
             Some(known) if known.spiffe_id == lease.spiffe_id => Ok((**known).clone()),
@@ -97,7 +110,8 @@ impl Core {
             None => {
                 if !self.issuer.verify_record(LABEL, &lease.signed_bytes(), &lease.signature) {
                     return Err(CoreError::Denied(
-                        "the lease is not signed by this cluster's CA: join again with a new token".to_owned(),
+                        "the lease is not signed by this cluster's CA: join again with a new token"
+                            .to_owned(),
                     ));
                 }
                 tracing::info!(block = %lease.block, holder = %caller, "a lease unknown here is adopted");
@@ -111,7 +125,11 @@ impl Core {
     }
 
     /// Stores `record` if it differs from what is known. Its end is moved on when half of its life is over.
-    pub(super) fn keep_lease(&mut self, record: LeaseRecord, moment: Moment) -> Result<LeaseRecord, CoreError> {
+    pub(super) fn keep_lease(
+        &mut self,
+        record: LeaseRecord,
+        moment: Moment,
+    ) -> Result<LeaseRecord, CoreError> {
         let unix = moment.unix.as_secs();
         let mut record = record;
         if record.not_after < unix + LEASE_LIFE.as_secs() / 2 {
@@ -227,7 +245,9 @@ impl Core {
     /// A federator that runs for weeks keeps its block.
     pub(super) fn keep_own_lease(&mut self, moment: Moment) {
         let Some(endpoint) = self.facts.federator else { return };
-        let Some(lease) = self.facts.leases.get(&endpoint.endpoint.block()).map(|l| (**l).clone()) else { return };
+        let Some(lease) = self.facts.leases.get(&endpoint.endpoint.block()).map(|l| (**l).clone()) else {
+            return;
+        };
         if let Err(error) = self.keep_lease(lease, moment) {
             tracing::debug!(%error, "the federator's own lease can't be renewed yet");
         }

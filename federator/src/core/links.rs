@@ -150,14 +150,18 @@ impl Core {
             return Err(CoreError::Denied("this is a join token: use it with --join-token-file".to_owned()));
         };
         if *peer != joiner.cluster {
-            return Err(CoreError::Denied(format!("the token is for cluster {peer}, not for {}", joiner.cluster)));
+            return Err(CoreError::Denied(format!(
+                "the token is for cluster {peer}, not for {}",
+                joiner.cluster
+            )));
         }
         let repeated = record.used_by.is_some();
         let known = self.facts.links.get(peer).cloned();
         if let (true, Some(link)) = (repeated, &known) {
             // Its answer was lost; everything stands already.
             let control = self.facts.handle(peer, CONTROL).cloned();
-            let control = control.ok_or_else(|| CoreError::NotFound(format!("{peer} is not linked any more")))?;
+            let control =
+                control.ok_or_else(|| CoreError::NotFound(format!("{peer} is not linked any more")))?;
             return Ok(v1::JoinLinkResponse {
                 inviter: Some(self.party(&control, chain)),
                 link_key: hex::decode(&link.key).unwrap_or_default(),
@@ -216,10 +220,8 @@ impl Core {
     fn install_link(&mut self, link: Link) {
         let peer = link.peer.clone();
         self.facts.links.insert(peer.clone(), Arc::new(link));
-        let import = Import {
-            last_error: "linked just now, not connected yet".to_owned(),
-            ..Import::default()
-        };
+        let import =
+            Import { last_error: "linked just now, not connected yet".to_owned(), ..Import::default() };
         self.facts.imports.insert(peer.clone(), Arc::new(import));
         self.restart_watch(&peer);
         self.dirty = true;
@@ -273,7 +275,10 @@ impl Core {
         let link = self.facts.links.get(peer).cloned();
         let link = link.ok_or_else(|| CoreError::NotFound(format!("there is no link to {peer}")))?;
         let tag = link.recreated.ok_or_else(|| {
-            CoreError::Precondition(format!("{peer} has the tag {} that is pinned: there is nothing to accept", link.tag))
+            CoreError::Precondition(format!(
+                "{peer} has the tag {} that is pinned: there is nothing to accept",
+                link.tag
+            ))
         })?;
         self.unlink(peer, moment)?;
         Ok(tag)

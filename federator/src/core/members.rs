@@ -22,6 +22,9 @@ use crate::store::{Table, Transaction};
 const MAX_SERVICES: usize = 256;
 const MAX_REPORTED_SHIFTS: usize = 100;
 
+/// Services with their ports and weights.
+type Services = BTreeMap<ServiceKey, (Vec<Port>, u32)>;
+
 /// Who is behind a connection.
 #[derive(Clone, Debug)]
 pub enum Session {
@@ -107,7 +110,9 @@ impl Core {
         moment: Moment,
     ) -> Result<Welcome, CoreError> {
         let id = &caller.spiffe_id;
-        if member_role(id)? != Role::Gateway || id.within_cluster() != Some(&format!("/gateway/{}", hello.name)) {
+        if member_role(id)? != Role::Gateway
+            || id.within_cluster() != Some(&format!("/gateway/{}", hello.name))
+        {
             return Err(CoreError::Denied(format!("{id} may not speak for gateway {:?}", hello.name)));
         }
         let mut record = self.shown_lease(id, Role::Gateway, hello.lease.as_ref())?;
@@ -118,7 +123,8 @@ impl Core {
         let border = address("border_address", &hello.border_address)?;
         let inner = address("inner_address", &hello.inner_address)?;
         record.ids = endpoints_of(&record, &[hello.endpoint])?;
-        record.address = usable("endpoint_address", convert::address("endpoint_address", &hello.endpoint_address)?)?;
+        record.address =
+            usable("endpoint_address", convert::address("endpoint_address", &hello.endpoint_address)?)?;
         record.gateway = Some(GatewayRecord {
             name: hello.name.clone(),
             border,
@@ -190,7 +196,7 @@ impl Core {
         role: Role,
         record: &LeaseRecord,
         wire: &[v1::LocalService],
-    ) -> Result<(BTreeMap<ServiceKey, (Vec<Port>, u32)>, BTreeMap<String, String>), CoreError> {
+    ) -> Result<(Services, BTreeMap<String, String>), CoreError> {
         if wire.len() > MAX_SERVICES {
             let expected = format!("at most {MAX_SERVICES} services");
             return Err(FieldError::new("services", wire.len(), expected).into());
@@ -214,7 +220,13 @@ impl Core {
         Ok((services, refused))
     }
 
-    fn may_serve(&self, id: &SpiffeId, role: Role, record: &LeaseRecord, key: &ServiceKey) -> Result<(), String> {
+    fn may_serve(
+        &self,
+        id: &SpiffeId,
+        role: Role,
+        record: &LeaseRecord,
+        key: &ServiceKey,
+    ) -> Result<(), String> {
         let within = id.within_cluster().unwrap_or_default();
         let parts: Vec<&str> = within.split('/').skip(1).collect();
         match (role, parts.as_slice()) {
@@ -326,7 +338,9 @@ fn endpoints_of(record: &LeaseRecord, wire: &[u32]) -> Result<Vec<EndpointId>, C
     let foreign = ids.iter().find(|id| id.block() != record.block);
     match (ids.is_empty(), foreign) {
         (true, _) => Err(FieldError::new("endpoints", "none", "at least one endpoint id").into()),
-        (_, Some(id)) => Err(CoreError::Denied(format!("endpoint {id} is not of the leased block {}", record.block))),
+        (_, Some(id)) => {
+            Err(CoreError::Denied(format!("endpoint {id} is not of the leased block {}", record.block)))
+        }
         _ if ids.len() > usize::from(tombolo_model::ids::Incarnation::COUNT) => {
             Err(FieldError::new("endpoints", ids.len(), "at most 16").into())
         }
@@ -345,7 +359,7 @@ fn usable(field: &'static str, address: Option<SocketAddr>) -> Result<Option<Soc
 }
 
 /// What is kept of the services: their health stays as it was until it is reported.
-fn served(before: &[ServedRecord], services: &BTreeMap<ServiceKey, (Vec<Port>, u32)>) -> Vec<ServedRecord> {
+fn served(before: &[ServedRecord], services: &Services) -> Vec<ServedRecord> {
     let healthy = |key: &ServiceKey| before.iter().any(|s| s.service == *key && s.healthy);
     services
         .iter()

@@ -40,7 +40,9 @@ impl Core {
             Some(stored) if same(&stored.object, &object) => return Ok(Outcome::Unchanged),
             Some(_) => Outcome::Configured,
             None if self.facts.objects.len() >= MAX_STORED => {
-                return Err(CoreError::Exhausted(format!("{MAX_STORED} objects are stored: delete some first")));
+                return Err(CoreError::Exhausted(format!(
+                    "{MAX_STORED} objects are stored: delete some first"
+                )));
             }
             None => Outcome::Created,
         };
@@ -83,7 +85,9 @@ impl Core {
     /// A link's ranges have changed: what the peer said is read again.
     fn rescope(&mut self, peer: &ClusterName) {
         let scope = import::PeerScope::of(&self.facts, peer);
-        let (Some(view), Some(import)) = (self.views.get(peer), self.facts.imports.get_mut(peer)) else { return };
+        let (Some(view), Some(import)) = (self.views.get(peer), self.facts.imports.get_mut(peer)) else {
+            return;
+        };
         let import = Arc::make_mut(import);
         import.gateways.retain(|gateway| scope.ranges.allows(gateway.address));
         view.records().for_each(|(_, record)| import::put(import, &scope, record));

@@ -66,7 +66,9 @@ impl Core {
             "sidecar" => Role::Sidecar,
             "vm" => Role::Vm,
             other => {
-                return Err(CoreError::Invalid(format!("field role: {other:?} is not gateway, sidecar or vm")));
+                return Err(CoreError::Invalid(format!(
+                    "field role: {other:?} is not gateway, sidecar or vm"
+                )));
             }
         };
         let invalid = |e: tombolo_model::names::NameError| CoreError::Invalid(e.to_string());
@@ -76,7 +78,8 @@ impl Core {
         } else {
             String::new()
         };
-        let purpose = TokenPurpose::Workload { role, name: request.name.clone(), namespace: namespace.clone() };
+        let purpose =
+            TokenPurpose::Workload { role, name: request.name.clone(), namespace: namespace.clone() };
         let mut token = v1::Token {
             kind: v1::TokenKind::Workload.into(),
             role: role.as_str().to_owned(),
@@ -99,17 +102,18 @@ impl Core {
         request: &v1::CreateLinkTokenRequest,
         moment: Moment,
     ) -> Result<MadeToken, CoreError> {
-        let peer: ClusterName =
-            request.peer.parse().map_err(|e: tombolo_model::names::NameError| CoreError::Invalid(e.to_string()))?;
+        let peer: ClusterName = request
+            .peer
+            .parse()
+            .map_err(|e: tombolo_model::names::NameError| CoreError::Invalid(e.to_string()))?;
         if peer == self.facts.cluster.name {
-            return Err(CoreError::Invalid(format!("peer {peer} is this cluster itself: name the other one")));
+            return Err(CoreError::Invalid(format!(
+                "peer {peer} is this cluster itself: name the other one"
+            )));
         }
         self.check_not_linked(&peer)?;
-        let token = v1::Token {
-            kind: v1::TokenKind::Link.into(),
-            name: peer.to_string(),
-            ..v1::Token::default()
-        };
+        let token =
+            v1::Token { kind: v1::TokenKind::Link.into(), name: peer.to_string(), ..v1::Token::default() };
         self.make_token(token, TokenPurpose::Link { peer }, life(request.ttl_seconds)?, moment)
     }
 
@@ -121,7 +125,9 @@ impl Core {
         moment: Moment,
     ) -> Result<MadeToken, CoreError> {
         if self.store.list(Table::Tokens).len() >= MAX_TOKENS {
-            return Err(CoreError::Exhausted(format!("{MAX_TOKENS} tokens are open; wait until some have ended")));
+            return Err(CoreError::Exhausted(format!(
+                "{MAX_TOKENS} tokens are open; wait until some have ended"
+            )));
         }
         let unix = moment.unix.as_secs();
         let not_after = unix + life.as_secs();
@@ -140,7 +146,8 @@ impl Core {
             let holder = format!("{}/token/{id}", self.facts.cluster.federator_id);
             let lease = self.new_lease(&holder, Role::Provisional, not_after)?;
             token.provisional = Some(self.lease_to_wire(&lease, moment)?);
-            transaction = transaction.absent(Table::Leases, block_key(lease.block)).put(block_key(lease.block), &lease);
+            transaction =
+                transaction.absent(Table::Leases, block_key(lease.block)).put(block_key(lease.block), &lease);
             provisional = Some(lease);
         }
         let record = TokenRecord {
@@ -221,7 +228,9 @@ impl Core {
         let hash = request_hash(request);
         let record = self.check_token(&request.token_id, &request.secret, &hash, moment)?;
         let TokenPurpose::Workload { role, name, namespace } = &record.kind else {
-            return Err(CoreError::Denied("this is a link token: use it with `tombolo link join`".to_owned()));
+            return Err(CoreError::Denied(
+                "this is a link token: use it with `tombolo link join`".to_owned(),
+            ));
         };
         if request.name != *name {
             return Err(CoreError::Denied(format!("the token is for {name:?}, not for {:?}", request.name)));

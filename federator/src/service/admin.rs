@@ -41,7 +41,9 @@ pub fn check_operator(request: Request<()>) -> Result<Request<()>, Status> {
     let me = nix::unistd::geteuid().as_raw();
     match cred.map(|cred| cred.uid()) {
         Some(uid) if uid == 0 || uid == me => Ok(request),
-        Some(uid) => Err(Status::permission_denied(format!("user {uid} is neither the federator's user nor root"))),
+        Some(uid) => {
+            Err(Status::permission_denied(format!("user {uid} is neither the federator's user nor root")))
+        }
         None => Err(Status::permission_denied("the caller's user is not known")),
     }
 }
@@ -49,10 +51,7 @@ pub fn check_operator(request: Request<()>) -> Result<Request<()>, Status> {
 impl AdminService {
     /// The newest facts, with what every earlier call has changed.
     async fn newest(&self) -> Result<(Facts, crate::core::Moment), Status> {
-        self.core
-            .call(|core, moment| (core.facts.clone(), moment))
-            .await
-            .map_err(|_| CoreError::Gone.into())
+        self.core.call(|core, moment| (core.facts.clone(), moment)).await.map_err(|_| CoreError::Gone.into())
     }
 
     fn token(&self, made: MadeToken, firewall: Vec<String>) -> Response<v1::TokenResponse> {
@@ -74,7 +73,7 @@ fn query(request: v1::GetRequest) -> Result<view::Query, Status> {
     let info = kind(&name)?;
     let all = all_namespaces || !info.namespaced;
     Ok(view::Query {
-        kind: info.kind,
+        kind: info,
         namespace: (!all).then(|| if namespace.is_empty() { "default".to_owned() } else { namespace }),
         name: (!object.is_empty()).then_some(object),
     })
@@ -82,7 +81,10 @@ fn query(request: v1::GetRequest) -> Result<view::Query, Status> {
 
 fn object(json: &str) -> Result<Object, CoreError> {
     if json.len() > MAX_OBJECT_BYTES {
-        return Err(CoreError::Invalid(format!("an object of {} bytes, at most {MAX_OBJECT_BYTES}", json.len())));
+        return Err(CoreError::Invalid(format!(
+            "an object of {} bytes, at most {MAX_OBJECT_BYTES}",
+            json.len()
+        )));
     }
     let value = serde_json::from_str(json).map_err(|e| CoreError::Invalid(format!("not JSON: {e}")))?;
     Ok(Object::from_json(value)?)
@@ -99,10 +101,7 @@ fn link_rules(facts: &Facts, peer: &ClusterName) -> Vec<String> {
     let known = facts.links.get(peer).map(|link| facts.peer_gateways(link)).unwrap_or_default();
     let theirs: Vec<_> = known.iter().map(|gateway| gateway.address.to_string()).collect();
     let theirs = if theirs.is_empty() { format!("the gateways of {peer}") } else { theirs.join(", ") };
-    vec![
-        format!("inbound  UDP  from {theirs}  to {own}"),
-        format!("outbound UDP  from {own}  to {theirs}"),
-    ]
+    vec![format!("inbound  UDP  from {theirs}  to {own}"), format!("outbound UDP  from {own}  to {theirs}")]
 }
 
 type Objects = Pin<Box<dyn Stream<Item = Result<v1::GetResponse, Status>> + Send>>;

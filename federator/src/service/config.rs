@@ -55,43 +55,63 @@ impl Drop for Watch {
     }
 }
 
-/// A snapshot that knows how to carry a revision.
-trait Revised: Clone + PartialEq + Send + 'static {
-    fn set_revision(&mut self, revision: u64);
+/// What one stream computes from the facts.
+trait Source: Send + 'static {
+    type Snapshot: Clone + PartialEq + Send + 'static;
+    fn snapshot(&mut self, facts: &Facts, now: Moment) -> impl Future<Output = Self::Snapshot> + Send;
+    fn set_revision(snapshot: &mut Self::Snapshot, revision: u64);
 }
-impl Revised for v1::GatewaySnapshot {
-    fn set_revision(&mut self, revision: u64) {
-        self.revision = revision;
+
+struct GatewaySource {
+    name: String,
+}
+
+impl Source for GatewaySource {
+    type Snapshot = v1::GatewaySnapshot;
+    async fn snapshot(&mut self, facts: &Facts, now: Moment) -> v1::GatewaySnapshot {
+        gateway::snapshot(facts, &self.name, now.monotonic, now.unix)
+    }
+    fn set_revision(snapshot: &mut v1::GatewaySnapshot, revision: u64) {
+        snapshot.revision = revision;
     }
 }
-impl Revised for v1::SidecarSnapshot {
-    fn set_revision(&mut self, revision: u64) {
-        self.revision = revision;
+
+struct SidecarSource {
+    upstreams: Vec<ServiceKey>,
+    rings: Arc<Rings>,
+    lease: LeaseOf,
+}
+
+impl Source for SidecarSource {
+    type Snapshot = v1::SidecarSnapshot;
+    async fn snapshot(&mut self, facts: &Facts, now: Moment) -> v1::SidecarSnapshot {
+        let block = self.lease.welcome.block;
+        let mut snapshot =
+            sidecar::snapshot(facts, block, &self.upstreams, &self.rings, now.monotonic, now.unix);
+        snapshot.lease = self.lease.wire(facts, now).await;
+        snapshot
+    }
+    fn set_revision(snapshot: &mut v1::SidecarSnapshot, revision: u64) {
+        snapshot.revision = revision;
     }
 }
 
 impl ConfigService {
-    /// Streams what `make` computes from the facts until the reader is gone. `make` may wait; `None` ends the stream.
-    fn stream<T, F>(&self, watch: Watch, mut make: F) -> Snapshots<T>
-    where
-        T: Revised,
-        F: AsyncFnMut(Arc<Facts>, Moment) -> Option<T> + Send + 'static,
-        for<'a> F::CallRefFuture<'a>: Send,
-    {
+    /// Streams what `source` makes of the facts until the reader is gone.
+    fn stream<S: Source>(&self, watch: Watch, mut source: S) -> Snapshots<S::Snapshot> {
         let (sender, receiver) = mpsc::channel(1);
         let mut facts = self.core.watch();
         let core = self.core.clone();
         self.tasks.spawn("configuration stream", async move {
             let _watch = watch;
-            let mut last: Option<T> = None;
+            let mut last: Option<S::Snapshot> = None;
             let mut sent = Instant::now();
             loop {
                 let current = facts.borrow_and_update().clone();
-                let revision = current.revision;
-                let Some(snapshot) = make(current, core.now()).await else { return };
+                let snapshot = source.snapshot(&current, core.now()).await;
                 if last.as_ref() != Some(&snapshot) || sent.elapsed() >= HEARTBEAT {
                     let mut wire = snapshot.clone();
-                    wire.set_revision(revision);
+                    S::set_revision(&mut wire, current.revision);
                     if sender.send(Ok(wire)).await.is_err() {
                         return;
                     }
@@ -170,13 +190,13 @@ impl Config for ConfigService {
         let name = hello.name.clone();
         let welcome = self
             .core
-            .attempt(move |core, moment| core.gateway_hello(&caller.identity, caller.connection, &hello, moment))
+            .attempt(move |core, moment| {
+                core.gateway_hello(&caller.identity, caller.connection, &hello, moment)
+            })
             .await?;
         tracing::info!(gateway = name, "gateway connected");
         let watch = Watch { core: self.core.clone(), id: welcome.watch };
-        let stream = self.stream(watch, async move |facts: Arc<Facts>, moment: Moment| {
-            Some(gateway::snapshot(&facts, &name, moment.monotonic, moment.unix))
-        });
+        let stream = self.stream(watch, GatewaySource { name });
         Ok(Response::new(stream))
     }
 
@@ -187,7 +207,8 @@ impl Config for ConfigService {
         let caller = member(&request, &self.core.facts().cluster.name)?;
         let hello = request.into_inner();
         if hello.upstreams.len() > MAX_UPSTREAMS {
-            let text = format!("field upstreams: {} are too many, at most {MAX_UPSTREAMS}", hello.upstreams.len());
+            let text =
+                format!("field upstreams: {} are too many, at most {MAX_UPSTREAMS}", hello.upstreams.len());
             return Err(Status::invalid_argument(text));
         }
         let upstreams = hello.upstreams.iter().map(|service| convert::parse("upstreams", service));
@@ -195,25 +216,19 @@ impl Config for ConfigService {
         let id = caller.identity.spiffe_id.clone();
         let welcome = self
             .core
-            .attempt(move |core, moment| core.sidecar_hello(&caller.identity, caller.connection, &hello, moment))
+            .attempt(move |core, moment| {
+                core.sidecar_hello(&caller.identity, caller.connection, &hello, moment)
+            })
             .await?;
         tracing::info!(spiffe_id = %id, block = %welcome.block, "sidecar connected");
         let watch = Watch { core: self.core.clone(), id: welcome.watch };
         let rings = Arc::clone(&self.rings);
-        let mut lease = LeaseOf { core: self.core.clone(), welcome, made: None };
-        let stream = self.stream(watch, async move |facts: Arc<Facts>, moment: Moment| {
-            let (monotonic, unix) = (moment.monotonic, moment.unix);
-            let mut snapshot = sidecar::snapshot(&facts, welcome.block, &upstreams, &rings, monotonic, unix);
-            snapshot.lease = lease.wire(&facts, moment).await;
-            Some(snapshot)
-        });
+        let lease = LeaseOf { core: self.core.clone(), welcome, made: None };
+        let stream = self.stream(watch, SidecarSource { upstreams, rings, lease });
         Ok(Response::new(stream))
     }
 
-    async fn report(
-        &self,
-        request: Request<v1::StatusReport>,
-    ) -> Result<Response<v1::ReportAck>, Status> {
+    async fn report(&self, request: Request<v1::StatusReport>) -> Result<Response<v1::ReportAck>, Status> {
         let caller = member(&request, &self.core.facts().cluster.name)?;
         let report = request.into_inner();
         let ack = self
@@ -223,10 +238,7 @@ impl Config for ConfigService {
         Ok(Response::new(ack))
     }
 
-    async fn renew(
-        &self,
-        request: Request<v1::RenewRequest>,
-    ) -> Result<Response<v1::RenewResponse>, Status> {
+    async fn renew(&self, request: Request<v1::RenewRequest>) -> Result<Response<v1::RenewResponse>, Status> {
         let caller = member(&request, &self.core.facts().cluster.name)?;
         let request = request.into_inner();
         let renewed =

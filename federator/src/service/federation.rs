@@ -22,8 +22,8 @@ use tonic::{Request, Response, Status};
 
 use super::caller;
 use crate::core::{CoreError, CoreHandle};
-use crate::export;
 use crate::facts::Facts;
+use crate::records;
 
 /// Its readers call us stale after three missed ones.
 const HEARTBEAT: Duration = Duration::from_secs(1);
@@ -50,7 +50,7 @@ impl Logs {
         logs.retain(|peer, _| facts.links.contains_key(peer));
         let fresh = || RecordLog::new(facts.cluster.epoch, Revision(facts.revision));
         let log = logs.entry(peer.clone()).or_insert_with(fresh);
-        log.replace(export::records(facts, peer));
+        log.replace(records::records(facts, peer));
         log.since(position.0, position.1)
     }
 }
@@ -65,15 +65,14 @@ pub struct FederationService {
 impl Federation for FederationService {
     type WatchStream = Pin<Box<dyn Stream<Item = Result<v1::WatchResponse, Status>> + Send>>;
 
-    async fn watch(
-        &self,
-        request: Request<v1::WatchRequest>,
-    ) -> Result<Response<Self::WatchStream>, Status> {
+    async fn watch(&self, request: Request<v1::WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
         let caller = caller(&request)?.identity;
         let v1::WatchRequest { cluster, epoch, revision, protocol } = request.into_inner();
         let peer: ClusterName = convert::parse("cluster", &cluster).map_err(CoreError::from)?;
         if protocol < PROTOCOL {
-            let text = format!("protocol {protocol} is not spoken here: upgrade {peer} to one that speaks {PROTOCOL}");
+            let text = format!(
+                "protocol {protocol} is not spoken here: upgrade {peer} to one that speaks {PROTOCOL}"
+            );
             return Err(Status::failed_precondition(text));
         }
         let facts = self.core.facts();
@@ -85,7 +84,13 @@ impl Federation for FederationService {
         }
         tracing::info!(%peer, "peer watches our exports");
         let (sender, receiver) = mpsc::channel(1);
-        let task = watch_task(self.core.clone(), Arc::clone(&self.logs), peer, (Epoch(epoch), Revision(revision)), sender);
+        let task = watch_task(
+            self.core.clone(),
+            Arc::clone(&self.logs),
+            peer,
+            (Epoch(epoch), Revision(revision)),
+            sender,
+        );
         self.tasks.spawn("federation watch", task);
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
     }

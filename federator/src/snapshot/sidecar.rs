@@ -1,6 +1,6 @@
 //! A sidecar's snapshot: where things are, what may call it, and what it calls.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use tombolo_model::ids::{Block, EndpointId};
@@ -11,7 +11,9 @@ use tombolo_proto::v1;
 
 use super::rings::Rings;
 use super::{gateways_for, port_to_wire};
-use crate::facts::{Facts, Port, Role};
+use crate::exports;
+use crate::facts::{Facts, Role};
+use crate::policies::policy_for;
 
 /// The snapshot of the member that holds `block` and calls `upstreams`; without its lease, which the caller adds.
 pub fn snapshot(
@@ -87,14 +89,7 @@ fn inbound(facts: &Facts, block: Block) -> Vec<v1::InboundHandle> {
 }
 
 fn upstream(facts: &Facts, service: &ServiceKey, rings: &Rings, unix: Duration) -> v1::Upstream {
-    let mut ports: BTreeMap<u16, Port> = BTreeMap::new();
-    let mut backends = Vec::new();
-    for member in facts.registry.serving(service) {
-        for port in member.services.get(service).into_iter().flat_map(|served| &served.ports) {
-            ports.entry(port.port).or_insert_with(|| port.clone());
-        }
-    }
-    backends.extend(own_backend(facts, service, rings, unix));
+    let mut backends: Vec<v1::Backend> = own_backend(facts, service, rings, unix).into_iter().collect();
     for link in facts.live_links() {
         let Some(import) = facts.imports.get(&link.peer) else { continue };
         let Some(export) = import.exports.get(service) else { continue };
@@ -102,9 +97,6 @@ fn upstream(facts: &Facts, service: &ServiceKey, rings: &Rings, unix: Duration) 
         // Nobody has vouched for it within the lease, or nobody serves it: there is nothing to demand of a peer.
         if import.freshness == Freshness::Expired || export.spiffe_ids.is_empty() {
             continue;
-        }
-        for port in &export.ports {
-            ports.entry(port.port).or_insert_with(|| port.clone());
         }
         let binding = HandleBinding {
             handle: export.handle,
@@ -127,15 +119,21 @@ fn upstream(facts: &Facts, service: &ServiceKey, rings: &Rings, unix: Duration) 
             export_uid: hex::encode(export.export_uid),
         });
     }
-    let policy = facts.failover_policy(service);
+    let policy = policy_for(facts, service);
+    let exporters = exports::exporters(facts, service, facts.registry.serving(service));
+    let mut ports = exports::merge_ports(&exporters).ports;
+    if ports.is_empty() {
+        // Served here without being exported.
+        ports = exports::served_ports(facts.registry.serving(service), service);
+    }
     v1::Upstream {
         service: service.to_string(),
-        ports: ports.values().map(port_to_wire).collect(),
+        ports: ports.iter().map(port_to_wire).collect(),
         backends,
         failover_policy_json: policy
             .and_then(|(_, spec)| serde_json::to_string(spec).ok())
             .unwrap_or_default(),
-        policy_name: policy.map(|(name, _)| name.to_owned()).unwrap_or_default(),
+        policy_name: policy.map(|(stored, _)| stored.object.metadata.name.clone()).unwrap_or_default(),
     }
 }
 

@@ -7,7 +7,8 @@ use tombolo_model::resource::Spec;
 use tombolo_proto::v1;
 use tombolo_proto::v1::record::Value;
 
-use crate::facts::{CONTROL, Facts, Port};
+use crate::exports;
+use crate::facts::{CONTROL, Facts};
 use crate::import::{GATEWAYS, PROPERTIES, export_key};
 use crate::snapshot::{port_to_wire, usable_gateways};
 
@@ -26,14 +27,14 @@ pub fn records(facts: &Facts, peer: &ClusterName) -> BTreeMap<String, v1::Record
     put(GATEWAYS.to_owned(), Value::Gateways(v1::GatewaysRecord { gateways: gateways.collect() }));
     let properties = facts.cluster.properties.clone().into_iter().collect();
     put(PROPERTIES.to_owned(), Value::Properties(v1::PropertiesRecord { properties }));
-    for (service, export) in exports(facts, peer) {
+    for (service, export) in exported(facts, peer) {
         put(export_key(&service), Value::Export(export));
     }
     records
 }
 
 /// The services exported to `peer`: those with a handle for it.
-fn exports<'a>(
+fn exported<'a>(
     facts: &'a Facts,
     peer: &'a ClusterName,
 ) -> impl Iterator<Item = (ServiceKey, v1::ExportRecord)> + 'a {
@@ -42,22 +43,17 @@ fn exports<'a>(
     });
     handles.filter_map(move |record| {
         let service: ServiceKey = record.service.parse().ok()?;
-        let stored = facts.export_of(&service)?;
+        let stored = exports::export_of(facts, &service)?.stored;
         let Spec::ServiceExport(spec) = &stored.object.spec else { return None };
-        let mut ports: BTreeMap<u16, Port> = BTreeMap::new();
-        let mut identities = BTreeSet::new();
-        for member in facts.registry.serving(&service) {
-            identities.insert(member.spiffe_id.to_string());
-            for port in member.services.get(&service).into_iter().flat_map(|served| &served.ports) {
-                ports.entry(port.port).or_insert_with(|| port.clone());
-            }
-        }
+        let identities: BTreeSet<String> =
+            facts.registry.serving(&service).map(|member| member.spiffe_id.to_string()).collect();
+        let ports = exports::served_ports(facts.registry.serving(&service), &service);
         let (healthy, total) = facts.registry.counts(&service);
         let export = v1::ExportRecord {
             service: service.to_string(),
             export_uid: record.export_uid.to_vec(),
             handle: record.handle.value(),
-            ports: ports.values().map(port_to_wire).collect(),
+            ports: ports.iter().map(port_to_wire).collect(),
             spiffe_ids: identities.into_iter().collect(),
             healthy,
             total,

@@ -1,0 +1,163 @@
+//! `ServiceExport`: `Valid` (there is something to export), `Ready` (peers can use it), `Conflict` (exporters disagree).
+
+use tombolo_model::names::{ClusterName, ServiceKey};
+use tombolo_model::resource::service_export::{EXPORT_TO, ExportTo};
+use tombolo_model::resource::{Condition, Spec};
+
+use super::super::text::{listed, sentences};
+use super::super::{View, links, members};
+use super::condition;
+use crate::exports::{Export, Exporter, exporters, merge_ports};
+use crate::facts::Port;
+
+pub fn of(view: &View<'_>, export: &Export<'_>) -> Vec<Condition> {
+    let valid = valid(view, &export.service);
+    let ready = if valid.status == "True" {
+        ready(view, export)
+    } else {
+        condition("Ready", false, "Pending", "waits for an endpoint to export: see Valid")
+    };
+    vec![valid, ready, conflict(view, &export.service)]
+}
+
+fn valid(view: &View<'_>, service: &ServiceKey) -> Condition {
+    let serving = view.serving(service).len();
+    if serving > 0 {
+        let (noun, verb) = if serving == 1 { ("endpoint", "serves") } else { ("endpoints", "serve") };
+        return condition(
+            "Valid",
+            true,
+            "Valid",
+            format!("{serving} {noun} of this cluster {verb} {service}"),
+        );
+    }
+    let refused = view.facts.registry.members.values().find_map(|member| {
+        let reason = member.refused.get(&service.to_string())?;
+        Some(format!(
+            "{} offers {service}, which is not accepted: {reason}",
+            members::holder(&member.spiffe_id)
+        ))
+    });
+    let promised = || {
+        view.facts.objects.values().find_map(|stored| {
+            let Spec::Workload(spec) = &stored.object.spec else { return None };
+            let metadata = &stored.object.metadata;
+            let here = metadata.namespace.as_deref() == Some(service.namespace.as_str());
+            let named = here && spec.services.iter().any(|offered| offered.name == service.name.as_str());
+            let sidecar = spec.sidecar.as_deref().unwrap_or(&metadata.name);
+            named.then(|| {
+                format!(
+                    "Workload {} is to serve {service}, but its sidecar {sidecar} does not",
+                    metadata.name
+                )
+            })
+        })
+    };
+    let text = refused.or_else(promised).unwrap_or_else(|| {
+        format!(
+            "no sidecar of this cluster serves {service}: start one with `tombolo sidecar --service {service}:PORT=HOST:PORT`"
+        )
+    });
+    condition("Valid", false, "NoService", text)
+}
+
+/// What becomes of the clusters that an export names.
+#[derive(Default)]
+struct Reach {
+    usable: Vec<ClusterName>,
+    /// Not told of changes now.
+    unheard: Vec<ClusterName>,
+    blocked: Vec<String>,
+    waiting: Vec<ClusterName>,
+}
+
+fn ready(view: &View<'_>, export: &Export<'_>) -> Condition {
+    let targets = match &export.to {
+        ExportTo::Everyone if view.facts.links.is_empty() => {
+            let text = "no cluster is linked yet: run `tombolo link token PEER`";
+            return condition("Ready", false, "Pending", text);
+        }
+        ExportTo::Everyone => view.facts.links.keys().cloned().collect(),
+        ExportTo::Clusters(names) if names.is_empty() => {
+            let text = format!("the annotation {EXPORT_TO} names no cluster: give names, or * for all");
+            return condition("Ready", false, "Pending", text);
+        }
+        ExportTo::Clusters(names) => names.clone(),
+    };
+    let reach = reach(view, &export.service, &targets);
+    let waiting = |reach: &Reach| {
+        let names = listed(&reach.waiting);
+        if view.facts.store_writable {
+            format!("{names} can't call it yet: a handle is being allotted")
+        } else {
+            format!("{names} can't call it: no handle can be allotted while the store can't be written")
+        }
+    };
+    let waiting = (!reach.waiting.is_empty()).then(|| waiting(&reach));
+    if reach.usable.is_empty() {
+        let failed = waiting.is_some() && !view.facts.store_writable;
+        let text = sentences(waiting.into_iter().chain(reach.blocked));
+        let text = if text.is_empty() { "names no cluster but this one".to_owned() } else { text };
+        return condition("Ready", false, if failed { "Failed" } else { "Pending" }, text);
+    }
+    let (healthy, total) = view.local_counts(&export.service);
+    if healthy == 0 {
+        let text = format!(
+            "none of {total} endpoints is in rotation ({})",
+            sentences(members::troubles(view, &export.service))
+        );
+        return condition("Ready", false, "Pending", text);
+    }
+    let usable = format!("{} can use {healthy} of {total} endpoints", listed(&reach.usable));
+    let unheard = (!reach.unheard.is_empty()).then(|| {
+        format!("{} can't be told of changes now: see `tombolo get clusterlinks`", listed(&reach.unheard))
+    });
+    let text = sentences(std::iter::once(usable).chain(unheard).chain(waiting).chain(reach.blocked));
+    condition("Ready", true, "Exported", text)
+}
+
+fn reach(view: &View<'_>, service: &ServiceKey, targets: &[ClusterName]) -> Reach {
+    let mut reach = Reach::default();
+    for peer in targets.iter().filter(|peer| **peer != view.facts.cluster.name) {
+        let standing = links::standing(view, peer);
+        if matches!(standing.reason, "NotLinked" | "EndedByPeer" | "Recreated") {
+            reach.blocked.push(standing.message);
+        } else if view.facts.handle(peer, &service.to_string()).is_none() {
+            reach.waiting.push(peer.clone());
+        } else {
+            reach.usable.push(peer.clone());
+            if !standing.is_connected() {
+                reach.unheard.push(peer.clone());
+            }
+        }
+    }
+    reach
+}
+
+fn conflict(view: &View<'_>, service: &ServiceKey) -> Condition {
+    let exporters = exporters(view.facts, service, view.serving(service).iter().copied());
+    let merged = merge_ports(&exporters);
+    let Some(winner) = merged.winner else {
+        return condition("Conflict", false, "NoConflicts", "every exporter has the same ports");
+    };
+    let has = |exporter: &Exporter| format!("{} has {}", exporter.cluster, ports(&exporter.ports));
+    let text = format!(
+        "using the ports of the oldest export, in {} ({}), and from others what does not clash. {}/{} clusters disagree: {}",
+        winner.cluster,
+        ports(&winner.ports),
+        merged.disagreeing.len(),
+        merged.counted,
+        sentences(merged.disagreeing.iter().map(has))
+    );
+    condition("Conflict", true, "PortConflict", text)
+}
+
+/// `http 80/TCP (h2c), 9000/TCP`.
+fn ports(ports: &[Port]) -> String {
+    listed(ports.iter().map(|port| {
+        let Port { name, port, app_protocol, protocol } = port;
+        let name = if name.is_empty() { String::new() } else { format!("{name} ") };
+        let spoken = if app_protocol.is_empty() { String::new() } else { format!(" ({app_protocol})") };
+        format!("{name}{port}/{protocol}{spoken}")
+    }))
+}

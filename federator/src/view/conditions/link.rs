@@ -1,0 +1,43 @@
+//! `ClusterLink`: `Connected` (the peer's federator is heard), `Reachable` (packets get to its gateways), and only when
+//! there is something to say `Recreated` and `RecordsAccepted`.
+
+use tombolo_model::names::ClusterName;
+use tombolo_model::resource::Condition;
+
+use super::super::text::{sentences, span};
+use super::super::{View, links};
+use super::{condition, unknown};
+
+pub fn of(view: &View<'_>, peer: &ClusterName) -> Vec<Condition> {
+    let standing = links::standing(view, peer);
+    let mut conditions = Vec::new();
+    let connected = if standing.is_connected() {
+        let heard = standing.age.map(|age| format!("heard {} ago", span(age))).unwrap_or_default();
+        condition("Connected", true, "Connected", heard)
+    } else {
+        condition("Connected", false, standing.reason, standing.message.as_str())
+    };
+    conditions.push(connected);
+    if !matches!(standing.reason, "NotLinked" | "EndedByPeer") {
+        conditions.push(reachable(view, peer));
+    }
+    if standing.reason == "Recreated" {
+        conditions.push(condition("Recreated", true, "OtherTag", standing.message));
+    }
+    let rejected = view.facts.imports.get(peer).map(|import| &import.rejected);
+    if let Some(rejected) = rejected.filter(|rejected| !rejected.is_empty()) {
+        let records = sentences(rejected.iter().map(|(key, reason)| format!("{key}: {reason}")));
+        let text = format!("{} of {peer}'s records are not accepted: {records}", rejected.len());
+        conditions.push(condition("RecordsAccepted", false, "RecordsRejected", text));
+    }
+    conditions
+}
+
+fn reachable(view: &View<'_>, peer: &ClusterName) -> Condition {
+    let paths = links::paths(view, peer);
+    let links::Reachability { reachable, reason, message } = links::reachability(view, peer, &paths);
+    match reachable {
+        Some(reachable) => condition("Reachable", reachable, reason, message),
+        None => unknown("Reachable", reason, message),
+    }
+}
