@@ -315,6 +315,7 @@ impl Core {
         let members: Vec<Block> = self.facts.registry.members.keys().filter(|b| ended(b)).copied().collect();
         for block in members {
             self.facts.registry.forget(block);
+            self.handles_stale = true;
             self.dirty = true;
         }
     }

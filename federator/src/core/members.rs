@@ -97,6 +97,7 @@ impl Core {
             version: hello.version.chars().take(64).collect(),
         });
         self.step(event, moment);
+        self.handles_stale = true;
         self.sessions.insert(connection, Session::Sidecar { id: id.clone(), block: record.block, watch });
         Ok(Welcome { block: record.block, watch, role })
     }
