@@ -4,8 +4,10 @@
 //! they can run as processes of their own inside the namespaces (and their CPU can be told apart).
 
 mod certificates;
+mod footprint;
 mod load;
 mod measure;
+mod mesh;
 mod origin;
 mod plan;
 mod quic_hop;
@@ -37,6 +39,8 @@ enum Command {
     Run(RunArgs),
     /// Lists scenarios, rows and topologies by the names that `run --only` takes.
     List,
+    /// Measures a sidecar's memory, and how it takes thousands of clients back after a restart.
+    Footprint(footprint::FootprintArgs),
     /// (internal) One load generator; prints its report as JSON.
     #[command(hide = true)]
     Load(load::LoadArgs),
@@ -73,6 +77,7 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Run(args) => plan::run(&args),
         Command::List => plan::list(),
+        Command::Footprint(args) => footprint::run(&args),
         Command::Load(args) => load::run(&args),
         Command::Origin(args) => origin::run(&args),
         Command::QuicHop(args) => quic_hop::run(args),
