@@ -13,6 +13,7 @@ mod plan;
 mod quic_hop;
 mod report;
 mod samples;
+mod scale;
 mod site;
 mod targets;
 mod topology;
@@ -41,6 +42,8 @@ enum Command {
     List,
     /// Measures a sidecar's memory, and how it takes thousands of clients back after a restart.
     Footprint(footprint::FootprintArgs),
+    /// Simulates many linked clusters on one federator's core: memory and time per cluster, export and change.
+    Scale(scale::ScaleArgs),
     /// (internal) One load generator; prints its report as JSON.
     #[command(hide = true)]
     Load(load::LoadArgs),
@@ -78,6 +81,7 @@ fn main() -> ExitCode {
         Command::Run(args) => plan::run(&args),
         Command::List => plan::list(),
         Command::Footprint(args) => footprint::run(&args),
+        Command::Scale(args) => scale::run(&args),
         Command::Load(args) => load::run(&args),
         Command::Origin(args) => origin::run(&args),
         Command::QuicHop(args) => quic_hop::run(args),
