@@ -187,7 +187,8 @@ impl Core {
             self.last_save = moment.monotonic;
             self.save_imports();
             self.keep_own_lease(moment);
-            self.forget_expired(unix);
+            self.remember_absent();
+            self.forget_expired(unix, moment.monotonic);
         }
     }
 }

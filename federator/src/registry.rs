@@ -87,6 +87,13 @@ impl Member {
     pub fn in_rotation(&self, service: &ServiceKey) -> bool {
         self.presence == Presence::Live && self.services.get(service).is_some_and(|s| s.healthy)
     }
+    /// How long it has not been there.
+    pub fn absent_for(&self, now: Duration) -> Duration {
+        match self.presence {
+            Presence::Live => Duration::ZERO,
+            Presence::Left | Presence::Silent => now.saturating_sub(self.heard),
+        }
+    }
     pub fn gone(&self, now: Duration) -> bool {
         match self.presence {
             Presence::Live => false,
@@ -202,8 +209,9 @@ impl Registry {
         self.gateways.insert(record.name.clone(), gateway);
     }
 
-    /// What the store remembers of a member, in rotation until it would have come back.
+    /// What the store remembers of a member: in rotation until it would have come back, if it was when last seen.
     pub fn restore(&mut self, lease: &LeaseRecord, id: SpiffeId, now: Duration) {
+        let was_there = lease.services.is_empty() || lease.services.iter().any(|s| s.healthy);
         let served = |s: &ServedRecord| {
             let served = Served {
                 ports: s.ports.clone(),
@@ -221,7 +229,7 @@ impl Registry {
             address: lease.address,
             services: lease.services.iter().map(served).collect(),
             refused: BTreeMap::new(),
-            presence: Presence::Live,
+            presence: if was_there { Presence::Live } else { Presence::Silent },
             leaving: false,
             reason: "not heard yet since the federator's restart".to_owned(),
             heard: (now + self.patience.restart).saturating_sub(self.patience.silent),
