@@ -33,7 +33,7 @@ mod tests {
     #[test]
     fn a_second_of_burst_then_the_rate() {
         let bucket = Bucket::default();
-        let at = |millis| Duration::from_millis(5000 + millis);
+        let at = |millis: u64| Duration::from_millis(5000 + millis);
         assert_eq!((0..50).filter(|_| bucket.take(at(0), 10)).count(), 10);
         assert!(!bucket.take(at(99), 10) && bucket.take(at(100), 10) && !bucket.take(at(100), 10));
         assert_eq!(
