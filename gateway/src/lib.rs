@@ -10,6 +10,8 @@
 //! registrations, hints. [`dataplane`] owns the sockets and threads, [`role`] the process. There is no state per connection.
 
 pub mod bucket;
+pub mod client;
+pub mod config;
 pub mod control;
 pub mod counters;
 pub mod dataplane;
@@ -17,8 +19,10 @@ pub mod decide;
 pub mod forward;
 pub mod group;
 pub mod keys;
+pub mod metrics;
 pub mod port;
 pub mod recent;
+pub mod role;
 mod sys;
 pub mod tables;
 pub mod view;
