@@ -53,6 +53,10 @@ pub struct Core {
     pub facts: Facts,
     store: Arc<dyn Store>,
     issuer: LeafIssuer,
+    /// Every handle in `facts.handles`.
+    in_use: BTreeSet<Handle>,
+    /// Services, exports or links have changed: who needs a handle is to be looked at again.
+    handles_stale: bool,
     /// Handles that were in use and may not be given out again yet, with the unix second of their release.
     released: BTreeMap<Handle, u64>,
     /// The records of each linked peer, as it wrote them.
@@ -177,12 +181,14 @@ impl Core {
             self.dirty = true;
         }
         self.refresh_imports(moment);
-        self.dirty |= self.handles_missing();
+        // An attempt that failed is made again.
+        self.dirty |= self.handles_stale;
         if moment.monotonic.saturating_sub(self.last_save) >= Duration::from_secs(1) {
             self.last_save = moment.monotonic;
             self.save_imports();
             self.keep_own_lease(moment);
-            self.forget_expired(unix);
+            self.remember_absent();
+            self.forget_expired(unix, moment.monotonic);
         }
     }
 }

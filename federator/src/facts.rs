@@ -469,6 +469,17 @@ impl Facts {
         self.links.values().filter(|link| link.is_live())
     }
 
+    /// The handles in use of one importer.
+    pub fn handles_of<'a>(
+        &'a self,
+        importer: &'a ClusterName,
+    ) -> impl Iterator<Item = &'a HandleRecord> + 'a {
+        let of = self.handles.range((importer.clone(), String::new())..);
+        of.take_while(move |((of, _), _)| of == importer)
+            .map(|(_, record)| record)
+            .filter(|record| record.released.is_none())
+    }
+
     /// The handle allotted to an importer for a service, if it is in use.
     pub fn handle(&self, importer: &ClusterName, service: &str) -> Option<&HandleRecord> {
         self.handles.get(&(importer.clone(), service.to_owned())).filter(|h| h.released.is_none())

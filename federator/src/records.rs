@@ -38,10 +38,7 @@ fn exported<'a>(
     facts: &'a Facts,
     peer: &'a ClusterName,
 ) -> impl Iterator<Item = (ServiceKey, v1::ExportRecord)> + 'a {
-    let handles = facts.handles.values().filter(move |record| {
-        record.importer == *peer && record.service != CONTROL && record.released.is_none()
-    });
-    handles.filter_map(move |record| {
+    facts.handles_of(peer).filter(|record| record.service != CONTROL).filter_map(move |record| {
         let service: ServiceKey = record.service.parse().ok()?;
         let stored = exports::export_of(facts, &service)?.stored;
         let Spec::ServiceExport(spec) = &stored.object.spec else { return None };

@@ -5,7 +5,7 @@
 //! report. A federator that was itself held up (stopped, swapped out) credits everybody its own absence: nobody is
 //! thrown out because we did not listen. `now` is a monotonic time since any origin.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::time::Duration;
 
@@ -86,6 +86,13 @@ pub struct Member {
 impl Member {
     pub fn in_rotation(&self, service: &ServiceKey) -> bool {
         self.presence == Presence::Live && self.services.get(service).is_some_and(|s| s.healthy)
+    }
+    /// How long it has not been there.
+    pub fn absent_for(&self, now: Duration) -> Duration {
+        match self.presence {
+            Presence::Live => Duration::ZERO,
+            Presence::Left | Presence::Silent => now.saturating_sub(self.heard),
+        }
     }
     pub fn gone(&self, now: Duration) -> bool {
         match self.presence {
@@ -169,6 +176,8 @@ pub enum Event {
 pub struct Registry {
     pub members: BTreeMap<Block, Member>,
     pub gateways: BTreeMap<String, Gateway>,
+    /// Who serves what, so that a look-up does not go over every member. Follows `members`: [`Registry::enter`].
+    by_service: BTreeMap<ServiceKey, BTreeSet<Block>>,
     last_tick: Option<Duration>,
     patience: Patience,
 }
@@ -200,8 +209,9 @@ impl Registry {
         self.gateways.insert(record.name.clone(), gateway);
     }
 
-    /// What the store remembers of a member, in rotation until it would have come back.
+    /// What the store remembers of a member: in rotation until it would have come back, if it was when last seen.
     pub fn restore(&mut self, lease: &LeaseRecord, id: SpiffeId, now: Duration) {
+        let was_there = lease.services.is_empty() || lease.services.iter().any(|s| s.healthy);
         let served = |s: &ServedRecord| {
             let served = Served {
                 ports: s.ports.clone(),
@@ -219,7 +229,7 @@ impl Registry {
             address: lease.address,
             services: lease.services.iter().map(served).collect(),
             refused: BTreeMap::new(),
-            presence: Presence::Live,
+            presence: if was_there { Presence::Live } else { Presence::Silent },
             leaving: false,
             reason: "not heard yet since the federator's restart".to_owned(),
             heard: (now + self.patience.restart).saturating_sub(self.patience.silent),
@@ -229,7 +239,16 @@ impl Registry {
             upstreams: Vec::new(),
             hops: Vec::new(),
         };
-        self.members.insert(lease.block, member);
+        self.enter(member);
+    }
+
+    /// The one way in: keeps the index.
+    fn enter(&mut self, member: Member) {
+        self.forget(member.block);
+        for service in member.services.keys() {
+            self.by_service.entry(service.clone()).or_default().insert(member.block);
+        }
+        self.members.insert(member.block, member);
     }
 
     /// Applies an event; returns whether anything that snapshots are made of has changed.
@@ -252,7 +271,7 @@ impl Registry {
 
     fn sidecar(&mut self, hello: SidecarHello, now: Duration, unix: u64) {
         let SidecarHello { block, spiffe_id, role, ids, address, services, refused, watch, version } = hello;
-        let old = self.members.remove(&block);
+        let old = self.members.get(&block).cloned();
         let same_start = old.as_ref().is_some_and(|old| old.ids == ids);
         let services = services.into_iter().map(|(service, (ports, weight))| {
             // Health is the sidecar's to report; a reconnecting one keeps what it said last.
@@ -281,7 +300,7 @@ impl Registry {
             upstreams,
             hops,
         };
-        self.members.insert(block, member);
+        self.enter(member);
     }
 
     fn gateway(&mut self, hello: GatewayHello, now: Duration, unix: u64) {
@@ -387,12 +406,26 @@ impl Registry {
 
     /// Forgets a member whose lease has ended.
     pub fn forget(&mut self, block: Block) {
-        self.members.remove(&block);
+        let Some(member) = self.members.remove(&block) else { return };
+        for service in member.services.keys() {
+            if let Some(blocks) = self.by_service.get_mut(service) {
+                blocks.remove(&block);
+                if blocks.is_empty() {
+                    self.by_service.remove(service);
+                }
+            }
+        }
+    }
+
+    /// Every service that somebody serves, in rotation or not.
+    pub fn services(&self) -> impl Iterator<Item = &ServiceKey> {
+        self.by_service.keys()
     }
 
     /// Every member that serves a service, in rotation or not.
     pub fn serving<'a>(&'a self, service: &'a ServiceKey) -> impl Iterator<Item = &'a Member> {
-        self.members.values().filter(move |m| m.services.contains_key(service))
+        let blocks = self.by_service.get(service).into_iter().flatten();
+        blocks.filter_map(|block| self.members.get(block))
     }
 
     /// Endpoint ids in rotation for a service, sorted.

@@ -2,7 +2,6 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
@@ -15,6 +14,10 @@ use crate::pool::PoolLimits;
 
 /// Where the overlay listens unless told otherwise (design section 3).
 pub const DEFAULT_PORT: u16 = 7442;
+/// Fits a path of 1500 bytes over IPv6.
+pub const DEFAULT_UDP_PAYLOAD: u16 = 1452;
+/// Fits a path of 9000 bytes; receive buffers grow with it (18 MB at this size).
+pub const MAX_UDP_PAYLOAD: u16 = 8972;
 /// Long enough for requests, short enough for a pod's usual 30 s of grace.
 pub const DEFAULT_DRAIN: Duration = Duration::from_secs(10);
 
@@ -63,7 +66,8 @@ pub struct SidecarConfig {
     /// Where gateways and neighbours reach this sidecar: `None` with an unspecified bind address means that it has none
     /// (a VM behind NAT) and REGISTERs.
     pub announce: Option<SocketAddr>,
-    pub threads: NonZeroUsize,
+    /// Largest UDP payload that is tried on a path; what fits is found out.
+    pub max_udp_payload_bytes: u16,
     pub services: Vec<ServiceConfig>,
     pub upstreams: Vec<UpstreamConfig>,
     pub admin: SocketAddr,
@@ -90,13 +94,13 @@ pub enum ConfigError {
     #[error("nothing to do: give at least one --service or --upstream, or a --workload file")]
     Nothing,
     #[error(
+        "--max-udp-payload {bytes} is not in 1200..={MAX_UDP_PAYLOAD}: 1452 fits the usual 1500-byte paths, 8952 those of 9000 bytes"
+    )]
+    Payload { bytes: u16 },
+    #[error(
         "announced address {address}: 0.0.0.0 and port 0 reach nobody: give the address that gateways can send to, or leave it out on a machine behind NAT"
     )]
     Announce { address: SocketAddr },
-    #[error(
-        "{threads} threads with --bind port {port}: sockets take ports {port} to {last}, beyond 65535: choose a lower port"
-    )]
-    Ports { threads: usize, port: u16, last: u32 },
 }
 
 impl SidecarConfig {
@@ -110,10 +114,8 @@ impl SidecarConfig {
         {
             return Err(ConfigError::Announce { address });
         }
-        let (threads, port) = (self.threads.get(), self.bind.port());
-        let last = u32::from(port) + u32::try_from(threads).unwrap_or(u32::MAX).saturating_sub(1);
-        if port != 0 && last > u32::from(u16::MAX) {
-            return Err(ConfigError::Ports { threads, port, last });
+        if !(1200..=MAX_UDP_PAYLOAD).contains(&self.max_udp_payload_bytes) {
+            return Err(ConfigError::Payload { bytes: self.max_udp_payload_bytes });
         }
         let mut seen = HashMap::new();
         for service in &self.services {
@@ -223,7 +225,7 @@ mod tests {
             token: None,
             bind: SocketAddr::from(([0, 0, 0, 0], DEFAULT_PORT)),
             announce: None,
-            threads: NonZeroUsize::MIN,
+            max_udp_payload_bytes: DEFAULT_UDP_PAYLOAD,
             services: services_from(parse(services)),
             upstreams: upstreams_from(parse(upstreams)),
             admin: SocketAddr::from(([127, 0, 0, 1], 0)),
@@ -276,10 +278,9 @@ mod tests {
         let mut nowhere = config(&[web], &[]);
         nowhere.announce = Some("0.0.0.0:7442".parse().unwrap());
         assert!(matches!(nowhere.check(), Err(ConfigError::Announce { .. })));
-        let mut high = config(&[web], &[]);
-        high.bind.set_port(65535);
-        high.threads = NonZeroUsize::new(2).unwrap();
-        assert!(matches!(high.check(), Err(ConfigError::Ports { last: 65536, .. })));
+        let mut giant = config(&[web], &[]);
+        giant.max_udp_payload_bytes = 65_000;
+        assert_eq!(giant.check(), Err(ConfigError::Payload { bytes: 65_000 }));
     }
 
     #[test]

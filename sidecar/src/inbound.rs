@@ -93,6 +93,11 @@ impl InboundTask {
         }
     }
 
+    /// Held one per open stream: all of them free means that nothing is open.
+    pub fn slots(&self) -> Arc<Semaphore> {
+        Arc::clone(&self.shared.slots)
+    }
+
     /// Until the overlay is closed. Streams that come while draining are refused one by one, so that their callers go
     /// elsewhere at once.
     pub async fn run(self) {

@@ -132,7 +132,11 @@ impl Sidecar {
                 registers: config.registers(),
                 learns: false,
                 server: Some(ServerTls { mesh: tls::mesh_server_config(member.svid())?, join: None }),
-                limits: Limits { bidi_streams: config.inbound.initial_streams, ..Limits::default() },
+                limits: Limits {
+                    bidi_streams: config.inbound.initial_streams,
+                    max_udp_payload_bytes: config.max_udp_payload_bytes,
+                    ..Limits::default()
+                },
             },
             &tasks,
         )?;
@@ -185,6 +189,7 @@ impl Bound {
             watcher.clone(),
             tasks.clone(),
         );
+        let inbound_slots = (inbound.slots(), config.inbound.max_app_connections);
         tasks.spawn("inbound", inbound.run());
 
         let pools = PoolContext {
@@ -233,7 +238,7 @@ impl Bound {
             drain: watcher.clone(),
         };
         let report = tasks.spawn("report", report.run());
-        let slots = (Arc::clone(&outbound.slots), config.pool.max_app_connections);
+        let slots = [inbound_slots, (Arc::clone(&outbound.slots), config.pool.max_app_connections)];
         drop((outbound, watcher));
 
         let serve = admin.run(shutdown.clone());
@@ -261,19 +266,17 @@ async fn finish(
     trigger: DrainTrigger,
     report: tokio::task::JoinHandle<()>,
     overlay: &Overlay,
-    (slots, all): (Arc<Semaphore>, usize),
+    slots: [(Arc<Semaphore>, usize); 2],
     patience: Duration,
 ) {
     tracing::info!(patience_ms = patience.as_millis() as u64, "draining");
     trigger.start();
-    let all = u32::try_from(all).unwrap_or(u32::MAX);
     let quiet = async {
         // Told first, so that nobody is sent here while open streams end.
         let _ = tokio::time::timeout(GOODBYE, report).await;
-        // Outbound connections hold a slot each; inbound streams keep their connections busy.
-        let _ = slots.acquire_many(all).await;
-        while overlay_is_busy(overlay) {
-            tokio::time::sleep(Duration::from_millis(50)).await;
+        // Every inbound stream and every outbound connection holds a slot.
+        for (slots, all) in &slots {
+            let _ = slots.acquire_many(u32::try_from(*all).unwrap_or(u32::MAX)).await;
         }
     };
     tokio::select! {
@@ -285,10 +288,6 @@ async fn finish(
     // The resets must leave before the connections close over them.
     tokio::time::sleep(Duration::from_millis(50)).await;
     overlay.close().await;
-}
-
-fn overlay_is_busy(_: &Overlay) -> bool {
-    false
 }
 
 async fn ready_once_configured(mut tables: watch::Receiver<Option<Arc<Tables>>>, configured: BlockReady) {

@@ -1,20 +1,22 @@
 //! `tombolo gateway`: one replica of a cluster's packet forwarders.
 
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use clap::Args;
 use serde::Deserialize;
+use tombolo_gateway::config::{self, GatewayConfig};
+use tombolo_gateway::role::Gateway;
+use tombolo_runtime::tasks::TaskGroup;
+use tombolo_runtime::{admin, dirs::Dirs, rt, signals};
 
-use super::role::{self, layered};
+use super::role::{self, Span, layered};
 use crate::failure::{Exit, Failure};
 
 /// Run one replica of a cluster's packet forwarders
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Note: the gateway is not built into this binary yet; only its settings are checked.
-
 Examples:
   tombolo token create --role gateway --name gw-1 > gw-1.token      where the federator runs
   tombolo gateway --name gw-1 --join-token-file gw-1.token
@@ -57,6 +59,9 @@ struct Settings {
     /// Forwarding threads [default: what the CPU quota allows]
     #[arg(long, env = "TOMBOLO_WORKERS", value_name = "N")]
     workers: Option<NonZeroUsize>,
+    /// Time that packets are still forwarded after SIGTERM, while others are told to use another replica [default: 10s]
+    #[arg(long, env = "TOMBOLO_DRAIN", value_name = "DURATION")]
+    drain: Option<Span>,
     /// Metrics and readiness [default: 127.0.0.1:7445]
     #[arg(long, env = "TOMBOLO_ADMIN", value_name = "ADDRESS:PORT")]
     admin: Option<SocketAddr>,
@@ -78,6 +83,7 @@ layered!(Settings {
     advertise_inner,
     balanced,
     workers,
+    drain,
     admin,
     log_level,
     log_format
@@ -85,32 +91,52 @@ layered!(Settings {
 
 pub fn run(args: GatewayArgs) -> Result<Exit, Failure> {
     let GatewayArgs { settings, config } = args;
-    let Settings {
-        name,
-        join_token_file,
-        state_dir,
-        border,
-        inner,
-        advertise_border,
-        advertise_inner,
-        balanced,
-        workers,
-        admin,
-        log_level,
-        log_format,
-    } = settings.over(role::file(config.as_deref())?);
-    role::logging(log_format, log_level)?;
-    let _ = (
-        role::required(name, "--name", "gw-1")?,
-        join_token_file,
-        state_dir,
-        border,
-        inner,
-        advertise_border,
-        advertise_inner,
-        balanced,
-        workers,
-        admin,
-    );
-    Err(Failure::new("gateway: not built into this binary"))
+    let mut settings = settings.over(role::file(config.as_deref())?);
+    role::logging(settings.log_format.take(), settings.log_level.take())?;
+    let config = settings.config()?;
+    role::run("gateway", async move {
+        let tasks = TaskGroup::new();
+        let drain = signals::process_drain(&tasks)?;
+        let bound = Gateway::build(config).await?;
+        Ok::<_, Box<dyn std::error::Error>>(bound.run(drain).await?)
+    })
+}
+
+impl Settings {
+    fn config(self) -> Result<GatewayConfig, Failure> {
+        let Self {
+            name,
+            join_token_file,
+            state_dir,
+            border,
+            inner,
+            advertise_border,
+            advertise_inner,
+            balanced,
+            workers,
+            drain,
+            admin,
+            log_level: _,
+            log_format: _,
+        } = self;
+        let name = role::required(name, "--name", "gw-1")?;
+        let config = GatewayConfig {
+            state_dir: match state_dir {
+                Some(dir) => dir,
+                None => Dirs::from_environment().map_err(Failure::new)?.role_state("gateway", &name),
+            },
+            token: join_token_file.as_deref().map(role::join_token).transpose()?.flatten(),
+            name,
+            border: border.unwrap_or_else(|| (Ipv4Addr::UNSPECIFIED, config::DEFAULT_BORDER_PORT).into()),
+            inner: inner.unwrap_or_else(|| (Ipv4Addr::UNSPECIFIED, config::DEFAULT_INNER_PORT).into()),
+            advertise_border,
+            advertise_inner,
+            balanced: balanced.unwrap_or(false),
+            workers: rt::threads(workers),
+            admin: admin.unwrap_or(admin::DEFAULT_ADDRESS),
+            drain: drain.map_or(config::DEFAULT_DRAIN, |Span(drain)| drain),
+        };
+        config.check().map_err(Failure::usage)?;
+        Ok(config)
+    }
 }

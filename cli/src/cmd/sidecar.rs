@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 use serde::Deserialize;
-use tombolo_runtime::{admin, dirs::Dirs, rt};
+use tombolo_runtime::{admin, dirs::Dirs};
 use tombolo_sidecar::config::{
     self, Mapping, ServiceConfig, SidecarConfig, UpstreamConfig, services_from, upstreams_from,
 };
@@ -51,16 +51,16 @@ struct Settings {
     /// Identity, lease and last configuration [default: <state directory>/sidecar/<name>]
     #[arg(long, env = "TOMBOLO_STATE_DIR", value_name = "DIR")]
     state_dir: Option<PathBuf>,
-    /// Overlay socket; further threads take the ports after it [default: 0.0.0.0:7442]
+    /// Overlay socket [default: 0.0.0.0:7442]
     #[arg(long, env = "TOMBOLO_BIND", value_name = "ADDRESS:PORT/udp")]
     bind: Option<SocketAddr>,
     /// Where gateways and neighbours reach it. Left out with an unspecified --bind: it has no such address (NAT), and
     /// keeps itself registered with the gateways
     #[arg(long, env = "TOMBOLO_ANNOUNCE", value_name = "ADDRESS:PORT")]
     announce: Option<SocketAddr>,
-    /// Byte-path threads [default: 1]
-    #[arg(long, env = "TOMBOLO_THREADS", value_name = "N")]
-    threads: Option<NonZeroUsize>,
+    /// Largest UDP payload tried on a path, in bytes; 8952 on a network with 9000-byte frames [default: 1452]
+    #[arg(long, env = "TOMBOLO_MAX_UDP_PAYLOAD", value_name = "BYTES")]
+    max_udp_payload: Option<u16>,
     /// Served here: NAMESPACE/NAME:PORT=ADDRESS:PORT; may be repeated
     #[arg(long = "service", env = "TOMBOLO_SERVICES", value_delimiter = ',', value_name = "SERVICE")]
     services: Option<Vec<String>>,
@@ -102,7 +102,7 @@ layered!(Settings {
     state_dir,
     bind,
     announce,
-    threads,
+    max_udp_payload,
     services,
     health,
     upstreams,
@@ -137,7 +137,7 @@ impl Settings {
             state_dir,
             bind,
             announce,
-            threads,
+            max_udp_payload,
             services,
             health,
             upstreams,
@@ -171,7 +171,7 @@ impl Settings {
             name,
             bind: bind.unwrap_or_else(|| (Ipv4Addr::UNSPECIFIED, config::DEFAULT_PORT).into()),
             announce,
-            threads: threads.map_or(NonZeroUsize::MIN, |n| rt::threads(Some(n))),
+            max_udp_payload_bytes: max_udp_payload.unwrap_or(config::DEFAULT_UDP_PAYLOAD),
             services,
             upstreams,
             admin: admin.unwrap_or(admin::DEFAULT_ADDRESS),

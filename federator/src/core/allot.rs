@@ -40,7 +40,7 @@ impl Core {
             !handle.is_reserved()
                 && !taken.contains(handle)
                 && !self.released.contains_key(handle)
-                && !self.facts.handles.values().any(|record| record.handle == *handle)
+                && !self.in_use.contains(handle)
         };
         (0..DRAWS).map(|_| Handle::from_u32(rand::random())).find(free)
     }
@@ -71,6 +71,7 @@ impl Core {
     }
 
     pub(super) fn install_handle(&mut self, record: HandleRecord) {
+        self.in_use.insert(record.handle);
         self.facts.handles.insert((record.importer.clone(), record.service.clone()), record);
         self.dirty = true;
     }
@@ -83,9 +84,7 @@ impl Core {
         // Made while linking, before the link is there.
         let control = self.facts.handles.keys().filter(|(_, service)| service == CONTROL);
         wanted.extend(control.cloned());
-        let services: BTreeSet<_> =
-            self.facts.registry.members.values().flat_map(|member| member.services.keys()).collect();
-        for service in services {
+        for service in self.facts.registry.services() {
             wanted.insert((own.clone(), service.to_string()));
             for link in self.facts.live_links() {
                 if exported_to(&self.facts, service, &link.peer) {
@@ -96,15 +95,11 @@ impl Core {
         wanted
     }
 
-    /// Whether an earlier attempt to allot or release failed.
-    pub(super) fn handles_missing(&self) -> bool {
-        let wanted = self.handles_wanted();
-        wanted.len() != self.facts.handles.len()
-            || wanted.iter().any(|key| !self.facts.handles.contains_key(key))
-    }
-
     /// Allots what is wanted and releases what is not, in one transaction.
     pub(super) fn allot_handles(&mut self, moment: Moment) -> Result<(), CoreError> {
+        if !self.handles_stale {
+            return Ok(());
+        }
         let wanted = self.handles_wanted();
         let mut taken = BTreeSet::new();
         let mut transaction = Transaction::new();
@@ -122,10 +117,10 @@ impl Core {
                 ended.push(record);
             }
         }
-        if transaction.is_empty() {
-            return Ok(());
+        if !transaction.is_empty() {
+            self.store.commit(&transaction)?;
         }
-        self.store.commit(&transaction)?;
+        self.handles_stale = false;
         for record in ended {
             self.note_released(&record);
         }
@@ -136,6 +131,7 @@ impl Core {
     /// After a release has been committed.
     pub(super) fn note_released(&mut self, record: &HandleRecord) {
         self.facts.handles.remove(&(record.importer.clone(), record.service.clone()));
+        self.in_use.remove(&record.handle);
         self.released.insert(record.handle, record.released.unwrap_or(0));
         self.dirty = true;
     }

@@ -103,6 +103,8 @@ impl Core {
         leases(&*store, &mut facts)?;
         let views = imports(&*store, &mut facts)?;
         Ok(Self {
+            in_use: facts.handles.values().map(|record| record.handle).collect(),
+            handles_stale: true,
             facts,
             store,
             issuer: LeafIssuer::new(material)?,

@@ -16,6 +16,7 @@ use tombolo_proto::v1;
 use super::allot::block_key;
 use super::{Core, CoreError, Moment};
 use crate::facts::{CONTROL, FederatorEndpoint, IdentityRecord, LeaseRecord, Role};
+use crate::registry::Member;
 use crate::store::{Table, Transaction};
 
 /// What the CA's signature on a lease is labelled with.
@@ -211,14 +212,14 @@ impl Core {
     pub fn own_endpoint(&mut self, moment: Moment) -> Result<(FederatorEndpoint, KeyRing), CoreError> {
         let unix = moment.unix.as_secs();
         let id = self.facts.cluster.federator_id.to_string();
-        let before = self.facts.leases.values().find(|l| l.role == Role::Federator && l.not_after > unix);
-        let next = before.and_then(|lease| {
+        let own = self.facts.leases.values().filter(|l| l.role == Role::Federator && l.not_after > unix);
+        let next = own.into_iter().find_map(|lease| {
             let last = lease.ids.last()?.incarnation().value();
             Some(((**lease).clone(), Incarnation::new(last + 1)?))
         });
         let (mut record, incarnation) = match next {
             Some(next) => next,
-            // All 16 were used: another block, and the old one rests.
+            // A first start, or all 16 were used: then the old block rests.
             None => {
                 let record = self.new_lease(&id, Role::Federator, unix + LEASE_LIFE.as_secs())?;
                 (record, Incarnation::new(0).ok_or_else(|| CoreError::Invalid("no incarnation".to_owned()))?)
@@ -260,7 +261,7 @@ impl Core {
     }
 
     /// Leases, identities, tokens and handles whose time is over.
-    pub(super) fn forget_expired(&mut self, unix: u64) {
+    pub(super) fn forget_expired(&mut self, unix: u64, monotonic: Duration) {
         let mut transaction = Transaction::new();
         let reuse = |lease: &LeaseRecord| match lease.role {
             Role::Provisional => PROVISIONAL_REUSE_AFTER,
@@ -288,7 +289,7 @@ impl Core {
         }
         let (transaction, handles) = self.forget_released(unix, transaction);
         let transaction = self.forget_tokens(unix, transaction);
-        self.forget_members(unix);
+        self.forget_members(unix, monotonic);
         if transaction.is_empty() {
             return;
         }
@@ -308,16 +309,28 @@ impl Core {
         self.dirty = true;
     }
 
-    /// A member whose lease has ended is not shown, counted or sent to any more.
-    fn forget_members(&mut self, unix: u64) {
+    /// A member whose lease has ended, or that has been away for long, is not shown, counted or sent to any more. Its
+    /// block stays its own.
+    fn forget_members(&mut self, unix: u64, monotonic: Duration) {
         let leases = &self.facts.leases;
         let ended = |block: &Block| leases.get(block).is_none_or(|lease| lease.not_after < unix);
-        let members: Vec<Block> = self.facts.registry.members.keys().filter(|b| ended(b)).copied().collect();
-        for block in members {
+        let members = self.facts.registry.members.values();
+        let over: Vec<Block> = members
+            .filter(|member| ended(&member.block) || member.absent_for(monotonic) > patience(member))
+            .map(|member| member.block)
+            .collect();
+        for block in over {
             self.facts.registry.forget(block);
+            self.handles_stale = true;
             self.dirty = true;
         }
     }
+}
+
+/// How long an absent member is remembered as one: an hour, or ten minutes when it said goodbye (a rollout replaces
+/// hundreds).
+fn patience(member: &Member) -> Duration {
+    Duration::from_secs(if member.leaving { 600 } else { 3600 })
 }
 
 /// The role of a caller that may hold a lease.

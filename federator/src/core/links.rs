@@ -224,6 +224,7 @@ impl Core {
             Import { last_error: "linked just now, not connected yet".to_owned(), ..Import::default() };
         self.facts.imports.insert(peer.clone(), Arc::new(import));
         self.restart_watch(&peer);
+        self.handles_stale = true;
         self.dirty = true;
     }
 
@@ -249,6 +250,7 @@ impl Core {
             }
         }
         self.facts.links.remove(peer);
+        self.handles_stale = true;
         if let Some(import) = self.drop_import(peer) {
             removed.extend(import.exports.keys().map(|service| format!("import {service} from {peer}")));
         }
@@ -265,6 +267,7 @@ impl Core {
         self.drop_import(peer);
         let import = Import { last_error: format!("{peer} has unlinked this cluster"), ..Import::default() };
         self.facts.imports.insert(peer.clone(), Arc::new(import));
+        self.handles_stale = true;
         self.dirty = true;
         tracing::warn!(%peer, "the peer has unlinked this cluster");
         Ok(())

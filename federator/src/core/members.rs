@@ -15,7 +15,7 @@ use super::leases::member_role;
 use super::{Core, CoreError, Moment};
 use crate::facts::{GatewayRecord, LeaseRecord, Port, Role, ServedRecord, ShiftRecord};
 use crate::import::port_of;
-use crate::registry::{Event, GatewayHello, SidecarHello};
+use crate::registry::{Event, GatewayHello, Presence, SidecarHello};
 use crate::store::{Table, Transaction};
 
 /// One process serves a handful of services.
@@ -97,6 +97,7 @@ impl Core {
             version: hello.version.chars().take(64).collect(),
         });
         self.step(event, moment);
+        self.handles_stale = true;
         self.sessions.insert(connection, Session::Sidecar { id: id.clone(), block: record.block, watch });
         Ok(Welcome { block: record.block, watch, role })
     }
@@ -283,6 +284,27 @@ impl Core {
         match self.store.commit(&transaction) {
             Ok(()) => self.install_lease(record),
             Err(error) => tracing::debug!(%error, "health is not kept for the next start"),
+        }
+    }
+
+    /// Whoever is not there is not healthy, for the next start too: a restart must not bring the dead into rotation.
+    pub(super) fn remember_absent(&mut self) {
+        let absent = self.facts.registry.members.values().filter(|m| m.presence != Presence::Live);
+        let records: Vec<LeaseRecord> = absent
+            .filter_map(|member| {
+                let mut record = (**self.facts.leases.get(&member.block)?).clone();
+                record.services.iter().any(|s| s.healthy).then(|| {
+                    record.services.iter_mut().for_each(|s| s.healthy = false);
+                    record
+                })
+            })
+            .collect();
+        let transaction = records.iter().fold(Transaction::new(), |transaction, record| {
+            transaction.put(super::allot::block_key(record.block), record)
+        });
+        match self.store.commit(&transaction) {
+            Ok(()) => records.into_iter().for_each(|record| self.install_lease(record)),
+            Err(error) => tracing::debug!(%error, "who is absent is not kept for the next start yet"),
         }
     }
 

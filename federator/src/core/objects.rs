@@ -65,6 +65,7 @@ impl Core {
         let affected = linked_cluster(&stored.object);
         self.facts.objects.insert(key, Arc::new(stored));
         self.dirty = true;
+        self.handles_stale = true;
         affected.iter().for_each(|peer| self.rescope(peer));
         Ok(outcome)
     }
@@ -78,6 +79,7 @@ impl Core {
         self.store.commit(&Transaction::new().delete(Table::Objects, key.to_string()))?;
         self.facts.objects.remove(key);
         self.dirty = true;
+        self.handles_stale = true;
         linked_cluster(&stored.object).iter().for_each(|peer| self.rescope(peer));
         Ok(true)
     }

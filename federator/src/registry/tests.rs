@@ -95,19 +95,7 @@ fn a_federator_that_was_stopped_blames_nobody_else() {
 
 #[test]
 fn a_restarted_federator_keeps_members_in_rotation_until_they_could_be_back() {
-    let lease = LeaseRecord {
-        block: Block::new(7).unwrap(),
-        spiffe_id: "spiffe://a.example/cluster/east/ns/shop/sa/web".into(),
-        role: Role::Sidecar,
-        not_after: u64::MAX,
-        adopted: false,
-        address: None,
-        registers: true,
-        ids: vec![EndpointId::from_u32(7 << 4)],
-        services: vec![ServedRecord { service: web(), ports: vec![], weight: 100, healthy: true }],
-        pinned: vec![],
-        gateway: None,
-    };
+    let lease = remembered(true);
     let mut registry = Registry::new(Patience::default());
     registry.restore(&lease, lease.spiffe_id.parse().unwrap(), secs(0.0));
     for tick in 0..39 {
@@ -118,4 +106,30 @@ fn a_restarted_federator_keeps_members_in_rotation_until_they_could_be_back() {
         registry.step(Event::Tick, secs(f64::from(tick) * 0.25), 0);
     }
     assert!(registry.healthy(&web()).is_empty());
+}
+
+#[test]
+fn a_restarted_federator_does_not_bring_the_dead_into_rotation() {
+    let lease = remembered(false);
+    let mut registry = Registry::new(Patience::default());
+    registry.restore(&lease, lease.spiffe_id.parse().unwrap(), secs(0.0));
+    registry.step(Event::Tick, secs(0.0), 0);
+    assert!(registry.healthy(&web()).is_empty());
+    assert_eq!(registry.members.values().next().unwrap().presence, Presence::Silent);
+}
+
+fn remembered(healthy: bool) -> LeaseRecord {
+    LeaseRecord {
+        block: Block::new(7).unwrap(),
+        spiffe_id: "spiffe://a.example/cluster/east/ns/shop/sa/web".into(),
+        role: Role::Sidecar,
+        not_after: u64::MAX,
+        adopted: false,
+        address: None,
+        registers: true,
+        ids: vec![EndpointId::from_u32(7 << 4)],
+        services: vec![ServedRecord { service: web(), ports: vec![], weight: 100, healthy }],
+        pinned: vec![],
+        gateway: None,
+    }
 }

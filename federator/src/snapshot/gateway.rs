@@ -143,12 +143,7 @@ fn links(facts: &Facts) -> Vec<v1::GatewayLink> {
         tag: own.tag.value(),
         key: own.self_link_key.as_bytes().to_vec(),
         gateways: Vec::new(),
-        outbound: facts
-            .handles
-            .values()
-            .filter(|record| record.importer == own.name && record.released.is_none())
-            .map(|record| record.binding().to_wire())
-            .collect(),
+        outbound: facts.handles_of(&own.name).map(|record| record.binding().to_wire()).collect(),
         self_: true,
     };
     peers.chain([to_itself]).collect()

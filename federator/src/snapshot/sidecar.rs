@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use tombolo_model::ids::{Block, EndpointId};
-use tombolo_model::names::ServiceKey;
+use tombolo_model::names::{ClusterName, ServiceKey};
 use tombolo_model::sync::Freshness;
 use tombolo_overlay::keys::HandleBinding;
 use tombolo_proto::v1;
@@ -74,11 +74,13 @@ fn neighbours(
 /// The handles by which its services may be called.
 fn inbound(facts: &Facts, block: Block) -> Vec<v1::InboundHandle> {
     let Some(member) = facts.registry.members.get(&block) else { return Vec::new() };
-    let served: BTreeSet<String> = member.services.keys().map(ToString::to_string).collect();
-    facts
-        .handles
-        .values()
-        .filter(|record| record.released.is_none() && served.contains(&record.service))
+    let importers: BTreeSet<&ClusterName> =
+        facts.live_links().map(|link| &link.peer).chain([&facts.cluster.name]).collect();
+    let handles = member.services.keys().flat_map(|service| {
+        let service = service.to_string();
+        importers.iter().filter_map(move |importer| facts.handle(importer, &service))
+    });
+    handles
         .map(|record| v1::InboundHandle {
             binding: Some(record.binding().to_wire()),
             class: v1::HandleClass::Service.into(),

@@ -4,13 +4,16 @@
 //! they can run as processes of their own inside the namespaces (and their CPU can be told apart).
 
 mod certificates;
+mod footprint;
 mod load;
 mod measure;
+mod mesh;
 mod origin;
 mod plan;
 mod quic_hop;
 mod report;
 mod samples;
+mod scale;
 mod site;
 mod targets;
 mod topology;
@@ -37,6 +40,10 @@ enum Command {
     Run(RunArgs),
     /// Lists scenarios, rows and topologies by the names that `run --only` takes.
     List,
+    /// Measures a sidecar's memory, and how it takes thousands of clients back after a restart.
+    Footprint(footprint::FootprintArgs),
+    /// Simulates many linked clusters on one federator's core: memory and time per cluster, export and change.
+    Scale(scale::ScaleArgs),
     /// (internal) One load generator; prints its report as JSON.
     #[command(hide = true)]
     Load(load::LoadArgs),
@@ -73,6 +80,8 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Run(args) => plan::run(&args),
         Command::List => plan::list(),
+        Command::Footprint(args) => footprint::run(&args),
+        Command::Scale(args) => scale::run(&args),
         Command::Load(args) => load::run(&args),
         Command::Origin(args) => origin::run(&args),
         Command::QuicHop(args) => quic_hop::run(args),

@@ -70,6 +70,12 @@ impl Siblings {
         self.by_block.retain(|_, (_, expires)| now < *expires);
     }
 
+    /// Every block that a sibling has announced lately, with that sibling.
+    pub fn iter(&self, now: Instant) -> impl Iterator<Item = (Block, SocketAddr)> {
+        let live = self.by_block.iter().filter(move |(_, (_, expires))| now < *expires);
+        live.map(|(block, (sibling, _))| (*block, *sibling))
+    }
+
     /// Announced endpoints that did not fit.
     pub fn dropped(&self) -> u64 {
         self.dropped

@@ -180,6 +180,11 @@ impl Registrations {
         endpoints.chunks(MAX_ANNOUNCED).map(announce).collect()
     }
 
+    /// A sibling is new or has started anew: everything is announced with the next tick.
+    pub fn announce_now(&mut self, now: Instant) {
+        self.announce_due = self.announce_due.min(now);
+    }
+
     /// When [`Self::on_tick`] has something to announce.
     pub fn next_announce(&self) -> Instant {
         self.announce_due

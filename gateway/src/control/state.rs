@@ -1,0 +1,726 @@
+//! What the control thread knows and decides, without IO: time is passed in, [`Effect`]s come out.
+//!
+//! Owns registrations, what siblings announced, the paths to other gateways, and who was proven to send from where; builds
+//! the [`View`] of it. All tables are bounded. GONE hints are sent at a bounded rate and are never larger than what they
+//! answer (33 bytes; the smallest packet with a 20-byte ID has 41).
+
+use std::collections::{HashMap, HashSet};
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::{Duration, Instant};
+
+use tombolo_model::ids::{Block, ClusterTag, EndpointId};
+use tombolo_overlay::DRAINING;
+use tombolo_overlay::datagram::{
+    self, Body, Datagram, DecodeError, ProbeAck, Registered as RegisteredBody, Selector, StartNumber,
+    Unverified,
+};
+use tombolo_overlay::keys::CidKey;
+use tombolo_overlay::register::{Registrations, Siblings, Side, Verdict};
+
+use super::hops::{Event, Hops, PortChange, Whose};
+use crate::bucket::Bucket;
+use crate::counters::{Counters, Name};
+use crate::decide::{self, Now};
+use crate::forward::Arrival;
+use crate::keys::KeyCache;
+use crate::port::Port;
+use crate::recent::{Listener, Recent};
+use crate::tables::Tables;
+use crate::view::{Holder, LinkView, Origin, PortId, Registered, Via, View, Who};
+
+/// Blocks that may be registered here, and as many announced by siblings: 16 MB when full.
+const REGISTRATIONS: usize = 65_536;
+/// Addresses proven by a PROBE. Each needs a key of a known endpoint; 64 bytes each.
+const LEARNED: usize = 65_536;
+/// Probes come at least once a second.
+const LEARNED_LIFE: Duration = Duration::from_secs(10);
+/// Hints per second in all: an endpoint's end concerns its callers, a handful of gateways and sidecars.
+const GONE_PER_SECOND: u32 = 200;
+/// Expiries are looked at this often.
+const SWEEP: Duration = Duration::from_secs(1);
+/// GONE is not larger than this; an answer may not be larger than its question.
+const _: () = assert!(datagram::REGISTER_BYTES >= 54);
+
+/// What the driver is to do.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Effect {
+    Send(Send),
+    /// Bind a source port.
+    Open(PortId),
+    Close(PortId),
+}
+
+/// One control datagram to send.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Send {
+    pub via: Via,
+    pub to: SocketAddr,
+    /// The address of ours that was contacted, of an answer.
+    pub from: Option<IpAddr>,
+    pub bytes: Vec<u8>,
+    /// Path and sequence of a PROBE: it may turn out too large.
+    pub probe: Option<(u64, u64)>,
+}
+
+/// What readers may know.
+#[derive(Clone, Debug, Default)]
+pub struct Status {
+    pub hops: Vec<HopStatus>,
+    pub registered: usize,
+    pub announced: usize,
+    pub unreachable: Vec<ClusterTag>,
+    pub refused_registers: u64,
+    pub gone_sent: u64,
+    pub gone_received: u64,
+}
+
+/// One gateway of a peer, or a sibling.
+#[derive(Clone, PartialEq, Debug)]
+pub struct HopStatus {
+    pub cluster: String,
+    pub name: String,
+    pub sibling: bool,
+    pub address: SocketAddr,
+    pub alive: bool,
+    pub draining: bool,
+    pub rtt: Option<Duration>,
+    pub loss_per_mille: u32,
+    pub mtu: u16,
+    pub last_ack: Option<Instant>,
+}
+
+/// The state.
+#[derive(Debug)]
+pub struct State {
+    start: StartNumber,
+    counters: Arc<Counters>,
+    recent: Arc<Recent>,
+    keys: KeyCache,
+    tables: Option<Arc<Tables>>,
+    registrations: Registrations,
+    /// Which address of ours each registered endpoint contacted.
+    contacted: HashMap<Block, Option<IpAddr>>,
+    siblings: Siblings,
+    hops: Hops,
+    learned: HashMap<SocketAddr, (Who, Instant)>,
+    gone_bucket: Bucket,
+    gone_sent: u64,
+    gone_received: u64,
+    draining: bool,
+    next_sweep: Instant,
+    dirty: bool,
+    known: Arc<HashMap<SocketAddr, Origin>>,
+    inner_ips: Arc<HashSet<IpAddr>>,
+    unix: Duration,
+}
+
+impl State {
+    pub fn new(start: StartNumber, counters: Arc<Counters>, recent: Arc<Recent>, now: Instant) -> Self {
+        Self {
+            start,
+            counters,
+            recent,
+            keys: KeyCache::default(),
+            tables: None,
+            registrations: Registrations::new(now, start, CidKey::generate(), REGISTRATIONS),
+            contacted: HashMap::new(),
+            siblings: Siblings::new(REGISTRATIONS),
+            hops: Hops::default(),
+            learned: HashMap::new(),
+            gone_bucket: Bucket::default(),
+            gone_sent: 0,
+            gone_received: 0,
+            draining: false,
+            next_sweep: now,
+            dirty: false,
+            known: Arc::default(),
+            inner_ips: Arc::default(),
+            unix: Duration::ZERO,
+        }
+    }
+
+    pub fn set_draining(&mut self, draining: bool) {
+        self.draining = draining;
+    }
+
+    /// A new configuration.
+    pub fn on_tables(&mut self, tables: Arc<Tables>, now: Instant, clocks: Now, out: &mut Vec<Effect>) {
+        self.unix = clocks.unix;
+        let changes = self.hops.adopt(&tables, clocks.unix, &self.counters, now);
+        push_changes(changes, out);
+        let gone: Vec<Block> = self
+            .registrations
+            .iter()
+            .map(|registration| registration.endpoint.block())
+            .filter(|block| {
+                let mut generations = tables.generations(clocks.unix);
+                !generations.any(|t| t.endpoint(*block, clocks.unix).is_some_and(|record| !record.gone))
+            })
+            .collect();
+        for block in gone {
+            self.registrations.remove(block);
+            self.contacted.remove(&block);
+        }
+        let mut known = HashMap::new();
+        let mut inner_ips = HashSet::new();
+        for tables in tables.generations(clocks.unix) {
+            for (block, record) in tables.endpoints.iter().filter(|(_, record)| !record.gone) {
+                let Some(address) = record.address else { continue };
+                let who = Who::Endpoint { block: *block, registered: false };
+                known.entry(address).or_insert(Origin { who, hop: Counters::ENDPOINTS });
+                inner_ips.insert(address.ip());
+            }
+        }
+        for hop in self.hops.iter() {
+            let who = who_of(hop.whose);
+            known.insert(hop.replica.address, Origin { who, hop: hop.slot });
+        }
+        (self.known, self.inner_ips) = (Arc::new(known), Arc::new(inner_ips));
+        self.tables = Some(tables);
+        self.dirty = true;
+    }
+
+    /// A control datagram. An error: nothing came of it.
+    pub fn on_datagram(
+        &mut self,
+        arrival: &Arrival,
+        now: Instant,
+        clocks: Now,
+        out: &mut Vec<Effect>,
+    ) -> Result<(), DecodeError> {
+        let unverified = datagram::decode(&arrival.bytes)?;
+        let tables = self.tables.clone().ok_or(DecodeError::Field("selector"))?;
+        match unverified.selector {
+            Selector::Endpoint { tag, endpoint } if tag == tables.tag => {
+                self.from_endpoint(&tables, endpoint, &unverified, arrival, now, clocks, out)
+            }
+            Selector::Endpoint { .. } => Err(DecodeError::Field("selector")),
+            Selector::Gateway { tag } => {
+                self.from_gateway(&tables, tag, &unverified, arrival, now, clocks, out)
+            }
+        }
+    }
+
+    #[allow(clippy::too_many_arguments)] // one caller, which passes its own arguments on
+    fn from_endpoint(
+        &mut self,
+        tables: &Tables,
+        endpoint: EndpointId,
+        unverified: &Unverified<'_>,
+        arrival: &Arrival,
+        now: Instant,
+        clocks: Now,
+        out: &mut Vec<Effect>,
+    ) -> Result<(), DecodeError> {
+        let block = endpoint.block();
+        let hour = unverified.phase.hour(clocks.unix);
+        let mut verified = Err(DecodeError::Field("selector"));
+        for tables in tables.generations(clocks.unix) {
+            // Unknown ones are dropped before any derivation.
+            if tables.endpoint(block, clocks.unix).is_none_or(|record| record.gone) {
+                continue;
+            }
+            verified = unverified.verify(tables.endpoint_key(block, &mut self.keys, hour, clocks.hour()));
+            if verified.is_ok() {
+                let datagram = verified?;
+                let key = tables.endpoint_key(block, &mut self.keys, clocks.hour(), clocks.hour()).clone();
+                let answer =
+                    Answer { arrival, selector: datagram.selector, sequence: datagram.sequence, key, clocks };
+                return self.asked_by_endpoint(endpoint, &datagram, &answer, now, out);
+            }
+        }
+        verified.map(drop)
+    }
+
+    fn asked_by_endpoint(
+        &mut self,
+        endpoint: EndpointId,
+        datagram: &Datagram,
+        answer: &Answer<'_>,
+        now: Instant,
+        out: &mut Vec<Effect>,
+    ) -> Result<(), DecodeError> {
+        let arrival = answer.arrival;
+        match &datagram.body {
+            Body::Probe(probe) => {
+                let who = Who::Endpoint { block: endpoint.block(), registered: false };
+                self.learn(arrival.source, who, now);
+                out.push(answer.with(Body::ProbeAck(self.ack(probe, arrival))));
+                Ok(())
+            }
+            Body::Register(register) => {
+                let side = arrival.via.side();
+                let (source, counter) = (arrival.source, datagram.sequence);
+                match self.registrations.on_register(now, source, side, endpoint, counter, register) {
+                    Verdict::Accepted { changed, held } => {
+                        let before = self.contacted.insert(endpoint.block(), arrival.contacted);
+                        self.dirty |= changed || before != Some(arrival.contacted);
+                        let body = RegisteredBody { replica: self.start, observed: source, held };
+                        out.push(answer.with(Body::Registered(body)));
+                    }
+                    Verdict::Challenge(challenge) => out.push(answer.with(Body::Challenge(challenge))),
+                    Verdict::Refused(refusal) => {
+                        tracing::trace!(?refusal, %endpoint, "REGISTER refused");
+                    }
+                }
+                Ok(())
+            }
+            _ => Err(DecodeError::Field("type")),
+        }
+    }
+
+    #[allow(clippy::too_many_arguments)] // one caller, which passes its own arguments on
+    fn from_gateway(
+        &mut self,
+        tables: &Tables,
+        tag: ClusterTag,
+        unverified: &Unverified<'_>,
+        arrival: &Arrival,
+        now: Instant,
+        clocks: Now,
+        out: &mut Vec<Effect>,
+    ) -> Result<(), DecodeError> {
+        let hour = unverified.phase.hour(clocks.unix);
+        let (whose, datagram) = if tag == tables.tag {
+            let key = tables.replica_key(&mut self.keys, hour, clocks.hour());
+            (Whose::Sibling, unverified.verify(key)?)
+        } else {
+            let link = tables.peer(tag, clocks.unix).ok_or(DecodeError::Field("selector"))?;
+            (Whose::Peer(tag), unverified.verify(link.probe_key(&mut self.keys, hour, clocks.hour()))?)
+        };
+        match &datagram.body {
+            Body::Probe(probe) => {
+                self.learn(arrival.source, who_of(whose), now);
+                let key = self.gateway_key(tables, whose, clocks).ok_or(DecodeError::Field("selector"))?;
+                let selector = Selector::Gateway { tag: tables.tag };
+                let answer = Answer { arrival, selector, sequence: datagram.sequence, key, clocks };
+                out.push(answer.with(Body::ProbeAck(self.ack(probe, arrival))));
+                Ok(())
+            }
+            Body::ProbeAck(ack) => {
+                let matched =
+                    self.hops.on_ack(whose, arrival.via, arrival.source, datagram.sequence, ack, now);
+                matched.then_some(()).ok_or(DecodeError::Field("sequence"))
+            }
+            Body::Announce(announce) if whose == Whose::Sibling => {
+                // By its start number, wherever it sends from: a sibling's own address need not be its announced one.
+                let siblings = || self.hops.iter().filter(|hop| hop.whose == Whose::Sibling);
+                let sibling = siblings()
+                    .find(|hop| hop.probe.start() == Some(announce.replica))
+                    .or_else(|| siblings().find(|hop| hop.replica.address == arrival.source))
+                    .map(|hop| (hop.replica.address, hop.probe.start()));
+                let (address, start) = sibling.ok_or(DecodeError::Field("selector"))?;
+                let news = self.siblings.on_announce(now, address, start, datagram.sequence, announce);
+                self.dirty |= news;
+                Ok(())
+            }
+            Body::Gone(gone) => {
+                // A peer speaks for its own endpoints, a sibling for ours.
+                if gone.tag != tag {
+                    return Err(DecodeError::Field("tag"));
+                }
+                self.gone_received += 1;
+                let hint = decide::Gone {
+                    endpoint: gone.endpoint,
+                    only_this_incarnation: gone.only_this_incarnation,
+                };
+                self.tell_listeners(tables, gone.tag, hint, clocks, out);
+                Ok(())
+            }
+            _ => Err(DecodeError::Field("type")),
+        }
+    }
+
+    fn ack(&self, probe: &datagram::Probe, arrival: &Arrival) -> ProbeAck {
+        let received = u16::try_from(arrival.bytes.len()).unwrap_or(u16::MAX);
+        let tables = self.tables.as_deref();
+        let unreachable = tables.map(|tables| self.hops.unreachable(tables, self.unix)).unwrap_or_default();
+        let ack = ProbeAck::answering(probe, received, self.start, arrival.source, &unreachable);
+        if self.draining {
+            return ProbeAck { unreachable_total: DRAINING, unreachable: Vec::new(), ..ack };
+        }
+        ack
+    }
+
+    fn learn(&mut self, source: SocketAddr, who: Who, now: Instant) {
+        if !self.learned.contains_key(&source) && self.learned.len() >= LEARNED {
+            return;
+        }
+        let before = self.learned.insert(source, (who, now));
+        self.dirty |= before.is_none_or(|(before, _)| before != who);
+    }
+
+    fn gateway_key(&mut self, tables: &Tables, whose: Whose, clocks: Now) -> Option<CidKey> {
+        let hour = clocks.hour();
+        match whose {
+            Whose::Sibling => Some(tables.replica_key(&mut self.keys, hour, hour).clone()),
+            Whose::Peer(tag) => {
+                Some(tables.peer(tag, clocks.unix)?.probe_key(&mut self.keys, hour, hour).clone())
+            }
+        }
+    }
+
+    /// A forwarding thread dropped a packet for an endpoint that is no more.
+    pub fn on_gone(
+        &mut self,
+        gone: decide::Gone,
+        origin: Origin,
+        arrival: &Arrival,
+        clocks: Now,
+        out: &mut Vec<Effect>,
+    ) {
+        let Some(tables) = self.tables.clone() else { return };
+        if !self.gone_bucket.take(clocks.since_start, GONE_PER_SECOND) {
+            return;
+        }
+        let to = (arrival.via, arrival.source, arrival.contacted);
+        let told = match origin.who {
+            Who::Endpoint { block, .. } => {
+                self.gone_to_endpoint(&tables, block, tables.tag, gone, to, clocks)
+            }
+            Who::Peer(tag) => self.gone_to_gateway(&tables, Whose::Peer(tag), gone, to, clocks),
+            Who::Sibling => self.gone_to_gateway(&tables, Whose::Sibling, gone, to, clocks),
+            Who::Neighbour | Who::Stranger => None,
+        };
+        self.gone_sent += u64::from(told.is_some());
+        out.extend(told);
+    }
+
+    fn gone_to_endpoint(
+        &mut self,
+        tables: &Tables,
+        block: Block,
+        tag: ClusterTag,
+        gone: decide::Gone,
+        (via, to, from): (Via, SocketAddr, Option<IpAddr>),
+        clocks: Now,
+    ) -> Option<Effect> {
+        tables.endpoint(block, clocks.unix).filter(|record| !record.gone)?;
+        let key = tables.endpoint_key(block, &mut self.keys, clocks.hour(), clocks.hour());
+        // The block is what counts: the receiver may be in any incarnation.
+        let selector =
+            Selector::Endpoint { tag: tables.tag, endpoint: EndpointId::from_u32(block.value() << 4) };
+        let bytes = gone_datagram(selector, tag, gone).encode(clocks.hour(), key);
+        Some(Effect::Send(Send { via, to, from, bytes, probe: None }))
+    }
+
+    fn gone_to_gateway(
+        &mut self,
+        tables: &Tables,
+        whose: Whose,
+        gone: decide::Gone,
+        (via, to, from): (Via, SocketAddr, Option<IpAddr>),
+        clocks: Now,
+    ) -> Option<Effect> {
+        let key = self.gateway_key(tables, whose, clocks)?;
+        let selector = Selector::Gateway { tag: tables.tag };
+        let bytes = gone_datagram(selector, tables.tag, gone).encode(clocks.hour(), &key);
+        Some(Effect::Send(Send { via, to, from, bytes, probe: None }))
+    }
+
+    /// Passes a hint on to whoever lately sent to that endpoint.
+    fn tell_listeners(
+        &mut self,
+        tables: &Tables,
+        tag: ClusterTag,
+        gone: decide::Gone,
+        clocks: Now,
+        out: &mut Vec<Effect>,
+    ) {
+        let concerned = |endpoint: EndpointId| {
+            endpoint == gone.endpoint
+                || (!gone.only_this_incarnation && endpoint.block() == gone.endpoint.block())
+        };
+        for (endpoint, listener) in self.recent.listeners(tag, concerned) {
+            if !self.gone_bucket.take(clocks.since_start, GONE_PER_SECOND) {
+                return;
+            }
+            let gone = decide::Gone { endpoint, ..gone };
+            let before = out.len();
+            match listener {
+                Listener::Endpoint(block) => {
+                    let to = self.reach(tables, block, clocks);
+                    let hint = to.and_then(|to| self.gone_to_endpoint(tables, block, tag, gone, to, clocks));
+                    out.extend(hint);
+                }
+                // Of ours, to every gateway of the peer: only the one that forwarded knows for whom. Hints about
+                // others' endpoints are not passed on between clusters.
+                Listener::Peer(peer) if tag == tables.tag => {
+                    let alive = self.hops.iter().filter(|h| h.whose == Whose::Peer(peer) && h.probe.alive());
+                    let ways: Vec<_> = alive.map(|hop| (hop.via, hop.replica.address, None)).collect();
+                    for to in ways {
+                        out.extend(self.gone_to_gateway(tables, Whose::Peer(peer), gone, to, clocks));
+                    }
+                }
+                Listener::Peer(_) => {}
+            }
+            self.gone_sent += (out.len() - before) as u64;
+        }
+    }
+
+    fn reach(&self, tables: &Tables, block: Block, clocks: Now) -> Option<(Via, SocketAddr, Option<IpAddr>)> {
+        let record = tables.endpoint(block, clocks.unix)?;
+        if let Some(address) = record.address.filter(|_| !record.registers) {
+            return Some((Via::Side(Side::Inner), address, None));
+        }
+        let at = self.registrations.iter().find(|registration| registration.endpoint.block() == block)?;
+        Some((Via::Side(at.side), at.address, self.contacted.get(&block).copied().flatten()))
+    }
+
+    /// ICMP says that nobody listens at an address: a path is dead at once; of an endpoint, its callers are told.
+    pub fn on_refused(&mut self, address: SocketAddr, now: Instant, clocks: Now, out: &mut Vec<Effect>) {
+        self.hop_refused(address, now);
+        let origin = self.known.get(&address).map(|origin| origin.who);
+        if let (Some(Who::Endpoint { block, .. }), Some(tables)) = (origin, self.tables.clone()) {
+            // What was sent there named an incarnation that is no more; the block may be back in another one.
+            let incarnations: HashSet<EndpointId> = self
+                .recent
+                .listeners(tables.tag, |e| e.block() == block)
+                .into_iter()
+                .map(|(e, _)| e)
+                .collect();
+            for endpoint in incarnations {
+                let gone = decide::Gone { endpoint, only_this_incarnation: true };
+                self.tell_listeners(&tables, tables.tag, gone, clocks, out);
+            }
+        }
+    }
+
+    /// The part of [`Self::on_refused`] that is about paths.
+    pub fn hop_refused(&mut self, address: SocketAddr, now: Instant) {
+        for hop in self.hops.iter_mut().filter(|hop| hop.replica.address == address) {
+            hop.probe.on_refused(now);
+            self.dirty = true;
+        }
+    }
+
+    pub fn on_too_large(&mut self, hop: u64, sequence: u64, now: Instant) {
+        if let Some(hop) = self.hops.get_mut(hop) {
+            hop.probe.on_too_large(now, sequence);
+        }
+    }
+
+    /// Call when due, or more often.
+    pub fn on_tick(&mut self, now: Instant, clocks: Now, out: &mut Vec<Effect>) {
+        self.unix = clocks.unix;
+        let Some(tables) = self.tables.clone() else { return };
+        self.dirty |= self.hops.iter().any(|hop| hop.flags.refused.load(Relaxed));
+        let before: Vec<_> = self.hops.iter().map(|hop| hop.standing()).collect();
+        for (id, probe) in self.hops.tick(now) {
+            let Some((whose, via, to)) = self.hops.get_mut(id).map(|h| (h.whose, h.via, h.replica.address))
+            else {
+                continue;
+            };
+            let Some(key) = self.gateway_key(&tables, whose, clocks) else { continue };
+            let selector = Selector::Gateway { tag: tables.tag };
+            let datagram = Datagram { selector, sequence: probe.sequence, body: Body::Probe(probe.probe) };
+            let bytes = datagram.encode(clocks.hour(), &key);
+            out.push(Effect::Send(Send { via, to, from: None, bytes, probe: Some((id, probe.sequence)) }));
+        }
+        self.take_events(now);
+        let changes = self.hops.replace_dead(now);
+        self.dirty |= !changes.is_empty();
+        push_changes(changes, out);
+        self.dirty |= !before.into_iter().eq(self.hops.iter().map(|hop| hop.standing()));
+        self.announce(&tables, now, clocks, out);
+        if now >= self.next_sweep {
+            self.next_sweep = now + SWEEP;
+            self.sweep(now);
+        }
+    }
+
+    fn take_events(&mut self, now: Instant) {
+        for hop in self.hops.iter_mut() {
+            let sibling = hop.whose == Whose::Sibling;
+            for event in hop.probe.take_events() {
+                self.dirty = true;
+                match event {
+                    Event::Dead => {
+                        tracing::info!(cluster = hop.cluster, gateway = hop.replica.name, address = %hop.replica.address, "gateway does not answer");
+                        if sibling {
+                            self.siblings.forget(hop.replica.address);
+                        }
+                    }
+                    Event::Alive => {
+                        tracing::info!(cluster = hop.cluster, gateway = hop.replica.name, address = %hop.replica.address, "gateway answers");
+                        if sibling {
+                            self.registrations.announce_now(now);
+                        }
+                    }
+                    Event::Restarted(_) if sibling => {
+                        self.siblings.forget(hop.replica.address);
+                        self.registrations.announce_now(now);
+                    }
+                    _ => {}
+                }
+            }
+        }
+    }
+
+    fn announce(&mut self, tables: &Tables, now: Instant, clocks: Now, out: &mut Vec<Effect>) {
+        let before = self.registrations.len();
+        let announces = self.registrations.on_tick(now);
+        self.dirty |= self.registrations.len() != before;
+        if announces.is_empty() {
+            return;
+        }
+        let key = tables.replica_key(&mut self.keys, clocks.hour(), clocks.hour());
+        let selector = Selector::Gateway { tag: tables.tag };
+        for (sequence, announce) in announces {
+            let datagram = Datagram { selector, sequence, body: Body::Announce(announce) };
+            let bytes = datagram.encode(clocks.hour(), key);
+            for hop in self.hops.iter().filter(|hop| hop.whose == Whose::Sibling) {
+                let (via, to) = (hop.via, hop.replica.address);
+                out.push(Effect::Send(Send { via, to, from: None, bytes: bytes.clone(), probe: None }));
+            }
+        }
+    }
+
+    fn sweep(&mut self, now: Instant) {
+        let before = (self.siblings.len(), self.learned.len());
+        self.siblings.expire(now);
+        self.learned.retain(|_, (_, at)| now.saturating_duration_since(*at) < LEARNED_LIFE);
+        self.dirty |= before != (self.siblings.len(), self.learned.len());
+        if self.contacted.len() > self.registrations.len() {
+            let registered: HashSet<Block> = self.registrations.iter().map(|r| r.endpoint.block()).collect();
+            self.contacted.retain(|block, _| registered.contains(block));
+        }
+    }
+
+    pub fn next_tick(&self, now: Instant) -> Instant {
+        let announce = (!self.registrations.is_empty()).then(|| self.registrations.next_announce());
+        let due = [self.hops.next_tick(), announce, Some(self.next_sweep)];
+        // A probe that is overdue but paced must not make this spin.
+        due.into_iter().flatten().min().unwrap_or(self.next_sweep).max(now + Duration::from_millis(1))
+    }
+
+    pub fn is_dirty(&self) -> bool {
+        self.dirty && self.tables.is_some()
+    }
+
+    /// The view of now; `None` before the first tables.
+    pub fn view(&self, ports: &HashMap<PortId, Arc<Port>>, now: Instant) -> Option<View> {
+        let tables = self.tables.clone()?;
+        let mut learned: HashMap<SocketAddr, Origin> = HashMap::with_capacity(self.learned.len());
+        for (source, (who, _)) in &self.learned {
+            learned.insert(*source, Origin { who: *who, hop: self.hop_slot(*source, *who) });
+        }
+        let mut registered = HashMap::with_capacity(self.registrations.len());
+        for at in self.registrations.iter() {
+            let block = at.endpoint.block();
+            if self.registrations.get(block, now).is_none() {
+                continue;
+            }
+            let contacted = self.contacted.get(&block).copied().flatten();
+            let entry = Registered { endpoint: at.endpoint, address: at.address, side: at.side, contacted };
+            registered.insert(block, entry);
+            let who = Who::Endpoint { block, registered: true };
+            learned.insert(at.address, Origin { who, hop: Counters::ENDPOINTS });
+        }
+        let holder = |address: SocketAddr| {
+            let hop = self.hops.iter().find(|h| h.whose == Whose::Sibling && h.replica.address == address);
+            Holder { address, hop: hop.map(|hop| hop.slot).unwrap_or_default() }
+        };
+        let holders = self.siblings.iter(now).map(|(block, address)| (block, holder(address)));
+        let links = tables.all_links(self.unix).into_iter().map(|link| {
+            let slot = self.counters.slot(Name::Link(link.peer.to_string()));
+            let paths = self.hops.iter().filter(|hop| hop.whose == Whose::Peer(link.tag));
+            (
+                link.tag,
+                LinkView { link: Arc::clone(link), slot, paths: paths.map(|hop| hop.path()).collect() },
+            )
+        });
+        Some(View {
+            registered: Arc::new(registered),
+            holders: Arc::new(holders.collect()),
+            known: Arc::clone(&self.known),
+            learned: Arc::new(learned),
+            inner_ips: Arc::clone(&self.inner_ips),
+            links: Arc::new(links.collect()),
+            ports: Arc::new(ports.clone()),
+            tables,
+        })
+    }
+
+    fn hop_slot(&self, source: SocketAddr, who: Who) -> crate::counters::Slot {
+        let whose = match who {
+            Who::Peer(tag) => Whose::Peer(tag),
+            Who::Sibling => Whose::Sibling,
+            _ => return Counters::ENDPOINTS,
+        };
+        // A peer behind a NAT or with several addresses: the machine tells which gateway it is, if any does.
+        let of = |by_ip: bool| {
+            self.hops.iter().find(|hop| {
+                let address = hop.replica.address;
+                hop.whose == whose && (address == source || (by_ip && address.ip() == source.ip()))
+            })
+        };
+        of(false).or_else(|| of(true)).map(|hop| hop.slot).unwrap_or_default()
+    }
+
+    /// The view has been published: what the flags said is in it.
+    pub fn published(&mut self) {
+        self.dirty = false;
+        self.hops.iter().for_each(|hop| hop.flags.refused.store(false, Relaxed));
+    }
+
+    pub fn status(&self, _now: Instant) -> Status {
+        let refusals = self.registrations.refusals();
+        Status {
+            hops: self.hops.status(),
+            registered: self.registrations.len(),
+            announced: self.siblings.len(),
+            unreachable: self
+                .tables
+                .as_ref()
+                .map(|t| self.hops.unreachable(t, self.unix))
+                .unwrap_or_default(),
+            refused_registers: refusals.wrong_replica + refusals.replayed + refusals.full,
+            gone_sent: self.gone_sent,
+            gone_received: self.gone_received,
+        }
+    }
+}
+
+/// How a question is answered: where it came in, to where it came from, from the address that was contacted.
+struct Answer<'a> {
+    arrival: &'a Arrival,
+    selector: Selector,
+    sequence: u64,
+    key: CidKey,
+    clocks: Now,
+}
+
+impl Answer<'_> {
+    fn with(&self, body: Body) -> Effect {
+        let datagram = Datagram { selector: self.selector, sequence: self.sequence, body };
+        let bytes = datagram.encode(self.clocks.hour(), &self.key);
+        let (via, to, from) = (self.arrival.via, self.arrival.source, self.arrival.contacted);
+        Effect::Send(Send { via, to, from, bytes, probe: None })
+    }
+}
+
+fn gone_datagram(selector: Selector, tag: ClusterTag, gone: decide::Gone) -> Datagram {
+    let decide::Gone { endpoint, only_this_incarnation } = gone;
+    Datagram {
+        selector,
+        sequence: 0,
+        body: Body::Gone(datagram::Gone { tag, endpoint, only_this_incarnation }),
+    }
+}
+
+fn who_of(whose: Whose) -> Who {
+    match whose {
+        Whose::Peer(tag) => Who::Peer(tag),
+        Whose::Sibling => Who::Sibling,
+    }
+}
+
+fn push_changes(changes: Vec<PortChange>, out: &mut Vec<Effect>) {
+    out.extend(changes.into_iter().map(|change| match change {
+        PortChange::Open(id) => Effect::Open(id),
+        PortChange::Close(id) => Effect::Close(id),
+    }));
+}

@@ -1,0 +1,292 @@
+//! What a sidecar needs in memory: idle, with a thousand open streams, with five thousand client connections, and how
+//! long those take to come back after its restart.
+//!
+//! One cluster on loopback of the real binary. The clients are dialled by this process as one member of the cluster: the
+//! server can't tell them from as many sidecars.
+
+use std::collections::BTreeMap;
+use std::net::{SocketAddr, TcpStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use futures::StreamExt as _;
+use futures::stream::FuturesUnordered;
+use serde::Serialize;
+use tombolo_identity::{ExpectedPeer, tls};
+use tombolo_overlay::cid::Kind;
+use tombolo_overlay::member::Member;
+use tombolo_overlay::{DialTarget, Limits, Overlay, OverlayConfig, PeerConnection, ServerTls};
+use tombolo_proto::v1;
+use tombolo_proto::v1::config_client::ConfigClient;
+use tombolo_runtime::tasks::TaskGroup;
+use tombolo_sidecar::tables::{Backend, Tables};
+use tombolo_tests::process::{Process, ProcessSpec};
+use tombolo_tests::usage;
+
+use crate::mesh::{tombolo, tombolo_binary};
+
+const STREAMS: usize = 1000;
+/// Handshakes under way at a time: what pools of as many sidecars with jittered backoff come to.
+const AT_A_TIME: usize = 64;
+const READY: Duration = Duration::from_secs(20);
+/// Memory that is freed lazily has settled by then.
+const SETTLE: Duration = Duration::from_secs(3);
+
+#[derive(Debug, Clone, clap::Args)]
+pub struct FootprintArgs {
+    /// Client connections on one sidecar.
+    #[arg(long, default_value_t = 5000)]
+    clients: usize,
+    /// Also writes the figures to this file.
+    #[arg(long)]
+    json: Option<PathBuf>,
+}
+
+/// One figure with its target.
+#[derive(Debug, Serialize)]
+struct Figure {
+    what: String,
+    value: f64,
+    unit: &'static str,
+    at_most: f64,
+    reached: bool,
+}
+
+fn figure(what: impl Into<String>, value: f64, unit: &'static str, at_most: f64) -> Figure {
+    Figure { what: what.into(), value, unit, at_most, reached: value <= at_most }
+}
+
+/// The cluster's processes and where they are.
+struct Place {
+    dir: tempfile::TempDir,
+    processes: BTreeMap<&'static str, Process>,
+}
+
+fn address(host: u8, port: u16) -> SocketAddr {
+    SocketAddr::from(([127, 83, 1, host], port))
+}
+
+impl Place {
+    fn path(&self, name: &str) -> String {
+        self.dir.path().join(name).display().to_string()
+    }
+
+    fn operate(&self, args: &[&str]) -> Result<String> {
+        tombolo(&[&["--socket", &self.path("admin.sock")], args].concat(), "")
+    }
+
+    fn start(&mut self, name: &'static str, host: u8, args: &[&str]) -> Result<()> {
+        let admin = address(host, 7445).to_string();
+        let args = [args, &["--admin", &admin, "--log-level", "warn"]].concat();
+        let process = ProcessSpec::new(name, tombolo_binary()?).args(args).spawn(self.dir.path())?;
+        self.processes.insert(name, process);
+        let deadline = Instant::now() + READY;
+        while !ready(address(host, 7445)) {
+            let process = &self.processes[name];
+            ensure!(Instant::now() < deadline, "{name} is not ready: {}", process.tail());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Ok(())
+    }
+
+    fn token(&self, name: &str) -> Result<String> {
+        let token = self.operate(&["token", "create", "--role", "sidecar", "--name", name, "-n", "bench"])?;
+        let path = self.path(&format!("{name}.token"));
+        std::fs::write(&path, token)?;
+        Ok(path)
+    }
+
+    fn up() -> Result<Self> {
+        let mut place = Self { dir: tempfile::tempdir()?, processes: BTreeMap::new() };
+        let (root, trust, state) = (place.path("root"), place.path("trust"), place.path("federator"));
+        tombolo(&["trust", "init", "--trust-domain", "bench.example", "--dir", &root], "")?;
+        tombolo(&["trust", "cluster", "east", "--dir", &root, "--out", &trust], "")?;
+        let (listen, socket) = (address(1, 7443).to_string(), place.path("admin.sock"));
+        let args = ["federator", "--cluster", "east", "--trust-dir", &trust, "--state-dir", &state];
+        place.start("federator", 1, &[&args[..], &["--listen", &listen, "--socket", &socket]].concat())?;
+        let app = address(21, 8080).to_string();
+        let spec =
+            ProcessSpec::new("app", tombolo_binary()?).args(["demo-app", "--listen", &app, "--name", "app"]);
+        let spec = spec.spawn(place.dir.path())?;
+        place.processes.insert("app", spec);
+        Ok(place)
+    }
+
+    fn server(&mut self) -> Result<()> {
+        let token = self.path("server.token");
+        let token = if Path::new(&token).exists() { token } else { self.token("server")? };
+        let (state, bind) = (self.path("server"), address(21, 7442).to_string());
+        let serves = format!("bench/http:80={}", address(21, 8080));
+        let args = ["sidecar", "--name", "server", "--join-token-file", &token, "--state-dir", &state];
+        let args = [&args[..], &["--bind", &bind, "--announce", &bind, "--service", &serves]].concat();
+        self.start("server", 21, &args)
+    }
+
+    fn caller(&mut self) -> Result<SocketAddr> {
+        let (token, state, bind) =
+            (self.token("caller")?, self.path("caller"), address(22, 7442).to_string());
+        let entry = address(22, 9080);
+        let calls = format!("bench/http:80={entry}");
+        let args = ["sidecar", "--name", "caller", "--join-token-file", &token, "--state-dir", &state];
+        let args = [&args[..], &["--bind", &bind, "--announce", &bind, "--upstream", &calls]].concat();
+        self.start("caller", 22, &args)?;
+        Ok(entry)
+    }
+
+    fn rss_mb(&self, name: &str) -> Result<f64> {
+        let pid = self.processes.get(name).context("no such process")?.pid();
+        let used = usage::of(pid).with_context(|| format!("{name} is gone"))?;
+        Ok(used.rss_bytes as f64 / 1e6)
+    }
+}
+
+fn ready(admin: SocketAddr) -> bool {
+    use std::io::{Read as _, Write as _};
+    let ask = || -> std::io::Result<bool> {
+        let mut stream = TcpStream::connect_timeout(&admin, Duration::from_millis(200))?;
+        stream.set_read_timeout(Some(Duration::from_secs(1)))?;
+        stream.write_all(b"GET /ready HTTP/1.1\r\nHost: bench\r\nConnection: close\r\n\r\n")?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        Ok(answer.starts_with("HTTP/1.1 200"))
+    };
+    ask().unwrap_or(false)
+}
+
+/// This process as a member of the cluster.
+struct Clients {
+    member: Member,
+    overlay: Overlay,
+    _tasks: TaskGroup,
+}
+
+impl Clients {
+    async fn join(place: &Place) -> Result<Self> {
+        let token = std::fs::read_to_string(place.token("clients")?)?;
+        let bind = address(23, 7442);
+        let member = Member::join(token.trim(), &place.dir.path().join("clients"), None, bind).await?;
+        let tasks = TaskGroup::new();
+        let config = OverlayConfig {
+            tag: member.tag(),
+            endpoint: member.burn_endpoint()?,
+            keys: member.lease().keys.clone(),
+            kind: Kind::Endpoint,
+            bind,
+            registers: false,
+            learns: false,
+            server: Some(ServerTls { mesh: tls::mesh_server_config(member.svid())?, join: None }),
+            limits: Limits::default(),
+        };
+        let overlay = Overlay::bind(config, &tasks)?;
+        overlay.set_routes(member.first_routes());
+        Ok(Self { member, overlay, _tasks: tasks })
+    }
+
+    /// The healthy backend of the service, as the newest snapshot has it.
+    async fn backend(&self) -> Result<Arc<Backend>> {
+        let channel = self.member.connect(&self.overlay).await?;
+        let hello = v1::SidecarHello {
+            endpoint_addresses: vec![self.overlay.local_addr().to_string()],
+            endpoints: vec![self.overlay.endpoint_id().value()],
+            upstreams: vec!["bench/http".to_owned()],
+            lease: Some(self.member.lease().to_wire()),
+            ..Default::default()
+        };
+        let mut snapshots = ConfigClient::new(channel).watch_sidecar(hello).await?.into_inner();
+        loop {
+            let snapshot = snapshots.message().await?.context("the federator ended the stream")?;
+            let tables = Tables::parse(&snapshot, self.member.cluster(), self.member.tag())?;
+            let upstream = tables.upstreams.get(&"bench/http".parse()?).cloned();
+            let healthy = upstream.and_then(|u| u.backends.iter().find(|b| b.healthy > 0).cloned());
+            if let Some(backend) = healthy {
+                self.overlay.set_routes(tables.routes);
+                return Ok(backend);
+            }
+        }
+    }
+
+    /// `count` connections, and how many dials failed on the way.
+    async fn dial(&self, count: usize, backend: &Backend) -> Result<(Vec<PeerConnection>, usize)> {
+        let tls = tls::mesh_client_config(
+            self.member.svid(),
+            ExpectedPeer::OneOf(Arc::clone(&backend.identities)),
+        )?;
+        let target = DialTarget {
+            kind: Kind::Service,
+            tag: backend.tag,
+            handle: backend.handle,
+            keys: Arc::clone(&backend.keys),
+        };
+        let (mut open, mut failed) = (Vec::with_capacity(count), 0);
+        let mut dials = FuturesUnordered::new();
+        while open.len() < count {
+            ensure!(failed <= count, "more dials fail than work");
+            while dials.len() < AT_A_TIME && open.len() + dials.len() < count {
+                dials.push(self.overlay.dial(&target, Arc::clone(&tls)));
+            }
+            match dials.next().await {
+                Some(Ok(connection)) => open.push(connection),
+                Some(Err(_)) => failed += 1,
+                None => break,
+            }
+        }
+        Ok((open, failed))
+    }
+}
+
+/// Runs it and prints the figures.
+pub fn run(args: &FootprintArgs) -> Result<()> {
+    let runtime = tombolo_runtime::rt::one_thread()?;
+    let figures = runtime.block_on(measure(args))?;
+    for Figure { what, value, unit, at_most, reached } in &figures {
+        let word = if *reached { "REACHED" } else { "MISSED" };
+        println!("{word} {what}: {value:.1} {unit}, target <= {at_most} {unit}");
+    }
+    if let Some(path) = &args.json {
+        std::fs::write(path, serde_json::to_vec_pretty(&figures)?)?;
+    }
+    Ok(())
+}
+
+async fn measure(args: &FootprintArgs) -> Result<Vec<Figure>> {
+    let mut figures = Vec::new();
+    let mut place = Place::up()?;
+    place.server()?;
+    let entry = place.caller()?;
+    tokio::time::sleep(SETTLE).await;
+    let idle = place.rss_mb("server")?.max(place.rss_mb("caller")?);
+    figures.push(figure("idle sidecar, RSS", idle, "MB", 15.0));
+
+    let mut streams = Vec::with_capacity(STREAMS);
+    for _ in 0..STREAMS {
+        streams.push(TcpStream::connect(entry)?);
+    }
+    tokio::time::sleep(SETTLE).await;
+    let with_streams = place.rss_mb("server")?.max(place.rss_mb("caller")?);
+    figures.push(figure(format!("sidecar with {STREAMS} open streams, RSS"), with_streams, "MB", 60.0));
+    drop(streams);
+
+    let clients = Clients::join(&place).await?;
+    let backend = clients.backend().await?;
+    let (open, failed) = clients.dial(args.clients, &backend).await?;
+    eprintln!("{} connections stand, {failed} dials failed", open.len());
+    tokio::time::sleep(SETTLE).await;
+    ensure!(open.iter().all(|c| !c.is_closed()), "connections ended by themselves");
+    let loaded = place.rss_mb("server")?;
+    figures.push(figure(format!("sidecar with {} client connections, RSS", open.len()), loaded, "MB", 250.0));
+    drop(open);
+
+    if let Some(mut server) = place.processes.remove("server") {
+        server.kill()?;
+    }
+    let restarted = Instant::now();
+    place.server()?;
+    let backend = clients.backend().await?;
+    let (open, failed) = clients.dial(args.clients, &backend).await?;
+    let back = restarted.elapsed().as_secs_f64();
+    eprintln!("{} connections stand again, {failed} dials failed", open.len());
+    figures.push(figure(format!("{} connections after the sidecar's restart", open.len()), back, "s", 8.0));
+    Ok(figures)
+}
