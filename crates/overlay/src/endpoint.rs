@@ -36,6 +36,8 @@ const ACCEPT_QUEUE: usize = 256;
 const CONTROL_QUEUE: usize = 512;
 /// Closing frames have left by then.
 const CLOSE_PATIENCE: Duration = Duration::from_millis(500);
+/// Nothing tells when a socket is let go; a start waits this much too long at most.
+const RELEASE_POLL: Duration = Duration::from_millis(5);
 
 /// TLS of the server side, by class of handle.
 #[derive(Clone, Debug)]
@@ -255,6 +257,17 @@ impl Overlay {
     pub async fn close(&self) {
         self.0.quic.close(close_code::DRAINING.into(), b"closing");
         let _ = tokio::time::timeout(CLOSE_PATIENCE, self.0.quic.wait_idle()).await;
+    }
+
+    /// Says when the socket's address is free again: quinn holds the socket until every connection has drained, for
+    /// three PTOs (RFC 9000 section 10.2) after [`close`](Self::close), and this value must be dropped.
+    pub(crate) fn released(&self) -> impl Future<Output = ()> + use<> {
+        let socket = Arc::downgrade(&self.0.socket);
+        async move {
+            while socket.strong_count() > 0 {
+                tokio::time::sleep(RELEASE_POLL).await;
+            }
+        }
     }
 
     /// Announces ourselves on the connection, listens to the peer's control stream, and watches its liveness.
