@@ -10,12 +10,14 @@
 
 pub mod balancer;
 pub mod capability;
+pub mod hostile;
 pub mod link;
 pub mod mesh;
 pub mod nat;
 pub mod netns;
 pub mod process;
 pub mod scenario;
+pub mod stolen;
 pub mod traffic;
 pub mod usage;
 pub mod wire;

@@ -107,12 +107,14 @@ impl ProcessSpec {
     }
 
     /// Runs it as another user (`setpriv` of util-linux), for servers that refuse to be root.
-    pub fn as_user(mut self, user: &str) -> Self {
+    pub fn as_user(mut self, user: &str) -> Result<Self> {
+        let user = nix::unistd::User::from_name(user)?.with_context(|| format!("no user {user}"))?;
         let program = std::mem::replace(&mut self.program, "setpriv".into());
-        let ids = [format!("--reuid={user}"), format!("--regid={user}"), "--init-groups".to_owned()];
+        let ids =
+            [format!("--reuid={}", user.uid), format!("--regid={}", user.gid), "--init-groups".to_owned()];
         let before = ids.into_iter().map(OsString::from).chain([program.into_os_string()]);
         self.args.splice(0..0, before);
-        self
+        Ok(self)
     }
 
     /// Starts it; output of both kinds goes to `<log_dir>/<name>.log`, appended.

@@ -156,25 +156,38 @@ pub struct Answer {
     pub body: Result<String, String>,
 }
 
+/// Requests that may be open at a time: a service that is silent for 3 s at 100 per second.
+const WORKERS: u32 = 32;
+
 impl RequestLoad {
     pub fn start(namespace: &Namespace, address: SocketAddr, path: &str, per_second: u32) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let (stopped, path, handle) = (Arc::clone(&stop), path.to_owned(), namespace.handle());
         let thread = std::thread::spawn(move || {
-            let mut answers = Vec::new();
-            if handle.enter().is_err() {
-                return answers;
-            }
-            let (start, mut sent) = (Instant::now(), 0u32);
-            while !stopped.load(Ordering::Relaxed) {
-                let due = start + Duration::from_secs(1) * sent / per_second;
-                std::thread::sleep(due.saturating_duration_since(Instant::now()));
-                sent += 1;
-                let at = Instant::now();
-                let body = request(address, &path).map_err(|e| e.to_string());
-                answers.push(Answer { at, took: at.elapsed(), body });
-            }
-            answers
+            let (start, sent) = (Instant::now(), std::sync::atomic::AtomicU32::new(0));
+            let worker = || {
+                let mut answers = Vec::new();
+                if handle.enter().is_err() {
+                    return answers;
+                }
+                while !stopped.load(Ordering::Relaxed) {
+                    // Each takes the next moment that is due; one that waits for its answer holds no other up.
+                    let number = sent.fetch_add(1, Ordering::Relaxed);
+                    let due = start + Duration::from_secs(1) * number / per_second;
+                    std::thread::sleep(due.saturating_duration_since(Instant::now()));
+                    let at = Instant::now();
+                    let body = request(address, &path).map_err(|e| e.to_string());
+                    answers.push(Answer { at, took: at.elapsed(), body });
+                }
+                answers
+            };
+            std::thread::scope(|scope| {
+                let workers: Vec<_> = (0..WORKERS).map(|_| scope.spawn(worker)).collect();
+                let mut answers: Vec<Answer> =
+                    workers.into_iter().flat_map(|worker| worker.join().unwrap_or_default()).collect();
+                answers.sort_by_key(|answer| answer.at);
+                answers
+            })
         });
         Self { stop, thread }
     }

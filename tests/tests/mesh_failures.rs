@@ -219,7 +219,12 @@ fn a_dead_service_moves_traffic_to_the_next_tier_and_back() -> Result<()> {
         let east = |a: &Answer| a.body.as_ref().is_ok_and(|b| b.contains("east"));
         ensure!(answers.iter().filter(|a| a.at < killed).all(|a| !east(a)), "{what}: west served before");
         let first = answers.iter().find(|a| east(a)).with_context(|| format!("{what}: nothing moved"))?;
-        let settled = answers.iter().rev().find(|a| !east(a)).map_or(killed, |a| a.at);
+        let settled = answers
+            .iter()
+            .filter(|a| a.body.is_err() || !east(a))
+            .map(|a| a.at + a.took)
+            .max()
+            .unwrap_or(killed);
         let failures = failed(&answers);
         println!(
             "{what} killed: first answer of the next tier after {:?}, all from it after {:?}, {} of {} failed",
@@ -229,7 +234,8 @@ fn a_dead_service_moves_traffic_to_the_next_tier_and_back() -> Result<()> {
             answers.len()
         );
         ensure!(settled.saturating_duration_since(killed) <= Duration::from_secs(3), "{what}: too late");
-        ensure!(failures.len() * 100 <= answers.len(), "{what}: {failures:?}");
+        // Beside 1 %: the request that the application had already taken when it was killed can't be given to another.
+        ensure!(failures.len() <= 1 + answers.len() / 100, "{what}: {failures:?}");
 
         for victim in victims.iter().rev() {
             world.mesh.restart(victim)?;

@@ -35,7 +35,7 @@ impl Site {
     ) -> Result<Self> {
         let mut mesh = Mesh::start(&Layout { gateways: 1, shape: LINK, ..Layout::default() })?;
         let spec = server(&mesh)?.within(&mesh.cluster("west")?.namespace);
-        mesh.spawn(&format!("west/{service}"), spec)?;
+        mesh.spawn(&format!("west/{service}-server"), spec)?;
         let listen = mesh.cluster("west")?.address(SERVER_HOST, port);
         mesh.eventually("the server listens", Duration::from_secs(10), |mesh| {
             mesh.cluster("west")?.namespace.run(|| std::net::TcpStream::connect(listen).map(drop))??;
@@ -179,15 +179,15 @@ fn postgresql_serves_psql_and_pgbench_across_clusters() -> Result<()> {
         ProcessSpec::new("initdb", initdb)
             .args(["-D", &data, "-A", "trust", "-U", "postgres", "--no-sync", "--locale=C"])
             .current_dir(dir.path())
-            .as_user("postgres")
+            .as_user("postgres")?
             .run(&mesh.logs()?, RUN)?;
         std::fs::write(format!("{data}/pg_hba.conf"), "host all all 0.0.0.0/0 trust\n")?;
         let listen = mesh.cluster("west")?.address(SERVER_HOST, 5432).ip().to_string();
         let server = postgres("postgres").context("postgres")?;
-        Ok(ProcessSpec::new("postgres", server)
+        ProcessSpec::new("postgres", server)
             .args(["-D", &data, "-k", "", "-h", &listen, "-p", "5432", "-c", "fsync=off"])
             .current_dir(dir.path())
-            .as_user("postgres"))
+            .as_user("postgres")
     })?;
     let host = site.host()?;
     let at = ["-h", host.as_str(), "-p", "5432", "-U", "postgres"];
@@ -218,11 +218,11 @@ fn redis_serves_redis_benchmark_across_clusters() -> Result<()> {
     let site = Site::start("redis", 6379, |mesh| {
         let listen = mesh.cluster("west")?.address(SERVER_HOST, 6379).ip().to_string();
         let program = find_program("redis-server").context("redis-server")?;
-        Ok(ProcessSpec::new("redis", program)
+        ProcessSpec::new("redis", program)
             .args(["--bind", &listen, "--port", "6379", "--save", "", "--appendonly", "no"])
             .args(["--protected-mode", "no"])
             .current_dir("/")
-            .as_user("nobody"))
+            .as_user("nobody")
     })?;
     let host = site.host()?;
     let at = ["-h", host.as_str(), "-p", "6379"];
