@@ -266,7 +266,11 @@ fn links(read: Vec<(Name, Figures)>) -> Vec<v1::LinkCounters> {
             bytes_in: figures.bytes_in,
             packets_out: figures.packets_out,
             bytes_out: figures.bytes_out,
-            drops: figures.drops.into_iter().map(|(reason, count)| (reason.as_str().to_owned(), count)).collect(),
+            drops: figures
+                .drops
+                .into_iter()
+                .map(|(reason, count)| (reason.as_str().to_owned(), count))
+                .collect(),
         })
     };
     read.into_iter().filter_map(link).collect()

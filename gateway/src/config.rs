@@ -39,7 +39,9 @@ pub struct GatewayConfig {
 pub enum ConfigError {
     #[error("{flag} {address}: 0.0.0.0 and port 0 reach nobody: give the address that others can send to")]
     Advertised { flag: &'static str, address: SocketAddr },
-    #[error("--balanced needs --advertise-border ADDRESS:PORT: the balancer's address is not one of this machine's")]
+    #[error(
+        "--balanced needs --advertise-border ADDRESS:PORT: the balancer's address is not one of this machine's"
+    )]
     Balanced,
     #[error("--border and --inner are both {address}: give one of them another port")]
     SameAddress { address: SocketAddr },
@@ -52,7 +54,8 @@ pub enum ConfigError {
 impl GatewayConfig {
     /// Checks what can be checked before anything is bound.
     pub fn check(&self) -> Result<(), ConfigError> {
-        let advertised = [("--advertise-border", self.advertise_border), ("--advertise-inner", self.advertise_inner)];
+        let advertised =
+            [("--advertise-border", self.advertise_border), ("--advertise-inner", self.advertise_inner)];
         for (flag, address) in advertised {
             if let Some(address) = address.filter(|a| a.ip().is_unspecified() || a.port() == 0) {
                 return Err(ConfigError::Advertised { flag, address });
@@ -83,7 +86,8 @@ impl GatewayConfig {
             None => {
                 let ip = outgoing.or_else(|| towards.find_map(source_towards));
                 outgoing = ip;
-                ip.map(|ip| SocketAddr::new(ip, bound.port())).ok_or(ConfigError::Unknown { listen, advertise })
+                ip.map(|ip| SocketAddr::new(ip, bound.port()))
+                    .ok_or(ConfigError::Unknown { listen, advertise })
             }
         };
         Ok((
@@ -95,8 +99,11 @@ impl GatewayConfig {
 
 /// The address of this machine that packets to `to` leave from. Nothing is sent.
 fn source_towards(to: SocketAddr) -> Option<IpAddr> {
-    let any: IpAddr =
-        if to.is_ipv4() { std::net::Ipv4Addr::UNSPECIFIED.into() } else { std::net::Ipv6Addr::UNSPECIFIED.into() };
+    let any: IpAddr = if to.is_ipv4() {
+        std::net::Ipv4Addr::UNSPECIFIED.into()
+    } else {
+        std::net::Ipv6Addr::UNSPECIFIED.into()
+    };
     let socket = UdpSocket::bind((any, 0)).ok()?;
     socket.connect(to).ok()?;
     socket.local_addr().ok().map(|address| address.ip()).filter(|ip| !ip.is_unspecified())

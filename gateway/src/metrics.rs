@@ -76,7 +76,11 @@ impl Metrics {
             control_connected: Gauge::default(),
         };
         let m = &metrics;
-        registry.register("config_revision", "Revision of the configuration in use", m.config_revision.clone());
+        registry.register(
+            "config_revision",
+            "Revision of the configuration in use",
+            m.config_revision.clone(),
+        );
         registry.register(
             "rejected_records",
             "Records of the configuration that were refused",
@@ -87,7 +91,11 @@ impl Metrics {
             "Whole configurations that were refused",
             m.rejected_snapshots.clone(),
         );
-        registry.register("control_connected", "Whether a federator is connected", m.control_connected.clone());
+        registry.register(
+            "control_connected",
+            "Whether a federator is connected",
+            m.control_connected.clone(),
+        );
         // A collector's names carry no prefix of the registry's: it is given in full there.
         registry.register_collector(Box::new(PlaneCollector(plane)));
         metrics
@@ -116,7 +124,8 @@ impl Collector for PlaneCollector {
                 Name::Link(_) | Name::Unknown => None,
             })
             .collect();
-        let directions = |f: &Figures| [("in", f.packets_in, f.bytes_in), ("out", f.packets_out, f.bytes_out)];
+        let directions =
+            |f: &Figures| [("in", f.packets_in, f.bytes_in), ("out", f.packets_out, f.bytes_out)];
         let link_rows = |pick: fn((&'static str, u64, u64)) -> u64| -> Vec<(LinkLabels, u64)> {
             let row = |(link, f): &(String, &Figures)| {
                 let link = link.clone();
@@ -127,8 +136,9 @@ impl Collector for PlaneCollector {
         let hop_rows = |pick: fn((&'static str, u64, u64)) -> u64| -> Vec<(HopLabels, u64)> {
             let row = |(cluster, hop, f): &(String, String, &Figures)| {
                 let (cluster, hop) = (cluster.clone(), hop.clone());
-                directions(f)
-                    .map(|d| (HopLabels { cluster: cluster.clone(), hop: hop.clone(), direction: d.0 }, pick(d)))
+                directions(f).map(|d| {
+                    (HopLabels { cluster: cluster.clone(), hop: hop.clone(), direction: d.0 }, pick(d))
+                })
             };
             hops.iter().flat_map(row).collect()
         };
@@ -136,16 +146,30 @@ impl Collector for PlaneCollector {
         counters(&mut encoder, "bytes", "UDP payload forwarded, by link", link_rows(|d| d.2))?;
         let drops = links.iter().flat_map(|(link, figures)| {
             let labels = |reason: &'static str| DropLabels { link: link.clone(), reason };
-            figures.drops.iter().map(move |(reason, count)| (labels(reason.as_str()), *count)).collect::<Vec<_>>()
+            figures
+                .drops
+                .iter()
+                .map(move |(reason, count)| (labels(reason.as_str()), *count))
+                .collect::<Vec<_>>()
         });
         counters(&mut encoder, "drops", "Packets dropped, by link and reason", drops.collect())?;
         counters(&mut encoder, "hop_packets", "Packets from and to a neighbouring hop", hop_rows(|d| d.1))?;
         counters(&mut encoder, "hop_bytes", "UDP payload from and to a neighbouring hop", hop_rows(|d| d.2))?;
         let drops = hops.iter().flat_map(|(cluster, hop, figures)| {
-            let labels = |reason: &'static str| HopDropLabels { cluster: cluster.clone(), hop: hop.clone(), reason };
-            figures.drops.iter().map(move |(reason, count)| (labels(reason.as_str()), *count)).collect::<Vec<_>>()
+            let labels =
+                |reason: &'static str| HopDropLabels { cluster: cluster.clone(), hop: hop.clone(), reason };
+            figures
+                .drops
+                .iter()
+                .map(move |(reason, count)| (labels(reason.as_str()), *count))
+                .collect::<Vec<_>>()
         });
-        counters(&mut encoder, "hop_drops", "Packets dropped, by the hop that they came from or went to", drops.collect())?;
+        counters(
+            &mut encoder,
+            "hop_drops",
+            "Packets dropped, by the hop that they came from or went to",
+            drops.collect(),
+        )?;
         self.status(&mut encoder)
     }
 }
@@ -166,17 +190,37 @@ impl PlaneCollector {
         gauges(encoder, "peer_rtt_seconds", "Round trip to it", rtt)?;
         let loss = rows(&|hop| f64::from(hop.loss_per_mille) / 1000.0);
         gauges(encoder, "peer_loss_ratio", "Share of probes lost, both ways together", loss)?;
-        gauges(encoder, "peer_mtu_bytes", "Largest UDP payload known to pass", rows(&|hop| f64::from(hop.mtu)))?;
+        gauges(
+            encoder,
+            "peer_mtu_bytes",
+            "Largest UDP payload known to pass",
+            rows(&|hop| f64::from(hop.mtu)),
+        )?;
         let single = |value: usize| vec![(Vec::<(String, String)>::new(), value as f64)];
         gauges(encoder, "registered_endpoints", "Endpoints registered here", single(status.registered))?;
         gauges(encoder, "announced_endpoints", "Endpoints registered at siblings", single(status.announced))?;
-        gauges(encoder, "unreachable_clusters", "Linked clusters that no path reaches", single(status.unreachable.len()))?;
+        gauges(
+            encoder,
+            "unreachable_clusters",
+            "Linked clusters that no path reaches",
+            single(status.unreachable.len()),
+        )?;
         let draining = usize::from(self.0.is_draining());
         gauges(encoder, "draining", "Whether this replica is about to go", single(draining))?;
         let none = Vec::<(String, String)>::new;
-        counters(encoder, "register_refusals", "REGISTERs refused", vec![(none(), status.refused_registers)])?;
+        counters(
+            encoder,
+            "register_refusals",
+            "REGISTERs refused",
+            vec![(none(), status.refused_registers)],
+        )?;
         counters(encoder, "gone_sent", "GONE hints sent", vec![(none(), status.gone_sent)])?;
-        counters(encoder, "gone_received", "GONE hints of other gateways", vec![(none(), status.gone_received)])
+        counters(
+            encoder,
+            "gone_received",
+            "GONE hints of other gateways",
+            vec![(none(), status.gone_received)],
+        )
     }
 }
 
@@ -190,7 +234,8 @@ fn counters<L: EncodeLabelSet>(
         return Ok(());
     }
     let mut family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
-    rows.iter().try_for_each(|(labels, count)| ConstCounter::new(*count).encode(family.encode_family(labels)?))
+    rows.iter()
+        .try_for_each(|(labels, count)| ConstCounter::new(*count).encode(family.encode_family(labels)?))
 }
 
 fn gauges<L: EncodeLabelSet>(

@@ -45,7 +45,9 @@ pub enum BuildError {
     NotJoined { dir: String },
     #[error(transparent)]
     Join(#[from] JoinError),
-    #[error("{dir} belongs to {found:?}, not to {expected:?}: give each gateway a state directory of its own")]
+    #[error(
+        "{dir} belongs to {found:?}, not to {expected:?}: give each gateway a state directory of its own"
+    )]
     OtherName { dir: String, found: String, expected: String },
     #[error(transparent)]
     Lease(#[from] LeaseError),
@@ -132,7 +134,8 @@ impl Gateway {
         overlay.set_routes(routes(&member, &own_hop, None));
         let local = overlay.local_addr();
         // A socket on every address is reached where the inner one is.
-        let reached = if local.ip().is_unspecified() { SocketAddr::new(inner.ip(), local.port()) } else { local };
+        let reached =
+            if local.ip().is_unspecified() { SocketAddr::new(inner.ip(), local.port()) } else { local };
         let hello = v1::GatewayHello {
             name: config.name.clone(),
             border_address: border.to_string(),
@@ -175,7 +178,8 @@ impl Bound {
 
     /// Runs until `shutdown` starts and the drain is over. A forced `shutdown` ends at once.
     pub async fn run(self, shutdown: Drain) -> Result<(), AdminError> {
-        let Self { drain, start, hello, own_hop, plane, member, overlay, admin, metrics, configured, tasks } = self;
+        let Self { drain, start, hello, own_hop, plane, member, overlay, admin, metrics, configured, tasks } =
+            self;
         let (trigger, watcher) = drain::channel();
         let (tables, received) = watch::channel(None);
         let control = ControlTask {
@@ -188,7 +192,10 @@ impl Bound {
             metrics,
         };
         control.restore();
-        tasks.spawn("ready once configured", ready_once_configured(received.clone(), plane.handle(), configured));
+        tasks.spawn(
+            "ready once configured",
+            ready_once_configured(received.clone(), plane.handle(), configured),
+        );
         tasks.spawn("control", control.run());
         member.spawn_renewal(vec![overlay.clone()], &tasks);
         let report = ReportTask {
@@ -205,7 +212,10 @@ impl Bound {
         let serve = admin.run(shutdown.clone());
         let drained = async {
             shutdown.started().await;
-            tracing::info!(drain_ms = drain.as_millis() as u64, "draining: others are told, packets are still forwarded");
+            tracing::info!(
+                drain_ms = drain.as_millis() as u64,
+                "draining: others are told, packets are still forwarded"
+            );
             draining.drain();
             trigger.start();
             tokio::select! {

@@ -36,6 +36,8 @@ const REGISTRATIONS: usize = 65_536;
 const LEARNED: usize = 65_536;
 /// Probes come at least once a second.
 const LEARNED_LIFE: Duration = Duration::from_secs(10);
+/// How long a PROBE or REGISTER outweighs the federator's word that an endpoint is gone: three probes at the slow pace.
+const HEARD_LIFE: Duration = Duration::from_secs(3);
 /// Hints per second in all: an endpoint's end concerns its callers, a handful of gateways and sidecars.
 const GONE_PER_SECOND: u32 = 200;
 /// Expiries are looked at this often.
@@ -105,6 +107,8 @@ pub struct State {
     siblings: Siblings,
     hops: Hops,
     learned: HashMap<SocketAddr, (Who, Instant)>,
+    /// Endpoints by their last keyed datagram; as many as the tables have blocks.
+    heard: HashMap<Block, (EndpointId, Instant)>,
     gone_bucket: Bucket,
     gone_sent: u64,
     gone_received: u64,
@@ -129,6 +133,7 @@ impl State {
             siblings: Siblings::new(REGISTRATIONS),
             hops: Hops::default(),
             learned: HashMap::new(),
+            heard: HashMap::new(),
             gone_bucket: Bucket::default(),
             gone_sent: 0,
             gone_received: 0,
@@ -156,7 +161,7 @@ impl State {
             .map(|registration| registration.endpoint.block())
             .filter(|block| {
                 let mut generations = tables.generations(clocks.unix);
-                !generations.any(|t| t.endpoint(*block, clocks.unix).is_some_and(|record| !record.gone))
+                !generations.any(|t| t.endpoint(*block, clocks.unix).is_some())
             })
             .collect();
         for block in gone {
@@ -219,12 +224,11 @@ impl State {
         let mut verified = Err(DecodeError::Field("selector"));
         for tables in tables.generations(clocks.unix) {
             // Unknown ones are dropped before any derivation.
-            if tables.endpoint(block, clocks.unix).is_none_or(|record| record.gone) {
-                continue;
-            }
+            let Some(record) = tables.endpoint(block, clocks.unix) else { continue };
             verified = unverified.verify(tables.endpoint_key(block, &mut self.keys, hour, clocks.hour()));
             if verified.is_ok() {
                 let datagram = verified?;
+                self.hear(endpoint, record.ends(endpoint), now);
                 let key = tables.endpoint_key(block, &mut self.keys, clocks.hour(), clocks.hour()).clone();
                 let answer =
                     Answer { arrival, selector: datagram.selector, sequence: datagram.sequence, key, clocks };
@@ -352,6 +356,12 @@ impl State {
         self.dirty |= before.is_none_or(|(before, _)| before != who);
     }
 
+    /// An endpoint is alive; `news` when the tables think otherwise.
+    fn hear(&mut self, endpoint: EndpointId, news: bool, now: Instant) {
+        let before = self.heard.insert(endpoint.block(), (endpoint, now));
+        self.dirty |= news && before.is_none_or(|(before, _)| before != endpoint);
+    }
+
     fn gateway_key(&mut self, tables: &Tables, whose: Whose, clocks: Now) -> Option<CidKey> {
         let hour = clocks.hour();
         match whose {
@@ -397,7 +407,7 @@ impl State {
         (via, to, from): (Via, SocketAddr, Option<IpAddr>),
         clocks: Now,
     ) -> Option<Effect> {
-        tables.endpoint(block, clocks.unix).filter(|record| !record.gone)?;
+        tables.endpoint(block, clocks.unix)?;
         let key = tables.endpoint_key(block, &mut self.keys, clocks.hour(), clocks.hour());
         // The block is what counts: the receiver may be in any incarnation.
         let selector =
@@ -579,10 +589,11 @@ impl State {
     }
 
     fn sweep(&mut self, now: Instant) {
-        let before = (self.siblings.len(), self.learned.len());
+        let before = (self.siblings.len(), self.learned.len(), self.heard.len());
         self.siblings.expire(now);
+        self.heard.retain(|_, (_, at)| now.saturating_duration_since(*at) < HEARD_LIFE);
         self.learned.retain(|_, (_, at)| now.saturating_duration_since(*at) < LEARNED_LIFE);
-        self.dirty |= before != (self.siblings.len(), self.learned.len());
+        self.dirty |= before != (self.siblings.len(), self.learned.len(), self.heard.len());
         if self.contacted.len() > self.registrations.len() {
             let registered: HashSet<Block> = self.registrations.iter().map(|r| r.endpoint.block()).collect();
             self.contacted.retain(|block, _| registered.contains(block));
@@ -619,6 +630,11 @@ impl State {
             let who = Who::Endpoint { block, registered: true };
             learned.insert(at.address, Origin { who, hop: Counters::ENDPOINTS });
         }
+        let ended = |endpoint: EndpointId| {
+            tables.endpoint(endpoint.block(), self.unix).is_some_and(|record| record.ends(endpoint))
+        };
+        let heard = self.heard.iter().filter(|(_, (endpoint, _))| ended(*endpoint));
+        let heard = heard.map(|(block, (endpoint, _))| (*block, *endpoint)).collect();
         let holder = |address: SocketAddr| {
             let hop = self.hops.iter().find(|h| h.whose == Whose::Sibling && h.replica.address == address);
             Holder { address, hop: hop.map(|hop| hop.slot).unwrap_or_default() }
@@ -634,6 +650,7 @@ impl State {
         });
         Some(View {
             registered: Arc::new(registered),
+            heard: Arc::new(heard),
             holders: Arc::new(holders.collect()),
             known: Arc::clone(&self.known),
             learned: Arc::new(learned),

@@ -21,7 +21,9 @@ struct Pair {
 impl Pair {
     fn new(gateways: usize) -> Self {
         let world = World::new();
-        let start = |cluster: &str| (0..gateways).map(|n| Gateway::start(&format!("{cluster}-{n}"))).collect::<Vec<_>>();
+        let start = |cluster: &str| {
+            (0..gateways).map(|n| Gateway::start(&format!("{cluster}-{n}"))).collect::<Vec<_>>()
+        };
         let (east, west) = (start("east"), start("west"));
         let client = world.overlay(&world.east, 7, 0, "cart", false);
         let server = world.overlay(&world.west, 9, 2, "web", false);
@@ -37,8 +39,12 @@ impl Pair {
         let mut in_east =
             snapshot(world, &world.east, &world.west, west.iter().map(|g| g.replica(g.border)).collect());
         in_east.endpoints.push(at_address(&self.client));
-        let mut in_west =
-            snapshot(world, &world.west, &world.east, self.east.iter().map(|g| g.replica(g.border)).collect());
+        let mut in_west = snapshot(
+            world,
+            &world.west,
+            &world.east,
+            self.east.iter().map(|g| g.replica(g.border)).collect(),
+        );
         in_west.endpoints.push(at_address(&self.server));
         in_west.handles.push(serving(world, &[self.server.endpoint_id()]));
         self.east.iter().filter(|g| g.plane.is_some()).for_each(|g| g.configure(&world.east, &in_east));

@@ -18,7 +18,8 @@ use tombolo_overlay::datagram::StartNumber;
 use tombolo_overlay::keys::{ClusterKey, HandleBinding, KeyRing, LinkKey};
 use tombolo_overlay::routes::Routes;
 use tombolo_overlay::{
-    DialTarget, GatewayHop, HandleClass, Inbound, InboundHandle, Limits, Overlay, OverlayConfig, PeerConnection, ServerTls,
+    DialTarget, GatewayHop, HandleClass, Inbound, InboundHandle, Limits, Overlay, OverlayConfig,
+    PeerConnection, ServerTls,
 };
 use tombolo_proto::v1;
 use tombolo_runtime::clock;
@@ -70,7 +71,12 @@ impl World {
         let mut cluster = |name: &str| {
             let name: ClusterName = name.parse().unwrap();
             let material = root.sign_cluster(&name, Existing::Refuse, now).unwrap();
-            Cluster { name, tag: material.tag, issuer: LeafIssuer::new(material).unwrap(), key: ClusterKey::generate() }
+            Cluster {
+                name,
+                tag: material.tag,
+                issuer: LeafIssuer::new(material).unwrap(),
+                key: ClusterKey::generate(),
+            }
         };
         let (east, west) = (cluster("east"), cluster("west"));
         Self { east, west, link: LinkKey::generate(), tasks: TaskGroup::new(), _dir: dir }
@@ -88,11 +94,19 @@ impl World {
     /// What east's sidecars dial west's web with.
     pub fn target(&self) -> DialTarget {
         let binding = self.binding();
-        let keys = KeyRing::derive_now(clock::since_unix_epoch(), |hour| self.link.handle_key(&binding, hour));
+        let keys =
+            KeyRing::derive_now(clock::since_unix_epoch(), |hour| self.link.handle_key(&binding, hour));
         DialTarget { kind: Kind::Service, tag: self.west.tag, handle: web(), keys: Arc::new(keys) }
     }
 
-    pub fn overlay(&self, cluster: &Cluster, block: u32, incarnation: u8, account: &str, registers: bool) -> Overlay {
+    pub fn overlay(
+        &self,
+        cluster: &Cluster,
+        block: u32,
+        incarnation: u8,
+        account: &str,
+        registers: bool,
+    ) -> Overlay {
         let svid = cluster.svid(account);
         let config = OverlayConfig {
             tag: cluster.tag,
@@ -169,7 +183,12 @@ impl Gateway {
         GatewayHop { name: self.name.clone(), address: self.inner, balanced: false }
     }
     pub fn replica(&self, address: SocketAddr) -> v1::GatewayReplica {
-        v1::GatewayReplica { name: self.name.clone(), address: address.to_string(), balanced: false, zone: String::new() }
+        v1::GatewayReplica {
+            name: self.name.clone(),
+            address: address.to_string(),
+            balanced: false,
+            zone: String::new(),
+        }
     }
     /// `kill -9`: sockets close without a word.
     pub fn kill(&mut self) {
@@ -185,7 +204,12 @@ impl Gateway {
 }
 
 /// What a gateway of `own` is told; handles, endpoints and siblings are added by the test.
-pub fn snapshot(world: &World, own: &Cluster, peer: &Cluster, peers: Vec<v1::GatewayReplica>) -> v1::GatewaySnapshot {
+pub fn snapshot(
+    world: &World,
+    own: &Cluster,
+    peer: &Cluster,
+    peers: Vec<v1::GatewayReplica>,
+) -> v1::GatewaySnapshot {
     let importing = own.name == world.east.name;
     let outbound = if importing { vec![world.binding().to_wire()] } else { Vec::new() };
     let link = v1::GatewayLink {
@@ -215,7 +239,11 @@ pub fn at_address(overlay: &Overlay) -> v1::GatewayEndpoint {
 }
 
 pub fn registering(overlay: &Overlay) -> v1::GatewayEndpoint {
-    v1::GatewayEndpoint { block: overlay.endpoint_id().block().value(), registers: true, ..Default::default() }
+    v1::GatewayEndpoint {
+        block: overlay.endpoint_id().block().value(),
+        registers: true,
+        ..Default::default()
+    }
 }
 
 /// The handle of web, served by these.
@@ -264,5 +292,7 @@ pub async fn echo(dialled: &PeerConnection, accepted: &PeerConnection, bytes: us
         send.finish().unwrap();
         let _ = send.stopped().await;
     };
-    tokio::time::timeout(Duration::from_secs(30), async { tokio::join!(there, back) }).await.expect("an echo ends");
+    tokio::time::timeout(Duration::from_secs(30), async { tokio::join!(there, back) })
+        .await
+        .expect("an echo ends");
 }
