@@ -119,7 +119,7 @@ fn a_path_is_used_after_its_gateway_answered_and_left_when_it_no_longer_does() {
         bench.tick(Duration::from_millis(50));
     }
     assert_eq!(bench.standing(GW1), Standing::Dead);
-    assert_eq!(bench.state.status(bench.now).unreachable, [west()]);
+    assert_eq!(bench.state.status().unreachable, [west()]);
 }
 
 #[test]

@@ -10,7 +10,7 @@ use tombolo_overlay::keys::{CidKey, LinkKey};
 
 use super::*;
 use crate::fixture::*;
-use crate::view::{Holder, PathFlags, PortId, Registered};
+use crate::view::{Holder, PathFlags, Registered};
 
 const BORDER: Via = Via::Side(Side::Border);
 const INNER: Via = Via::Side(Side::Inner);
@@ -412,7 +412,6 @@ fn control_datagrams_are_passed_on_from_either_side() {
     for side in [Side::Border, Side::Inner] {
         assert_eq!(judge(&view(), side, STRANGER, &[1; 80], NOW), Action::Control);
     }
-    let _ = PortId(0);
 }
 
 proptest! {
