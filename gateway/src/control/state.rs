@@ -16,7 +16,7 @@ use tombolo_overlay::datagram::{
     Unverified,
 };
 use tombolo_overlay::keys::CidKey;
-use tombolo_overlay::register::{Registrations, Siblings, Side, Verdict};
+use tombolo_overlay::register::{Registrations, Siblings, Verdict};
 
 use super::hops::{Event, Hops, PortChange, Whose};
 use crate::bucket::Bucket;
