@@ -251,10 +251,13 @@ impl Overlay {
         }
     }
 
-    /// Closes every connection and waits until the peers have been told.
+    /// Closes every connection, waits until the peers have been told, and lets the port go.
     pub async fn close(&self) {
         self.0.quic.close(close_code::DRAINING.into(), b"closing");
         let _ = tokio::time::timeout(CLOSE_PATIENCE, self.0.quic.wait_idle()).await;
+        // An attempt to dial that lost the race drains for seconds in quinn, and holds the socket object as long: who
+        // joins through gateways binds the same port again at once.
+        self.0.socket.set_slots(Vec::new());
     }
 
     /// Announces ourselves on the connection, listens to the peer's control stream, and watches its liveness.
