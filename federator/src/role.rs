@@ -168,6 +168,7 @@ impl Federator {
                     mesh: tls::mesh_server_config(&svid)?,
                     join: Some(tls::join_server_config(&svid)?),
                 }),
+                svid: Some(svid.clone()),
                 limits: Limits { max_pending: MAX_PENDING, ..Limits::default() },
             },
             &tasks,
