@@ -8,9 +8,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwapOption;
-use bytes::Bytes;
 use quinn::{Connection, ConnectionError, Side, VarInt};
-use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tombolo_identity::PeerIdentity;
 use tombolo_identity::verify::Usage;
@@ -21,6 +19,7 @@ use tombolo_proto::v1::{ControlMessage, EndpointAnnounce};
 
 use crate::attestation::{EXPORTER_BYTES, EXPORTER_LABEL};
 use crate::congestion::{ControllerState, ModelController};
+use crate::control_stream::ControlQueue;
 
 /// Close codes on the wire (QUIC application error codes).
 pub mod close_code {
@@ -65,8 +64,7 @@ struct Inner {
     quic: Connection,
     identity: ArcSwapOption<PeerIdentity>,
     expired: CancellationToken,
-    /// To the task that writes our control stream.
-    control: OnceLock<mpsc::Sender<Bytes>>,
+    control: ControlQueue,
     pinned: Option<Pinned>,
     class: HandleClass,
     peer_endpoint: OnceLock<(ClusterTag, EndpointId)>,
@@ -93,7 +91,7 @@ impl PeerConnection {
             quic,
             identity: ArcSwapOption::from_pointee(identity),
             expired: CancellationToken::new(),
-            control: OnceLock::new(),
+            control: ControlQueue::default(),
             pinned,
             class,
             peer_endpoint: OnceLock::new(),
@@ -185,17 +183,13 @@ impl PeerConnection {
         self.0.identity.store(Some(Arc::new(identity)));
     }
 
-    pub(crate) fn attach_control(&self, sender: mpsc::Sender<Bytes>) {
-        let _ = self.0.control.set(sender);
-    }
-    pub(crate) fn can_send_control(&self) -> bool {
-        self.0.control.get().is_some_and(|sender| sender.capacity() > 0)
+    pub(crate) fn control(&self) -> &ControlQueue {
+        &self.0.control
     }
     /// Queues a message for the peer on our control stream. False: it is too long, or the peer does not read.
     pub fn send_control(&self, message: &ControlMessage) -> bool {
         let frame = stream_header::encode(message);
-        frame.len() <= 2 + MAX_CONTROL_BYTES
-            && self.0.control.get().is_some_and(|sender| sender.try_send(frame).is_ok())
+        frame.len() <= 2 + MAX_CONTROL_BYTES && self.0.control.push(frame)
     }
     /// The peer says which endpoint it is. True: that is news.
     pub(crate) fn announced(&self, announce: &EndpointAnnounce) -> bool {

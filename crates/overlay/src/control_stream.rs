@@ -4,12 +4,13 @@
 //! connections it is about; then, when its SVID has been swapped, the new chain ([`crate::attestation`]). What is not
 //! known is ignored. One task per connection writes ours and reads the peer's; it ends with the connection.
 
-use std::sync::Arc;
+use std::collections::VecDeque;
 use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use bytes::{Bytes, BytesMut};
-use tokio::sync::mpsc;
+use tokio::sync::Notify;
 use tombolo_identity::SvidHandle;
 use tombolo_identity::verify::Usage;
 use tombolo_model::ids::{ClusterTag, EndpointId};
@@ -24,6 +25,44 @@ use crate::connection::PeerConnection;
 /// Messages that wait while the peer does not read: an announcement and a re-attestation now and then.
 const QUEUE: usize = 4;
 
+/// Frames for the task that writes our control stream. Not a channel: its first block alone is 1 KB per connection.
+#[derive(Debug, Default)]
+pub(crate) struct ControlQueue {
+    frames: Mutex<VecDeque<Bytes>>,
+    ready: Notify,
+}
+
+impl ControlQueue {
+    pub fn has_room(&self) -> bool {
+        self.lock().len() < QUEUE
+    }
+    /// False: it is full.
+    pub fn push(&self, frame: Bytes) -> bool {
+        let mut frames = self.lock();
+        let fits = frames.len() < QUEUE;
+        if fits {
+            frames.push_back(frame);
+            self.ready.notify_one();
+        }
+        fits
+    }
+    /// For the one task that writes.
+    async fn next(&self) -> Bytes {
+        loop {
+            if let Some(frame) = self.pop() {
+                return frame;
+            }
+            self.ready.notified().await;
+        }
+    }
+    fn pop(&self) -> Option<Bytes> {
+        self.lock().pop_front()
+    }
+    fn lock(&self) -> std::sync::MutexGuard<'_, VecDeque<Bytes>> {
+        self.frames.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 /// What judges re-attestations of peers.
 #[derive(Clone, Debug)]
 pub(crate) struct Judge {
@@ -32,33 +71,17 @@ pub(crate) struct Judge {
     pub counters: Arc<AttestationCounters>,
 }
 
-/// Both control streams of a connection.
-pub(crate) struct ControlStreams {
+/// Both control streams of a connection, until it ends. `me`: the own endpoint.
+pub(crate) async fn run(
     peer: PeerConnection,
-    outgoing: mpsc::Receiver<Bytes>,
     judge: Judge,
-}
-
-impl ControlStreams {
-    pub fn new(peer: PeerConnection, judge: Judge) -> Self {
-        let (sender, outgoing) = mpsc::channel(QUEUE);
-        peer.attach_control(sender);
-        Self { peer, outgoing, judge }
-    }
-
-    /// Until the connection ends.
-    pub async fn run(self, tag: ClusterTag, endpoint: EndpointId, on_endpoint: impl Fn(&PeerConnection)) {
-        let Self { peer, outgoing, judge } = self;
-        tokio::join!(write(&peer, tag, endpoint, outgoing), read(&peer, &judge, on_endpoint));
-    }
-}
-
-async fn write(
-    peer: &PeerConnection,
-    tag: ClusterTag,
-    endpoint: EndpointId,
-    mut outgoing: mpsc::Receiver<Bytes>,
+    me: (ClusterTag, EndpointId),
+    on_endpoint: impl Fn(&PeerConnection),
 ) {
+    tokio::join!(write(&peer, me), read(&peer, &judge, on_endpoint));
+}
+
+async fn write(peer: &PeerConnection, (tag, endpoint): (ClusterTag, EndpointId)) {
     let Ok(mut stream) = peer.quic().open_uni().await else { return };
     let _ = stream.set_priority(1);
     let announce = Message::Endpoint(EndpointAnnounce { tag: tag.value(), endpoint: endpoint.value() });
@@ -66,14 +89,10 @@ async fn write(
     // A peer that stops reading loses what it does not read; the stream stays open for the next message otherwise.
     while stream.write_chunk(frame).await.is_ok() {
         tokio::select! {
-            next = outgoing.recv() => match next {
-                Some(next) => frame = next,
-                None => break,
-            },
+            next = peer.control().next() => frame = next,
             _ = peer.closed() => return,
         }
     }
-    peer.closed().await;
 }
 
 /// What a peer says is believed about itself only.

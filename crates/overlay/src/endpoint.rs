@@ -21,7 +21,7 @@ use crate::admission::Inbound;
 use crate::attestation::task::{self as attestation, AttestationCounters, AttestationHandle, RefusalCounts};
 use crate::cid::Kind;
 use crate::connection::{HandleClass, PeerConnection, Pinned, close_code};
-use crate::control_stream::{ControlStreams, Judge};
+use crate::control_stream::{self, Judge};
 use crate::dial::{DialError, DialTarget, Dialler, peer_identity};
 use crate::generator::{Generator, Identity};
 use crate::hops::{self, HopReport, HopsHandle};
@@ -290,15 +290,15 @@ impl Overlay {
     /// Announces ourselves on the connection, listens to the peer's control stream, and watches its liveness and
     /// identity. `shown`: the own SVID from before the handshake.
     async fn adopt(&self, connection: &PeerConnection, shown: Option<&Svid>) {
-        let streams = ControlStreams::new(connection.clone(), self.0.judge.clone());
         self.0.liveness.watch(connection.clone()).await;
         if let (Some(attestation), Some(shown)) = (&self.0.attestation, shown) {
             attestation.watch(connection.clone(), shown).await;
         }
-        let (tag, endpoint) = (self.0.tag, self.0.endpoint_id);
+        let me = (self.0.tag, self.0.endpoint_id);
+        let (connection, judge) = (connection.clone(), self.0.judge.clone());
         let liveness = self.0.liveness.clone();
         self.0.tasks.spawn("control streams", async move {
-            streams.run(tag, endpoint, |peer| liveness.announced(peer.clone())).await;
+            control_stream::run(connection, judge, me, |peer| liveness.announced(peer.clone())).await;
         });
     }
 }

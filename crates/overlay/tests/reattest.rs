@@ -18,8 +18,9 @@ use tombolo_proto::v1::{ControlMessage, Reattest, control_message};
 use tombolo_runtime::clock;
 use world::{World, eventually};
 
-/// Certificates count whole seconds: such a leaf ends between two and three from now.
-const SHORT: Duration = Duration::from_secs(3);
+/// Certificates count whole seconds: such a leaf ends between four and five from now. A loaded machine needs a second or
+/// two until the new one is pinned.
+const SHORT: Duration = Duration::from_secs(5);
 
 /// Ticks of 100 ms, so that a swap is shown at once.
 fn limits() -> Limits {
@@ -259,7 +260,6 @@ fn lies(world: &mut World, exporter: &[u8; 32]) -> Vec<(&'static str, &'static s
 
     let stranger = world.issue("cart", LEAF_LIFE, bundles.clone());
     let by_another_key = Reattest { signature: client(&stranger).signature, ..client(&good) };
-    let west = world.root.sign_cluster(&"west".parse().unwrap(), Existing::Refuse, now).unwrap();
     let recreated = world.root.sign_cluster(&world.name, Existing::Recreate, now).unwrap();
     let (_dir, mut other_root) = second_root(world);
     let unknown = other_root.sign_cluster(&world.name, Existing::Renew, now).unwrap();
@@ -267,7 +267,6 @@ fn lies(world: &mut World, exporter: &[u8; 32]) -> Vec<(&'static str, &'static s
     let for_clients = || ExtendedKeyUsagePurpose::ClientAuth;
     let for_servers = ExtendedKeyUsagePurpose::ServerAuth;
     let thief = client(&world.issue("thief", LEAF_LIFE, bundles));
-    let western = "spiffe://acme.example/cluster/west/ns/shop/sa/cart";
     vec![
         ("the honest one, so that the next is a replay", "", accepted.clone()),
         ("a replayed sequence", "sequence", accepted),
@@ -277,7 +276,7 @@ fn lies(world: &mut World, exporter: &[u8; 32]) -> Vec<(&'static str, &'static s
         ("a leaf for servers only", "chain", forged(&world.issuer.material, &own, for_servers)),
         ("a root that is in no bundle", "chain", forged(&unknown, &own, for_clients())),
         ("the cluster after it was made anew", "other_tag", forged(&recreated, &own, for_clients())),
-        ("a workload of another cluster", "other_identity", forged(&west, western, for_clients())),
+        ("the ninth in a row, whatever it says", "too_often", client(&good)),
     ]
 }
 
@@ -300,8 +299,6 @@ async fn each_lie_is_refused_with_its_reason_and_leaves_the_connection_as_it_was
             continue;
         }
         *expected.entry(reason).or_default() += 1;
-        // The ninth in a row would be refused for being too many.
-        assert!(at <= 8);
         eventually(what, || pair.server.stats().attestations_refused.total() == at as u64).await;
         let refused = pair.server.stats().attestations_refused;
         let found = refused.iter().filter(|(_, count)| *count > 0).collect();
@@ -313,23 +310,27 @@ async fn each_lie_is_refused_with_its_reason_and_leaves_the_connection_as_it_was
 }
 
 #[tokio::test]
-async fn a_stolen_cluster_cannot_attest_as_another_and_unknown_messages_are_ignored() {
+async fn another_cluster_attests_neither_as_itself_nor_as_the_peer_and_unknown_messages_are_ignored() {
     let mut world = World::new();
     let (web, cart) =
         (world.issue("web", LEAF_LIFE, world.bundles()), world.issue("cart", LEAF_LIFE, world.bundles()));
     let pair = Pair::connect(&world, web, cart).await;
     let now = clock::since_unix_epoch();
     let west = world.root.sign_cluster(&"west".parse().unwrap(), Existing::Refuse, now).unwrap();
-    // Its chain names west, its leaf east: not even a snapshot of its own can be made of it, so it is put together here.
     let honest = world.issue("cart", LEAF_LIFE, world.bundles());
     let exporter = pair.dialled.exporter().unwrap();
     let mut stolen = attestation::message(&honest, Usage::Client, 1, &exporter).unwrap();
     let (chain, _) = forged_chain(&west, world.id("cart").as_str(), ExtendedKeyUsagePurpose::ClientAuth);
     stolen.chain_der = chain.iter().map(|certificate| certificate.to_vec()).collect();
+    let western = "spiffe://acme.example/cluster/west/ns/shop/sa/cart";
+    let western = forge(&west, western, ExtendedKeyUsagePurpose::ClientAuth);
+    let western = attestation::message(&western, Usage::Client, 1, &exporter).unwrap();
     let say = |message| pair.dialled.send_control(&ControlMessage { message });
     assert!(say(None), "a message that an older peer does not know reads as none");
     assert!(say(Some(control_message::Message::Reattest(stolen))));
-    eventually("it is refused", || pair.server.stats().attestations_refused.of("wrong_cluster") == 1).await;
+    assert!(say(Some(control_message::Message::Reattest(western))));
+    let refused = || pair.server.stats().attestations_refused;
+    eventually("both are refused", || refused().total() == 2).await;
+    assert_eq!((refused().of("wrong_cluster"), refused().of("other_identity")), (1, 1));
     assert!(pair.is_intact() && pair.works().await);
-    assert_eq!(pair.server.stats().attestations_refused.total(), 1);
 }

@@ -169,7 +169,7 @@ impl AttestationTask {
                 return true;
             }
             // A peer that does not read its control stream is no reason to sign for nothing.
-            if !w.connection.can_send_control() {
+            if !w.connection.control().has_room() {
                 continue;
             }
             budget -= 1;

@@ -196,7 +196,7 @@ fn a_swapped_chain_is_shown_at_once_and_again_until_the_old_leaf_has_ended() {
     }
     assert_eq!(shown, [0, 1, 5, 21, 85, 341], "the old leaf ends after 720 minutes");
     let newest = cluster.svid("ns/shop/sa/web", &PKCS_ECDSA_P256_SHA256);
-    let next = after(swapped, 12 * 3600);
+    let next = after(swapped, 11 * 3600);
     assert!(sender.is_due(&newest, next));
     assert_eq!(sender.shown(&newest, next), 7);
     assert!(!sender.is_due(&newest, next));
