@@ -177,6 +177,7 @@ impl Clients {
             registers: false,
             learns: false,
             server: Some(ServerTls { mesh: tls::mesh_server_config(member.svid())?, join: None }),
+            svid: Some(member.svid().clone()),
             limits: Limits::default(),
         };
         let overlay = Overlay::bind(config, &tasks)?;

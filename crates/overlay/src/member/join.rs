@@ -289,6 +289,7 @@ fn open(plan: &JoinPlan, bind: SocketAddr, tasks: &TaskGroup) -> Result<Overlay,
         registers: !plan.direct,
         learns: plan.direct,
         server: None,
+        svid: None,
         limits: Limits::default(),
     };
     let overlay = Overlay::bind(config, tasks)?;
