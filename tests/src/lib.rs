@@ -15,5 +15,7 @@ pub mod mesh;
 pub mod nat;
 pub mod netns;
 pub mod process;
+pub mod scenario;
 pub mod traffic;
 pub mod usage;
+pub mod wire;

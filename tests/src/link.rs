@@ -11,9 +11,10 @@ mod shape;
 mod tun;
 
 use std::net::IpAddr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 use arc_swap::ArcSwap;
@@ -31,17 +32,35 @@ pub struct LinkEnd<'a> {
     pub address: IpAddr,
 }
 
+/// Looks at every IP packet before the shape does, and may stand in for it: a capture, or an attacker on the path.
+pub type Tap = Box<dyn FnMut(&[u8]) -> Tapped + Send>;
+
+/// What a [`Tap`] makes of a packet.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Tapped {
+    Pass,
+    /// These leave in its place, each after a delay of its own beside the shape's; an empty list drops it.
+    Instead(Vec<(Duration, Vec<u8>)>),
+}
+
 /// How packets travel in one direction; shared with the forwarding thread.
-#[derive(Debug)]
 pub struct Direction {
+    tap: Mutex<Option<Tap>>,
     shape: ArcSwap<Shape>,
     black_hole: AtomicBool,
     counters: Counters,
 }
 
+impl std::fmt::Debug for Direction {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Direction").field("shape", &self.shape()).finish_non_exhaustive()
+    }
+}
+
 impl Direction {
     fn new(shape: Shape) -> Arc<Self> {
         Arc::new(Self {
+            tap: Mutex::new(None),
             shape: ArcSwap::from_pointee(shape),
             black_hole: AtomicBool::new(false),
             counters: Counters::default(),
@@ -68,6 +87,11 @@ impl Direction {
     /// Drops everything from now on without a word, what is under way too.
     pub fn set_black_hole(&self, on: bool) {
         self.black_hole.store(on, Ordering::Relaxed);
+    }
+
+    /// Shows every packet from now on to `tap`, or to nobody.
+    pub fn set_tap(&self, tap: Option<Tap>) {
+        *self.tap.lock().unwrap_or_else(PoisonError::into_inner) = tap;
     }
 
     pub fn counters(&self) -> CountersSnapshot {

@@ -8,7 +8,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -17,12 +17,15 @@ use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::Value;
 
 use crate::link::{Link, LinkEnd, Shape};
-use crate::nat;
-use crate::netns::{Namespace, VethEnd, veth};
+use crate::netns::Namespace;
 use crate::process::{Process, ProcessSpec};
 
 const TRUST_DOMAIN: &str = "acme.example";
+/// Directory of the other federation's root.
+const FOREIGN: &str = "foreign-trust";
 const READY: Duration = Duration::from_secs(30);
+
+mod roles;
 
 /// The binary under test: `TOMBOLO_BIN`, or the one built beside the running test.
 pub fn binary() -> Result<PathBuf> {
@@ -37,33 +40,6 @@ pub fn binary() -> Result<PathBuf> {
     Ok(path)
 }
 
-/// What `tombolo <role>` says of a role that this binary does not have yet.
-const NOT_BUILT: &str = "not built into this binary";
-
-/// Whether every role is there to be driven; where one is missing, the test is listed as skipped and counted.
-pub fn require_roles(test: &str) -> Option<()> {
-    let missing = binary().and_then(|bin| {
-        let lacks = |role: &&str| -> Result<bool> {
-            let output = Command::new(&bin).args([role, "--help"]).output()?;
-            Ok(String::from_utf8_lossy(&output.stdout).contains(NOT_BUILT))
-        };
-        let roles = ["federator", "gateway", "sidecar"].into_iter();
-        roles.map(|role| Ok((role, lacks(&role)?))).collect::<Result<Vec<_>>>()
-    });
-    let reason = match missing {
-        Ok(roles) => {
-            let lacking: Vec<_> = roles.iter().filter(|(_, lacks)| *lacks).map(|(role, _)| *role).collect();
-            if lacking.is_empty() {
-                return Some(());
-            }
-            format!("{} not built into the binary yet", lacking.join(" and "))
-        }
-        Err(error) => error.to_string(),
-    };
-    crate::capability::skipped(test, &reason);
-    None
-}
-
 /// One cluster.
 pub struct Cluster {
     pub name: String,
@@ -71,12 +47,23 @@ pub struct Cluster {
     net: u8,
     gateways: Vec<String>,
     sidecars: u8,
+    balanced: bool,
+    clock_off: i64,
 }
 
 impl Cluster {
     /// An address of this cluster.
     pub fn address(&self, host: u8, port: u16) -> SocketAddr {
         SocketAddr::from(([10, self.net, 0, host], port))
+    }
+
+    /// Where a balancer in front of the gateways' border is reached.
+    pub fn balancer(&self) -> SocketAddrV4 {
+        SocketAddrV4::new(Ipv4Addr::new(10, self.net, 1, 1), 7440)
+    }
+
+    pub fn gateways(&self) -> &[String] {
+        &self.gateways
     }
 }
 
@@ -92,9 +79,49 @@ pub struct Mesh {
     bin: PathBuf,
 }
 
+/// What to set up.
+#[derive(Clone, Debug)]
+pub struct Layout<'a> {
+    pub clusters: &'a [&'a str],
+    /// Replicas per cluster.
+    pub gateways: usize,
+    /// Between each pair of clusters.
+    pub shape: Shape,
+    /// This cluster's gateways are reached through a balancer, sticky by 5-tuple, at [`Cluster::balancer`] only.
+    pub balanced: Option<&'a str>,
+    /// This cluster's clocks are off by so many seconds.
+    pub clock_off: Option<(&'a str, i64)>,
+    /// This cluster belongs to another federation, under a root of its own.
+    pub foreign: Option<&'a str>,
+}
+
+impl Default for Layout<'_> {
+    fn default() -> Self {
+        Self {
+            clusters: &["east", "west"],
+            gateways: 2,
+            shape: Shape::PERFECT,
+            balanced: None,
+            clock_off: None,
+            foreign: None,
+        }
+    }
+}
+
 impl Mesh {
-    /// Federators and gateways of `clusters`, each pair connected by `shape` and linked.
-    pub fn start(clusters: &[&str], gateways: usize, shape: Shape) -> Result<Self> {
+    /// Federators and gateways of every cluster, each pair connected and linked.
+    pub fn start(layout: &Layout<'_>) -> Result<Self> {
+        let mut mesh = Self::unlinked(layout)?;
+        for (index, inviter) in layout.clusters.iter().enumerate() {
+            for joiner in layout.clusters.iter().skip(index + 1) {
+                mesh.link_clusters(inviter, joiner)?;
+            }
+        }
+        Ok(mesh)
+    }
+
+    /// The same, ready to be linked.
+    pub fn unlinked(layout: &Layout<'_>) -> Result<Self> {
         let mut mesh = Self {
             processes: BTreeMap::new(),
             specs: BTreeMap::new(),
@@ -104,38 +131,48 @@ impl Mesh {
             dir: tempfile::tempdir()?,
             bin: binary()?,
         };
-        let trust = mesh.path("trust");
-        mesh.tombolo(&["trust", "init", "--trust-domain", TRUST_DOMAIN, "--dir", &text(&trust)])?;
-        for (index, name) in clusters.iter().enumerate() {
-            mesh.add_cluster(name, 61 + u8::try_from(index)?)?;
+        for root in ["trust", FOREIGN].iter().take(1 + usize::from(layout.foreign.is_some())) {
+            let root = text(&mesh.path(root));
+            mesh.tombolo(&["trust", "init", "--trust-domain", TRUST_DOMAIN, "--dir", &root])?;
         }
-        mesh.connect(shape)?;
-        for name in clusters {
+        for (index, name) in layout.clusters.iter().enumerate() {
+            let root = if layout.foreign == Some(name) { FOREIGN } else { "trust" };
+            mesh.add_cluster(name, 61 + u8::try_from(index)?, root)?;
+            let cluster = mesh.clusters.get_mut(*name).context("no such cluster")?;
+            cluster.balanced = layout.balanced == Some(name);
+            cluster.clock_off =
+                layout.clock_off.filter(|(of, _)| of == name).map_or(0, |(_, seconds)| seconds);
+        }
+        mesh.connect(layout.shape)?;
+        for name in layout.clusters {
             mesh.federator(name)?;
-            for number in 1..=gateways {
+            for number in 1..=layout.gateways {
                 mesh.gateway(name, &format!("gw-{number}"))?;
             }
         }
-        for name in clusters {
+        for name in layout.clusters {
             mesh.all_ready(name)?;
-        }
-        for (index, inviter) in clusters.iter().enumerate() {
-            for joiner in clusters.iter().skip(index + 1) {
-                mesh.link_clusters(inviter, joiner)?;
-            }
         }
         Ok(mesh)
     }
 
-    fn add_cluster(&mut self, name: &str, net: u8) -> Result<()> {
+    fn add_cluster(&mut self, name: &str, net: u8, root: &str) -> Result<()> {
         let namespace = Namespace::create(name)?;
         for host in [1, 2].into_iter().chain(11..=14).chain(21..=40) {
             namespace.add_address("lo", &format!("10.{net}.0.{host}/32"))?;
         }
         let out = self.path(&format!("{name}/trust"));
-        let trust = self.path("trust");
+        let trust = self.path(root);
         self.tombolo(&["trust", "cluster", name, "--dir", &text(&trust), "--out", &text(&out)])?;
-        let cluster = Cluster { name: name.into(), namespace, net, gateways: Vec::new(), sidecars: 0 };
+        let cluster = Cluster {
+            name: name.into(),
+            namespace,
+            net,
+            gateways: Vec::new(),
+            sidecars: 0,
+            balanced: false,
+            clock_off: 0,
+        };
         self.clusters.insert(name.into(), cluster);
         Ok(())
     }
@@ -154,8 +191,8 @@ impl Mesh {
                     LinkEnd { namespace: &far.namespace, device: &device, address: end(far, near)? },
                 );
                 let link = Link::start(near_end, far_end, shape, 7 + b_index as u64)?;
-                near.namespace.add_device_route(&format!("10.{}.0.0/24", far.net), &device)?;
-                far.namespace.add_device_route(&format!("10.{}.0.0/24", near.net), &device)?;
+                near.namespace.add_device_route(&format!("10.{}.0.0/16", far.net), &device)?;
+                far.namespace.add_device_route(&format!("10.{}.0.0/16", near.net), &device)?;
                 self.links.insert((a.clone(), b.clone()), link);
             }
         }
@@ -229,12 +266,6 @@ impl Mesh {
         Ok(())
     }
 
-    fn role(&mut self, cluster: &str, name: &str, args: &[&str]) -> Result<()> {
-        let namespace = &self.cluster(cluster)?.namespace;
-        let spec = ProcessSpec::new(format!("{cluster}-{name}"), &self.bin).args(args).within(namespace);
-        self.spawn(&format!("{cluster}/{name}"), spec)
-    }
-
     pub fn process(&self, name: &str) -> Result<&Process> {
         self.processes.get(name).with_context(|| format!("no process {name}"))
     }
@@ -246,120 +277,6 @@ impl Mesh {
     pub fn restart(&mut self, name: &str) -> Result<()> {
         let spec = self.specs.get(name).with_context(|| format!("no process {name}"))?.clone();
         self.spawn(name, spec)
-    }
-
-    fn federator(&mut self, cluster: &str) -> Result<()> {
-        let c = self.cluster(cluster)?;
-        let (listen, admin) = (c.address(1, 7443).to_string(), c.address(1, 7445).to_string());
-        let (trust, state) = (
-            text(&self.path(&format!("{cluster}/trust"))),
-            text(&self.path(&format!("{cluster}/state/federator"))),
-        );
-        let socket = self.socket(cluster);
-        let args = [
-            "federator",
-            "--cluster",
-            cluster,
-            "--trust-dir",
-            &trust,
-            "--state-dir",
-            &state,
-            "--listen",
-            &listen,
-        ];
-        self.role(cluster, "federator", &[&args[..], &["--admin", &admin, "--socket", &socket]].concat())?;
-        self.ready(cluster, 1, "federator")
-    }
-
-    /// A file with a join token.
-    pub fn token(&self, cluster: &str, role: &str, name: &str) -> Result<PathBuf> {
-        let args: Vec<&str> = match role {
-            "vm" => vec!["vm", "token", name],
-            role => vec!["token", "create", "--role", role, "--name", name, "-n", "shop"],
-        };
-        let path = self.path(&format!("{cluster}/{name}.token"));
-        std::fs::write(&path, self.operate(cluster, &args)?)?;
-        Ok(path)
-    }
-
-    fn gateway(&mut self, cluster: &str, name: &str) -> Result<()> {
-        let token = text(&self.token(cluster, "gateway", name)?);
-        let host = 11 + u8::try_from(self.cluster(cluster)?.gateways.len())?;
-        let c = self.cluster(cluster)?;
-        let [border, inner, admin] = [7440, 7441, 7445].map(|port| c.address(host, port).to_string());
-        let state = text(&self.path(&format!("{cluster}/state/{name}")));
-        let args = ["gateway", "--name", name, "--join-token-file", &token, "--state-dir", &state];
-        self.role(
-            cluster,
-            name,
-            &[&args[..], &["--border", &border, "--inner", &inner, "--admin", &admin]].concat(),
-        )?;
-        let cluster = self.clusters.get_mut(cluster).context("no such cluster")?;
-        cluster.gateways.push(name.into());
-        Ok(())
-    }
-
-    fn link_clusters(&mut self, inviter: &str, joiner: &str) -> Result<()> {
-        let token = self.operate(inviter, &["link", "token", joiner])?;
-        let socket = self.socket(joiner);
-        self.tombolo_with(&["--socket", &socket, "link", "join", "-"], &token)?;
-        Ok(())
-    }
-
-    /// A sidecar with extra arguments; returns its host number.
-    pub fn sidecar(&mut self, cluster: &str, name: &str, extra: &[String]) -> Result<u8> {
-        let token = text(&self.token(cluster, "sidecar", name)?);
-        let entry = self.clusters.get_mut(cluster).context("no such cluster")?;
-        let host = 21 + entry.sidecars;
-        entry.sidecars += 1;
-        let (listen, admin) = (entry.address(host, 7442).to_string(), entry.address(host, 7445).to_string());
-        let state = text(&self.path(&format!("{cluster}/state/{name}")));
-        let args = [
-            "sidecar",
-            "--join-token-file",
-            &token,
-            "--state-dir",
-            &state,
-            "--listen",
-            &listen,
-            "--admin",
-            &admin,
-        ];
-        let extra: Vec<&str> = extra.iter().map(String::as_str).collect();
-        self.role(cluster, name, &[&args[..], &extra].concat())?;
-        self.ready(cluster, host, name)?;
-        Ok(host)
-    }
-
-    /// A machine behind a masquerading router, attached to `cluster`'s network; returns its namespace's index.
-    pub fn machine(&mut self, cluster: &str, name: &str, extra: &[String]) -> Result<usize> {
-        let token = text(&self.token(cluster, "vm", name)?);
-        let (router, machine) = (Namespace::create("router")?, Namespace::create(name)?);
-        let c = self.cluster(cluster)?;
-        veth(
-            VethEnd { namespace: &router, device: "outside", address: "10.99.0.2/30" },
-            VethEnd { namespace: &c.namespace, device: "isp", address: "10.99.0.1/30" },
-            1500,
-        )?;
-        veth(
-            VethEnd { namespace: &machine, device: "eth0", address: "192.168.77.2/24" },
-            VethEnd { namespace: &router, device: "inside", address: "192.168.77.1/24" },
-            1500,
-        )?;
-        router.add_route("default", "10.99.0.1".parse()?)?;
-        machine.add_route("default", "192.168.77.1".parse()?)?;
-        nat::masquerade(&router, "inside", "outside")?;
-        let state = text(&self.path(&format!("vm/state/{name}")));
-        let args = ["sidecar", "--join-token-file", &token, "--state-dir", &state, "--registers"];
-        let args = [&args[..], &["--listen", "192.168.77.2:7442", "--admin", "127.0.0.1:7445"]].concat();
-        let extra: Vec<&str> = extra.iter().map(String::as_str).collect();
-        let spec = ProcessSpec::new(name, &self.bin).args([&args[..], &extra].concat()).within(&machine);
-        self.spawn(&format!("vm/{name}"), spec)?;
-        let admin = "127.0.0.1:7445".parse()?;
-        self.wait_ready(&machine, admin, &format!("vm/{name}"))?;
-        self.outside.push(machine);
-        self.outside.push(router);
-        Ok(self.outside.len() - 2)
     }
 
     pub fn outside(&self, index: usize) -> Result<&Namespace> {

@@ -93,6 +93,28 @@ impl ProcessSpec {
         self
     }
 
+    /// Runs it to its end inside `timeout`: what it wrote. Anything but success is an error that shows it.
+    pub fn run(self, log_dir: &Path, timeout: Duration) -> Result<String> {
+        let (log_dir, name) = (log_dir.join("runs"), self.name.clone());
+        std::fs::create_dir_all(&log_dir)?;
+        let _ = std::fs::remove_file(log_dir.join(format!("{name}.log")));
+        let mut process = self.spawn(&log_dir)?;
+        let status = process.wait(timeout)?;
+        if !status.success() {
+            bail!("{name} ended with {status}\n{}", process.tail());
+        }
+        Ok(process.log())
+    }
+
+    /// Runs it as another user (`setpriv` of util-linux), for servers that refuse to be root.
+    pub fn as_user(mut self, user: &str) -> Self {
+        let program = std::mem::replace(&mut self.program, "setpriv".into());
+        let ids = [format!("--reuid={user}"), format!("--regid={user}"), "--init-groups".to_owned()];
+        let before = ids.into_iter().map(OsString::from).chain([program.into_os_string()]);
+        self.args.splice(0..0, before);
+        self
+    }
+
     /// Starts it; output of both kinds goes to `<log_dir>/<name>.log`, appended.
     pub fn spawn(self, log_dir: &Path) -> Result<Process> {
         let log = log_dir.join(format!("{}.log", self.name));

@@ -4,14 +4,14 @@
 //! delayed link the thread rests for [`BATCH`] and then carries all that came and became due: a delivery is late by
 //! less than 0.1 ms, well inside a millisecond-scale delay, and never early.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::Direction;
 use super::queue::{Counters, InFlight};
 use super::shape::{Shaper, Verdict};
 use super::tun::Tun;
+use super::{Direction, Tapped};
 
 /// Rest between two rounds while packets flow.
 const BATCH: Duration = Duration::from_micros(80);
@@ -102,6 +102,7 @@ impl Lane {
         let black_hole = self.direction.black_hole.load(Ordering::Relaxed);
         let mut moved = false;
         let now = Instant::now();
+        let mut tap = self.direction.tap.lock().unwrap_or_else(PoisonError::into_inner);
         for _ in 0..READ_BUDGET {
             let Some(bytes) = from.receive(buffer) else { break };
             moved = true;
@@ -110,19 +111,20 @@ impl Lane {
                 Counters::add(&counters.black_holed, 1);
                 continue;
             }
-            match self.shaper.admit(&shape, bytes, now) {
-                Verdict::Deliver { at, reordered } => {
-                    if !self.in_flight.push(at, packet) {
-                        Counters::add(&counters.queue_full, 1);
-                    } else if reordered {
-                        Counters::add(&counters.reordered, 1);
+            match tap.as_mut().map_or(Tapped::Pass, |tap| tap(packet)) {
+                Tapped::Pass => {
+                    let verdict = self.shaper.admit(&shape, bytes, now);
+                    take(&mut self.in_flight, counters, verdict, packet, Duration::ZERO);
+                }
+                Tapped::Instead(packets) => {
+                    for (late, packet) in packets {
+                        let verdict = self.shaper.admit(&shape, packet.len(), now);
+                        take(&mut self.in_flight, counters, verdict, &packet, late);
                     }
                 }
-                Verdict::Lost => Counters::add(&counters.lost, 1),
-                Verdict::TooBig => Counters::add(&counters.too_big, 1),
-                Verdict::QueueFull => Counters::add(&counters.queue_full, 1),
             }
         }
+        drop(tap);
         let now = Instant::now();
         while let Some(packet) = self.in_flight.pop_due(now) {
             moved = true;
@@ -137,5 +139,21 @@ impl Lane {
             self.in_flight.recycle(packet);
         }
         moved
+    }
+}
+
+/// Does what the shaper says; `late` comes on top, so that later packets may overtake.
+fn take(in_flight: &mut InFlight, counters: &Counters, verdict: Verdict, packet: &[u8], late: Duration) {
+    match verdict {
+        Verdict::Deliver { at, reordered } => {
+            if !in_flight.push(at + late, packet) {
+                Counters::add(&counters.queue_full, 1);
+            } else if reordered {
+                Counters::add(&counters.reordered, 1);
+            }
+        }
+        Verdict::Lost => Counters::add(&counters.lost, 1),
+        Verdict::TooBig => Counters::add(&counters.too_big, 1),
+        Verdict::QueueFull => Counters::add(&counters.queue_full, 1),
     }
 }

@@ -106,7 +106,7 @@ impl JoinPlan {
 pub struct JoinOptions {
     /// Must be the name that the token is bound to.
     pub name: String,
-    /// Where the member's overlay will listen; a port clash shows before the token is used up.
+    /// Where the member's overlay will listen; joining uses it too, so that a port clash shows at once.
     pub bind: SocketAddr,
 }
 
@@ -204,11 +204,7 @@ impl Member {
         if plan.addresses.is_empty() {
             return Err(JoinError::NoAddress);
         }
-        // A taken port shows before the token is used up. Joining itself uses another: quinn holds a socket until its
-        // connections have drained, which takes seconds, and the member's overlay wants this one at once.
-        let free = std::net::UdpSocket::bind(options.bind);
-        free.map_err(|source| BindError::Socket { address: options.bind, source })?;
-        let way = JoinConnection::open(plan, SocketAddr::new(options.bind.ip(), 0)).await?;
+        let way = JoinConnection::open(plan, options.bind).await?;
         let joined = ask(plan, way.peer(), &options.name).await;
         way.close().await;
         let (key, answer) = joined?;

@@ -80,18 +80,9 @@ impl Place<'_> {
 
     fn sidecar(&self, role: &str, name: &str, at: u16, extra: &[&str], port: Port) -> Result<Process> {
         let (token, state) = (self.token("sidecar", name)?, self.path(name));
-        let (listen, admin) = (self.at(at), self.at(at + 1));
-        let args = [
-            "sidecar",
-            "--join-token-file",
-            &token,
-            "--state-dir",
-            &state,
-            "--listen",
-            &listen,
-            "--admin",
-            &admin,
-        ];
+        let (overlay, admin) = (self.at(at), self.at(at + 1));
+        let args = ["sidecar", "--name", name, "--join-token-file", &token, "--state-dir", &state];
+        let args = [&args[..], &["--bind", &overlay, "--announce", &overlay, "--admin", &admin]].concat();
         self.start(role, &[&args[..], extra].concat(), port)
     }
 }
@@ -125,8 +116,8 @@ impl Topology for Tombolo {
         tombolo(&["--socket", &west.socket(), "link", "join", "-"], &token)?;
 
         let serves = [
-            format!("bench/http:80={},tcp", site.origin_http()),
-            format!("bench/bulk:81={},tcp", site.origin_bulk()),
+            format!("bench/http:80={}", site.origin_http()),
+            format!("bench/bulk:81={}", site.origin_bulk()),
         ];
         let [http, bulk] = &serves;
         let sidecar_in = west.sidecar(
