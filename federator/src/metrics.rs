@@ -1,7 +1,7 @@
 //! What `/metrics` shows of a federator. Labels are bounded sets: roles, states, linked peers, closed reasons.
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
 use prometheus_client::encoding::EncodeLabelSet;
@@ -10,6 +10,7 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 use tombolo_model::sync::Freshness;
+use tombolo_overlay::{Overlay, OverlayStats};
 
 use crate::core::{CoreError, CoreHandle};
 use crate::facts::Facts;
@@ -32,6 +33,12 @@ pub struct IssueLabels {
     pub result: &'static str,
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct AttestationLabels {
+    /// `ok`, or why it was refused.
+    pub result: &'static str,
+}
+
 /// Handles of every metric; clones share them.
 #[derive(Clone, Debug)]
 pub struct Metrics {
@@ -48,6 +55,8 @@ pub struct Metrics {
     store_writable: Gauge,
     intermediate_expiry: Gauge<f64, AtomicU64>,
     root_expiry: Gauge<f64, AtomicU64>,
+    attestations: Family<AttestationLabels, Counter>,
+    expired_connections: Counter,
 }
 
 impl Metrics {
@@ -68,6 +77,8 @@ impl Metrics {
             store_writable: Gauge::default(),
             intermediate_expiry: Gauge::default(),
             root_expiry: Gauge::default(),
+            attestations: Family::default(),
+            expired_connections: Counter::default(),
         };
         registry.register("members", "Sidecars, machines and gateways, by state", metrics.members.clone());
         registry.register(
@@ -98,6 +109,16 @@ impl Metrics {
             metrics.intermediate_expiry.clone(),
         );
         registry.register("root_expiry_seconds", "Until the root expires", metrics.root_expiry.clone());
+        registry.register(
+            "attestations",
+            "New chains that peers showed on live connections, by result",
+            metrics.attestations.clone(),
+        );
+        registry.register(
+            "expired_connections",
+            "Connections ended because their peer's identity had, and it showed no new one",
+            metrics.expired_connections.clone(),
+        );
         metrics
     }
 
@@ -147,13 +168,25 @@ impl Metrics {
         self.root_expiry.set(left(facts.cluster.root_not_after));
     }
 
+    fn show_overlay(&self, stats: &OverlayStats) {
+        for (result, count) in stats.attestations_refused.iter().chain([("ok", stats.attested)]) {
+            // The overlay's counters only grow, and this is their only copy.
+            self.attestations
+                .get_or_create_owned(&AttestationLabels { result })
+                .inner()
+                .store(count, Relaxed);
+        }
+        self.expired_connections.inner().store(stats.expired_closed, Relaxed);
+    }
+
     /// Shows the newest facts, once a second: scrapes are seconds apart, changes may be milliseconds.
-    pub async fn follow(self, core: CoreHandle) {
+    pub async fn follow(self, core: CoreHandle, overlay: Overlay) {
         let mut tick = tokio::time::interval(Duration::from_secs(1));
         loop {
             tick.tick().await;
             let facts: Arc<Facts> = core.facts();
             self.show(&facts, core.now().unix);
+            self.show_overlay(&overlay.stats());
         }
     }
 }

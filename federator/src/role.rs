@@ -168,6 +168,7 @@ impl Federator {
                     mesh: tls::mesh_server_config(&svid)?,
                     join: Some(tls::join_server_config(&svid)?),
                 }),
+                svid: Some(svid.clone()),
                 limits: Limits { max_pending: MAX_PENDING, ..Limits::default() },
             },
             &tasks,
@@ -210,7 +211,7 @@ impl Bound {
         tasks.spawn("ticks", tick(core.clone()));
         tasks.spawn("own SVID", renew_own_svid(core.clone(), svid.clone()));
         tasks.spawn("own overlay", wiring::follow(core.clone(), overlay.clone()));
-        tasks.spawn("metrics", metrics.clone().follow(core.clone()));
+        tasks.spawn("metrics", metrics.clone().follow(core.clone(), overlay.clone()));
         let peers = PeersTask {
             core: core.clone(),
             overlay: overlay.clone(),

@@ -6,6 +6,8 @@ pub mod config;
 pub mod federation;
 pub mod join;
 
+use std::sync::Arc;
+
 use tombolo_identity::PeerIdentity;
 use tombolo_model::names::ClusterName;
 use tombolo_overlay::grpc::PeerInfo;
@@ -13,7 +15,7 @@ use tonic::{Request, Status};
 
 /// Who calls, of which cluster, on which connection.
 struct Caller {
-    identity: PeerIdentity,
+    identity: Arc<PeerIdentity>,
     connection: usize,
 }
 
@@ -21,8 +23,11 @@ struct Caller {
 /// which the overlay has checked.
 fn caller<T>(request: &Request<T>) -> Result<Caller, Status> {
     let info = request.extensions().get::<PeerInfo>();
-    let identity = info.and_then(|info| info.identity.clone());
+    let identity = info.and_then(PeerInfo::identity);
     match (info, identity) {
+        (Some(info), _) if info.expired() => {
+            Err(Status::unauthenticated("your identity has ended on this connection: dial anew"))
+        }
         (Some(info), Some(identity)) => Ok(Caller { identity, connection: info.connection }),
         _ => Err(Status::unauthenticated("this call needs an authenticated overlay connection")),
     }

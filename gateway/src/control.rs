@@ -5,6 +5,7 @@
 //! receives, sends and publishes. Where the kernel can't steer packets it is the only thread and forwards everything. Ends
 //! when [`Shared::stop`](crate::dataplane::Shared::stop) is set and it is woken.
 
+mod hints;
 pub mod hops;
 pub mod state;
 #[cfg(test)]
@@ -69,7 +70,7 @@ impl ControlThread {
             }
             if now >= next_status {
                 next_status = now + STATUS_EVERY;
-                self.shared.publish_status(self.state.status(now));
+                self.shared.publish_status(self.state.status());
             }
             let timeout =
                 self.state.next_tick(now).saturating_duration_since(Instant::now()).min(LONGEST_WAIT);

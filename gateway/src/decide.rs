@@ -170,11 +170,8 @@ impl Context<'_> {
         if !self.dcid.verify(tables.endpoint_key(block, self.keys, hour, now)) {
             return Err(Reason::Mac.into());
         }
-        if record.gone {
-            return Err(Stop::Gone(Gone { endpoint, only_this_incarnation: false }));
-        }
-        if endpoint.incarnation().value() < record.min_incarnation {
-            return Err(Stop::Gone(Gone { endpoint, only_this_incarnation: true }));
+        if record.ends(endpoint) && !self.view.is_heard(endpoint) {
+            return Err(Stop::Gone(Gone { endpoint, only_this_incarnation: !record.gone }));
         }
         Ok(self.route(block, record).ok_or(Reason::Unregistered)?)
     }
@@ -187,7 +184,10 @@ impl Context<'_> {
         // By nonce alone, so that a retransmission, and the second half of a ClientHello, reach the same endpoint.
         let nonce = rendezvous::key_of(&self.dcid.nonce());
         let candidates = handle.endpoints.iter().filter_map(|id| {
-            let record = tables.endpoint(id.block(), self.now.unix).filter(|record| !record.gone)?;
+            let record = tables.endpoint(id.block(), self.now.unix)?;
+            if record.gone && !self.view.is_heard(*id) {
+                return None;
+            }
             let forward = self.route(id.block(), record)?;
             Some((rendezvous::weight(nonce, id.value().into()), id.value(), forward))
         });

@@ -14,7 +14,7 @@ use quinn_udp::{EcnCodepoint, RecvMeta};
 use tombolo_overlay::cid::{CID_LEN, Cid, Kind, Packet, classify, set_handed_over};
 use tombolo_runtime::clock;
 
-use crate::counters::{Counters, Reason, Slot, Tally};
+use crate::counters::{Reason, Slot, Tally};
 use crate::decide::{Action, Flow, Forward, Gone, Now, best_path, decide};
 use crate::keys::KeyCache;
 use crate::port::{MAX_SEND_BYTES, Outgoing, Port, is_refusal};
@@ -337,6 +337,3 @@ pub fn count_lost(tally: &Tally, notice: &Notice) {
         tally.dropped(Slot::UNKNOWN, Reason::ControlOverflow, 1);
     }
 }
-
-/// The slot of own endpoints, for callers that count beside a [`Forwarder`].
-pub const ENDPOINTS: Slot = Counters::ENDPOINTS;

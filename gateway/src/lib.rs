@@ -16,6 +16,8 @@ pub mod control;
 pub mod counters;
 pub mod dataplane;
 pub mod decide;
+#[cfg(test)]
+mod fixture;
 pub mod forward;
 pub mod group;
 pub mod keys;

@@ -96,7 +96,6 @@ impl Metrics {
             "Whether a federator is connected",
             m.control_connected.clone(),
         );
-        // A collector's names carry no prefix of the registry's: it is given in full there.
         registry.register_collector(Box::new(PlaneCollector(plane)));
         metrics
     }

@@ -126,6 +126,7 @@ impl Gateway {
                 registers: false,
                 learns: false,
                 server: None,
+                svid: Some(member.svid().clone()),
                 limits: Limits::default(),
             },
             &tasks,

@@ -70,6 +70,11 @@ pub struct Endpoint {
 }
 
 impl Endpoint {
+    /// Whether it says that this incarnation is no more.
+    pub fn ends(&self, endpoint: EndpointId) -> bool {
+        self.gone || endpoint.incarnation().value() < self.min_incarnation
+    }
+
     /// A joiner: known by its registration alone.
     const PROVISIONAL: Self = Self { address: None, registers: true, min_incarnation: 0, gone: false };
 }

@@ -19,6 +19,9 @@ pub struct View {
     pub tables: Arc<Tables>,
     /// Endpoints that are registered at this replica.
     pub registered: Arc<HashMap<Block, Registered>>,
+    /// Endpoints that the tables call gone and that are heard all the same: their probes carry their own key, which the
+    /// federator's word is older than. A sidecar that drains, or that redials its federator through us, is such.
+    pub heard: Arc<HashMap<Block, EndpointId>>,
     /// Siblings that hold the registrations which this replica lacks.
     pub holders: Arc<HashMap<Block, Holder>>,
     /// Who sends from where, by the tables.
@@ -156,6 +159,11 @@ impl View {
             Who::Sibling | Who::Stranger => return Slot::UNKNOWN,
         };
         self.link_slot(tag)
+    }
+
+    /// Whether an endpoint is heard although the tables call it gone.
+    pub fn is_heard(&self, endpoint: EndpointId) -> bool {
+        self.heard.get(&endpoint.block()) == Some(&endpoint)
     }
 
     pub fn link_slot(&self, tag: ClusterTag) -> Slot {

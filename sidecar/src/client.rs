@@ -226,6 +226,7 @@ impl ReportTask {
             let reason = if leaving { "draining".to_owned() } else { verdict.reason };
             Some(v1::ServiceHealth { service: service.to_string(), healthy, reason })
         });
+        self.metrics.overlay(&self.overlay.stats());
         let (now, monotonic) = (clock::since_unix_epoch(), std::time::Instant::now());
         let hops = self.overlay.hops().into_iter().map(|hop| v1::HopStatus {
             peer: hop.name,

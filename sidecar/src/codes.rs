@@ -28,6 +28,8 @@ pub const OVERLOADED: u32 = 0x11;
 pub const DRAINING: u32 = 0x12;
 /// The service is not served here any more.
 pub const NOT_SERVED: u32 = 0x13;
+/// The caller's identity has ended on this connection: another one is to be opened.
+pub const EXPIRED: u32 = 0x14;
 /// Last code that promises: nothing reached the application.
 pub const REFUSED_LAST: u32 = 0x1f;
 
@@ -49,6 +51,7 @@ pub fn name(code: VarInt) -> &'static str {
         OVERLOADED => "overloaded",
         DRAINING => "draining",
         NOT_SERVED => "not_served",
+        EXPIRED => "expired",
         _ => "other",
     }
 }
@@ -59,7 +62,7 @@ mod tests {
 
     #[test]
     fn only_refusals_promise_that_nothing_was_delivered() {
-        for code in [CONNECT_REFUSED, OVERLOADED, DRAINING, NOT_SERVED] {
+        for code in [CONNECT_REFUSED, OVERLOADED, DRAINING, NOT_SERVED, EXPIRED] {
             assert!(promises_nothing_delivered(VarInt::from_u32(code)), "{code}");
         }
         for code in [APP_RESET, ABANDONED, IDLE, CUT_BY_DRAIN, BAD_HEADER, UNKNOWN_PORT, 0, 0x20] {

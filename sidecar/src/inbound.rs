@@ -2,7 +2,8 @@
 //!
 //! A connection is pinned by its handle to one importing cluster and one service ([`tombolo_overlay::Overlay`] has
 //! checked that the caller's identity is of that cluster); nothing else is served on it. When a snapshot takes the
-//! handle away, or makes it mean something else, the connection is closed. Tasks: one accepting, one per connection, one
+//! handle away, or makes it mean something else, the connection is closed. When the caller's identity has ended, new streams
+//! are refused with a promise that lets the caller send them elsewhere, and open ones may end. Tasks: one accepting, one per connection, one
 //! per stream; all end with the task group or when the drain is forced.
 
 use std::collections::HashMap;
@@ -193,15 +194,16 @@ async fn serve_stream(
             stream.abort(codes::CUT_BY_DRAIN);
             (0, "cut_by_drain")
         }
-        served = carry(&shared, &target, &mut stream, &meter) => served,
+        served = carry(&shared, &target, &connection, &mut stream, &meter) => served,
     };
     metrics.ended(reason);
+    let peer = connection.identity();
     tracing::info!(
         target: "access",
         direction = "inbound",
         service = connection.service().map_or("", |s| s),
         port,
-        peer = connection.identity().map_or("", |id| id.spiffe_id.as_str()),
+        peer = peer.as_ref().map_or("", |id| id.spiffe_id.as_str()),
         sent_bytes = meter.bytes_sent(),
         received_bytes = meter.bytes_received(),
         duration_ms = started.elapsed().as_millis() as u64,
@@ -214,6 +216,7 @@ async fn serve_stream(
 async fn carry(
     shared: &Shared,
     target: &LocalTarget,
+    connection: &PeerConnection,
     stream: &mut BiStream,
     meter: &Meter,
 ) -> (u16, &'static str) {
@@ -224,6 +227,9 @@ async fn carry(
     // Refused before its header is awaited: a draining process holds nothing for new callers.
     if shared.drain.is_draining() {
         return refuse(stream, 0, codes::DRAINING);
+    }
+    if connection.expired() {
+        return refuse(stream, 0, codes::EXPIRED);
     }
     let opened = match header::read(stream.halves().1).await {
         Ok(opened) => opened,

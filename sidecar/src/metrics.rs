@@ -1,6 +1,6 @@
 //! What `/metrics` shows of a sidecar. Labels are bounded sets: services of the configuration, clusters, closed reasons.
 
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
@@ -8,6 +8,7 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::{Registry, Unit};
+use tombolo_overlay::OverlayStats;
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct ServiceLabels {
@@ -41,6 +42,12 @@ pub struct UpstreamLabels {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct AttestationLabels {
+    /// `ok`, or why it was refused.
+    pub result: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct RejectLabels {
     pub record: &'static str,
 }
@@ -63,6 +70,8 @@ pub struct Metrics {
     pub config_revision: Gauge<u64, AtomicU64>,
     pub rejected_records: Family<RejectLabels, Counter>,
     pub control_connected: Gauge,
+    attestations: Family<AttestationLabels, Counter>,
+    expired_connections: Counter,
 }
 
 impl Metrics {
@@ -86,6 +95,8 @@ impl Metrics {
             config_revision: Gauge::default(),
             rejected_records: Family::default(),
             control_connected: Gauge::default(),
+            attestations: Family::default(),
+            expired_connections: Counter::default(),
         };
         let m = &metrics;
         registry.register_with_unit(
@@ -138,7 +149,27 @@ impl Metrics {
             "Whether a federator is connected",
             m.control_connected.clone(),
         );
+        registry.register(
+            "attestations",
+            "New chains that peers showed on live connections, by result",
+            m.attestations.clone(),
+        );
+        registry.register(
+            "expired_connections",
+            "Connections ended because their peer's identity had, and it showed no new one",
+            m.expired_connections.clone(),
+        );
         metrics
+    }
+
+    /// What the overlay has counted by now.
+    pub fn overlay(&self, stats: &OverlayStats) {
+        let results = stats.attestations_refused.iter().chain([("ok", stats.attested)]);
+        for (result, count) in results {
+            // The overlay's counters only grow, and this is their only copy.
+            self.attestations.get_or_create(&AttestationLabels { result }).inner().store(count, Relaxed);
+        }
+        self.expired_connections.inner().store(stats.expired_closed, Relaxed);
     }
 
     /// Cached handles of one service and direction.

@@ -264,7 +264,7 @@ fn judge(end: End, replay: &Replay, lease: &StreamLease) -> Attempt {
         && codes::promises_nothing_delivered(*code)
     {
         lease.pooled().refused();
-        if u64::from(codes::DRAINING) == code.into_inner() {
+        if [codes::DRAINING, codes::EXPIRED].map(u64::from).contains(&code.into_inner()) {
             lease.pooled().retire();
         }
     }

@@ -188,8 +188,8 @@ impl Pool {
         let mut state = self.lock();
         state.no_more_endpoints_until = None;
         for pooled in &state.connections {
-            let peer = pooled.connection().identity().map(|id| &id.spiffe_id);
-            if !peer.is_some_and(|id| identities.contains(id)) {
+            let peer = pooled.connection().identity();
+            if !peer.is_some_and(|peer| identities.contains(&peer.spiffe_id)) {
                 pooled
                     .connection()
                     .close(close_code::NOT_ADMITTED, "your identity does not serve this any more");

@@ -132,6 +132,7 @@ impl Sidecar {
                 registers: config.registers(),
                 learns: false,
                 server: Some(ServerTls { mesh: tls::mesh_server_config(member.svid())?, join: None }),
+                svid: Some(member.svid().clone()),
                 limits: Limits {
                     bidi_streams: config.inbound.initial_streams,
                     max_udp_payload_bytes: config.max_udp_payload_bytes,

@@ -22,8 +22,9 @@ const INNER_PORT: u16 = 7441;
 const SIDECAR_PORT: u16 = 7442;
 const FEDERATOR_PORT: u16 = 7443;
 const ADMIN_PORT: u16 = 7445;
-/// On the wildcard address, as a machine behind NAT binds: a port that no other process of the demo has.
-const VM_PORT: u16 = 7449;
+/// On the wildcard address, as a machine behind NAT binds: a port that no other process of the demo has, nor another demo
+/// on another loopback prefix, whose second octet is added.
+const VM_PORT: u16 = 17449;
 const APP_PORT: u16 = 8080;
 /// Where the caller's sidecar of each cluster offers `shop/web` to its application.
 const UPSTREAM_PORT: u16 = 9080;
@@ -253,7 +254,7 @@ impl Plan {
             ("--join-token-file", &text(&token)),
             ("--state-dir", &self.state_dir("vm", "sidecar")),
             // No address of its own that anybody could send to first: it registers with the gateways.
-            ("--bind", &format!("0.0.0.0:{VM_PORT}")),
+            ("--bind", &format!("0.0.0.0:{}", VM_PORT + u16::from(self.prefix[1]))),
             ("--admin", &ready.to_string()),
             ("--service", &format!("{SERVICE}:80={app}")),
             ("--health", HEALTH),

@@ -1,7 +1,7 @@
 //! Identities under rustls: one snapshot of key, chain and bundles, swapped whole; verifiers that apply [`verify`].
 //!
 //! TLS 1.3 only, X25519MLKEM768 preferred, no resumption and no early data (a resumed session would skip the
-//! verifier), no SNI. A swap acts on the next handshake; live connections keep what they were made with.
+//! verifier), no SNI. A swap acts on the next handshake; on live connections the overlay shows the new chain by itself.
 
 use std::sync::Arc;
 
@@ -35,6 +35,7 @@ pub struct Svid {
     /// Unix seconds.
     pub not_after: u64,
     pub bundles: BundleSet,
+    chain_hash: [u8; 32],
     certified: Arc<CertifiedKey>,
     /// With the root appended: shown to joiners, who know only its fingerprint.
     certified_with_root: Arc<CertifiedKey>,
@@ -47,6 +48,8 @@ pub enum SvidError {
     Key(String),
     #[error(transparent)]
     Identity(#[from] IdentityError),
+    #[error("the private key can't sign for live connections: it must be ECDSA P-256, P-384 or Ed25519")]
+    KeyType,
 }
 
 impl Svid {
@@ -69,6 +72,7 @@ impl Svid {
             spiffe_id: identity.spiffe_id,
             not_after: u64::try_from(identity.not_after).unwrap_or(0),
             bundles,
+            chain_hash: identity.chain_hash,
             certified: Arc::new(certified),
             certified_with_root: Arc::new(CertifiedKey::new(with_root, key)),
         })
@@ -77,6 +81,20 @@ impl Svid {
     /// Leaf first.
     pub fn chain(&self) -> &[CertificateDer<'static>] {
         &self.certified.cert
+    }
+    /// [`verify::chain_hash`] of [`Self::chain`].
+    pub fn chain_hash(&self) -> &[u8; 32] {
+        &self.chain_hash
+    }
+    /// Signs with the leaf's key, for [`verify::signed_by_leaf`].
+    pub fn sign(&self, message: &[u8]) -> Result<Vec<u8>, SvidError> {
+        let schemes = [
+            SignatureScheme::ECDSA_NISTP256_SHA256,
+            SignatureScheme::ECDSA_NISTP384_SHA384,
+            SignatureScheme::ED25519,
+        ];
+        let signer = self.certified.key.choose_scheme(&schemes).ok_or(SvidError::KeyType)?;
+        signer.sign(message).map_err(|e| SvidError::Key(e.to_string()))
     }
 }
 
@@ -91,7 +109,7 @@ impl SvidHandle {
     pub fn load(&self) -> Arc<Svid> {
         self.0.load_full()
     }
-    /// The next handshake uses `svid`.
+    /// The next handshake uses `svid`; overlays show it on live connections within a second or so.
     pub fn swap(&self, svid: Svid) {
         self.0.store(Arc::new(svid));
     }

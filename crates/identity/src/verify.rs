@@ -19,7 +19,7 @@ use crate::cluster_binding::{ClusterBinding, OID_TEXT};
 use crate::spiffe_id::{SpiffeId, TrustDomain};
 
 /// Leaf, intermediate, root, and one spare: a longer chain only costs CPU.
-const MAX_CHAIN: usize = 4;
+pub const MAX_CHAIN: usize = 4;
 
 /// Why a chain was refused, one variant per rule.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -97,7 +97,7 @@ pub struct PeerIdentity {
     pub serial: Vec<u8>,
     /// Unix seconds.
     pub not_after: i64,
-    /// SHA-256 over the chain's certificates.
+    /// [`chain_hash`] of what was shown.
     pub chain_hash: [u8; 32],
     /// SHA-256 of the issuer's SubjectPublicKeyInfo.
     pub issuer_spki: [u8; 32],
@@ -155,6 +155,13 @@ fn check_leaf(leaf: &X509Certificate<'_>, id: &SpiffeId) -> Result<(), IdentityE
     }
 }
 
+/// SHA-256 over the SHA-256 of each certificate in turn: chains that differ anywhere hash differently.
+pub fn chain_hash(chain: &[CertificateDer<'_>]) -> [u8; 32] {
+    let mut hasher = Sha256::new();
+    chain.iter().for_each(|certificate| hasher.update(Sha256::digest(certificate)));
+    hasher.finalize().into()
+}
+
 /// Reads who a chain that has been verified belongs to. Checks names and binding, not signatures or time.
 pub fn peer_identity_from_certs(chain: &[CertificateDer<'_>]) -> Result<PeerIdentity, IdentityError> {
     let [leaf_der, issuer_der, ..] = chain else {
@@ -181,15 +188,13 @@ pub fn peer_identity_from_certs(chain: &[CertificateDer<'_>]) -> Result<PeerIden
     if id.cluster().as_ref() != Some(&cluster) {
         return Err(IdentityError::WrongCluster { id, cluster });
     }
-    let mut hasher = Sha256::new();
-    chain.iter().for_each(|certificate| hasher.update(Sha256::digest(certificate)));
     Ok(PeerIdentity {
         spiffe_id: id,
         cluster,
         tag,
         serial: leaf.raw_serial().to_vec(),
         not_after: leaf.validity().not_after.timestamp(),
-        chain_hash: hasher.finalize().into(),
+        chain_hash: chain_hash(chain),
         issuer_spki: Sha256::digest(issuer.public_key().raw).into(),
     })
 }
@@ -246,6 +251,17 @@ pub(crate) fn check_path(
             webpki::Error::CertNotValidYet { .. } => IdentityError::NotYetValid(id.clone()),
             error => IdentityError::Path { id: id.clone(), reason: error.to_string() },
         })
+}
+
+/// Whether the holder of the leaf's key signed `message`. ECDSA P-256 with SHA-256, P-384 with SHA-384, and Ed25519:
+/// the keys that leaves are issued for. Each key has one scheme, so none is named on the wire.
+pub fn signed_by_leaf(leaf: &CertificateDer<'_>, message: &[u8], signature: &[u8]) -> bool {
+    use webpki::aws_lc_rs::{ECDSA_P256_SHA256, ECDSA_P384_SHA384, ED25519};
+    let Ok(leaf) = EndEntityCert::try_from(leaf) else { return false };
+    // An algorithm of another key's type refuses before it computes anything.
+    [ECDSA_P256_SHA256, ECDSA_P384_SHA384, ED25519]
+        .into_iter()
+        .any(|algorithm| leaf.verify_signature(algorithm, message, signature).is_ok())
 }
 
 /// Seconds since the epoch as the verifier's time.

@@ -1,21 +1,25 @@
-//! One authenticated peer connection and its control stream.
+//! One authenticated peer connection: who the peer is, what the connection is for, and whether it may still be used.
 //!
-//! Each side opens one unidirectional stream and announces its endpoint id on it, so that a GONE hint finds the
-//! connections it is about. The task that reads the peer's control stream ends with the connection.
+//! The identity is what the handshake proved, and later what the peer's control stream proved ([`crate::attestation`]):
+//! the SPIFFE ID, cluster and tag never change, the chain and its end do.
 
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use bytes::BytesMut;
-use quinn::{Connection, ConnectionError, VarInt};
+use arc_swap::ArcSwapOption;
+use quinn::{Connection, ConnectionError, Side, VarInt};
+use tokio_util::sync::CancellationToken;
 use tombolo_identity::PeerIdentity;
+use tombolo_identity::verify::Usage;
 use tombolo_model::ids::{ClusterTag, EndpointId, Handle};
 use tombolo_model::names::ClusterName;
 use tombolo_proto::stream_header::{self, MAX_CONTROL_BYTES};
-use tombolo_proto::v1::{ControlMessage, EndpointAnnounce, control_message};
+use tombolo_proto::v1::{ControlMessage, EndpointAnnounce};
 
+use crate::attestation::{EXPORTER_BYTES, EXPORTER_LABEL};
 use crate::congestion::{ControllerState, ModelController};
+use crate::control_stream::ControlQueue;
 
 /// Close codes on the wire (QUIC application error codes).
 pub mod close_code {
@@ -31,6 +35,8 @@ pub mod close_code {
     pub const IDLE: u32 = 4;
     /// A newer incarnation of the peer has authenticated.
     pub const REPLACED: u32 = 5;
+    /// The peer's identity has ended, and it has shown no new one.
+    pub const EXPIRED: u32 = 6;
 }
 
 /// What the handle of a connection is for.
@@ -56,7 +62,9 @@ pub struct Pinned {
 #[derive(Debug)]
 struct Inner {
     quic: Connection,
-    identity: Option<PeerIdentity>,
+    identity: ArcSwapOption<PeerIdentity>,
+    expired: CancellationToken,
+    control: ControlQueue,
     pinned: Option<Pinned>,
     class: HandleClass,
     peer_endpoint: OnceLock<(ClusterTag, EndpointId)>,
@@ -81,7 +89,9 @@ impl PeerConnection {
             quic.congestion_state().into_any().downcast::<ModelController>().ok().map(|c| c.state());
         Self(Arc::new(Inner {
             quic,
-            identity,
+            identity: ArcSwapOption::from_pointee(identity),
+            expired: CancellationToken::new(),
+            control: ControlQueue::default(),
             pinned,
             class,
             peer_endpoint: OnceLock::new(),
@@ -94,9 +104,9 @@ impl PeerConnection {
     pub fn quic(&self) -> &Connection {
         &self.0.quic
     }
-    /// The peer's authenticated identity; `None` only for class join.
-    pub fn identity(&self) -> Option<&PeerIdentity> {
-        self.0.identity.as_ref()
+    /// The peer's authenticated identity as it is now; `None` only for class join.
+    pub fn identity(&self) -> Option<Arc<PeerIdentity>> {
+        self.0.identity.load_full()
     }
     /// The peer's endpoint, once it has announced it.
     pub fn peer_endpoint(&self) -> Option<(ClusterTag, EndpointId)> {
@@ -144,48 +154,48 @@ impl PeerConnection {
         self.0.congestion.as_ref()
     }
 
-    /// Announces our endpoint id to the peer. The stream stays open for later control messages.
-    pub(crate) async fn announce(
-        &self,
-        tag: ClusterTag,
-        endpoint: EndpointId,
-    ) -> Result<(), ConnectionError> {
-        let mut stream = self.0.quic.open_uni().await?;
-        let message = control_message::Message::Endpoint(EndpointAnnounce {
-            tag: tag.value(),
-            endpoint: endpoint.value(),
-        });
-        let frame = stream_header::encode(&ControlMessage { message: Some(message) });
-        let _ = stream.write_chunk(frame).await;
-        let _ = stream.set_priority(1);
-        self.closed().await;
-        Ok(())
+    /// Our side of TLS.
+    pub fn role(&self) -> Usage {
+        match self.0.quic.side() {
+            Side::Client => Usage::Client,
+            Side::Server => Usage::Server,
+        }
+    }
+    /// What only the two ends of this connection know; re-attestations sign it. `None` is a TLS library's failure.
+    pub fn exporter(&self) -> Option<[u8; EXPORTER_BYTES]> {
+        let mut exporter = [0; EXPORTER_BYTES];
+        self.0.quic.export_keying_material(&mut exporter, EXPORTER_LABEL, &[]).ok().map(|()| exporter)
     }
 
-    /// Reads the peer's control stream until the connection ends. What it says is believed about itself only.
-    pub(crate) async fn read_control(&self, on_endpoint: impl Fn(&PeerConnection)) {
-        let Ok(mut stream) = self.0.quic.accept_uni().await else { return };
-        let mut buffer = BytesMut::new();
-        while let Ok(Some(chunk)) = stream.read_chunk(MAX_CONTROL_BYTES, true).await {
-            buffer.extend_from_slice(&chunk.bytes);
-            loop {
-                match stream_header::decode::<ControlMessage>(&mut buffer, MAX_CONTROL_BYTES) {
-                    Ok(Some(ControlMessage { message: Some(control_message::Message::Endpoint(e)) })) => {
-                        let Some(tag) = ClusterTag::new(e.tag) else { continue };
-                        // An endpoint outside the proven cluster is a lie; ignoring it costs the liar its hints.
-                        let own = self.identity().is_none_or(|id| id.tag == tag);
-                        if own && self.0.peer_endpoint.set((tag, EndpointId::from_u32(e.endpoint))).is_ok() {
-                            on_endpoint(self);
-                        }
-                    }
-                    Ok(Some(_)) => {}
-                    Ok(None) => break,
-                    Err(error) => {
-                        tracing::debug!(%error, "control stream of a peer is malformed");
-                        return;
-                    }
-                }
-            }
-        }
+    /// Whether the peer's identity has ended and it has shown no new one: open nothing more on it. Final.
+    pub fn expired(&self) -> bool {
+        self.0.expired.is_cancelled()
+    }
+    /// Returns once [`Self::expired`].
+    pub async fn peer_expired(&self) {
+        self.0.expired.cancelled().await;
+    }
+    pub(crate) fn expire(&self) {
+        self.0.expired.cancel();
+    }
+    /// The peer has shown a new chain of the same identity.
+    pub(crate) fn pin(&self, identity: PeerIdentity) {
+        self.0.identity.store(Some(Arc::new(identity)));
+    }
+
+    pub(crate) fn control(&self) -> &ControlQueue {
+        &self.0.control
+    }
+    /// Queues a message for the peer on our control stream. False: it is too long, or the peer does not read.
+    pub fn send_control(&self, message: &ControlMessage) -> bool {
+        let frame = stream_header::encode(message);
+        frame.len() <= 2 + MAX_CONTROL_BYTES && self.0.control.push(frame)
+    }
+    /// The peer says which endpoint it is. True: that is news.
+    pub(crate) fn announced(&self, announce: &EndpointAnnounce) -> bool {
+        let Some(tag) = ClusterTag::new(announce.tag) else { return false };
+        // An endpoint outside the proven cluster is a lie; ignoring it costs the liar its hints.
+        let own = self.identity().is_none_or(|id| id.tag == tag);
+        own && self.0.peer_endpoint.set((tag, EndpointId::from_u32(announce.endpoint))).is_ok()
     }
 }

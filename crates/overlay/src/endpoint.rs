@@ -1,8 +1,8 @@
 //! [`Overlay`]: one socket, one endpoint id, one quinn endpoint, and the tasks that keep them honest.
 //!
 //! Owned by a sidecar's runtime thread, a gateway's control side or a federator. Tasks: accepting (one per pending
-//! handshake, bounded), one per live connection for its control stream, hops (probes and registrations), liveness
-//! (kicks and GONE). All end with the [`TaskGroup`] given to [`Overlay::bind`], or with [`Overlay::close`].
+//! handshake, bounded), one per live connection for its control streams, hops (probes and registrations), liveness
+//! (kicks and GONE), attestation (swapped SVIDs, ended ones). All end with the [`TaskGroup`] given to [`Overlay::bind`], or with [`Overlay::close`].
 
 use std::collections::HashSet;
 use std::net::SocketAddr;
@@ -13,12 +13,15 @@ use std::time::Duration;
 use arc_swap::ArcSwap;
 use quinn::{Incoming, TokioRuntime, TransportConfig};
 use tokio::sync::{mpsc, watch};
+use tombolo_identity::{Svid, SvidHandle};
 use tombolo_model::ids::{ClusterTag, EndpointId};
 use tombolo_runtime::tasks::TaskGroup;
 
 use crate::admission::Inbound;
+use crate::attestation::task::{self as attestation, AttestationCounters, AttestationHandle, RefusalCounts};
 use crate::cid::Kind;
 use crate::connection::{HandleClass, PeerConnection, Pinned, close_code};
+use crate::control_stream::{self, Judge};
 use crate::dial::{DialError, DialTarget, Dialler, peer_identity};
 use crate::generator::{Generator, Identity};
 use crate::hops::{self, HopReport, HopsHandle};
@@ -36,8 +39,6 @@ const ACCEPT_QUEUE: usize = 256;
 const CONTROL_QUEUE: usize = 512;
 /// Closing frames have left by then.
 const CLOSE_PATIENCE: Duration = Duration::from_millis(500);
-/// Nothing tells when a socket is let go; a start waits this much too long at most.
-const RELEASE_POLL: Duration = Duration::from_millis(5);
 
 /// TLS of the server side, by class of handle.
 #[derive(Clone, Debug)]
@@ -63,6 +64,9 @@ pub struct OverlayConfig {
     /// Answer long-header packets of the own cluster to where they came from: federators, and who joins at one directly.
     pub learns: bool,
     pub server: Option<ServerTls>,
+    /// The own identity: shown again on live connections when it is swapped, and its bundles judge what peers show. `None`
+    /// for a joiner, whose connection is over in seconds.
+    pub svid: Option<SvidHandle>,
     pub limits: Limits,
 }
 
@@ -96,6 +100,11 @@ pub struct OverlayStats {
     pub retried: u64,
     pub handshakes_failed: u64,
     pub importer_mismatch: u64,
+    /// Re-attestations of peers that were believed.
+    pub attested: u64,
+    pub attestations_refused: RefusalCounts,
+    /// Connections that ended after their peer's identity had.
+    pub expired_closed: u64,
     pub no_route: u64,
     pub send_errors: u64,
     pub control_overflow: u64,
@@ -114,6 +123,8 @@ struct Inner {
     accepted: tokio::sync::Mutex<mpsc::Receiver<PeerConnection>>,
     liveness: LivenessHandle,
     hops: HopsHandle,
+    attestation: Option<AttestationHandle>,
+    judge: Judge,
     counters: OverlayCounters,
     tasks: TaskGroup,
     local_addr: SocketAddr,
@@ -128,7 +139,8 @@ pub struct Overlay(Arc<Inner>);
 impl Overlay {
     /// Binds the socket and starts the tasks in the current tokio runtime.
     pub fn bind(config: OverlayConfig, tasks: &TaskGroup) -> Result<Self, BindError> {
-        let OverlayConfig { tag, endpoint, keys, kind, bind, registers, learns, server, limits } = config;
+        let OverlayConfig { tag, endpoint, keys, kind, bind, registers, learns, server, svid, limits } =
+            config;
         let socket_error = |source| BindError::Socket { address: bind, source };
         let slot = Slot::bind(bind).map_err(socket_error)?;
         let local_addr = slot.local_addr().map_err(socket_error)?;
@@ -158,6 +170,11 @@ impl Overlay {
             liveness.clone(),
             tasks,
         );
+        let judge = Judge { svid, counters: Arc::new(AttestationCounters::default()) };
+        let attestation = judge
+            .svid
+            .clone()
+            .map(|svid| attestation::spawn(svid, &limits, Arc::clone(&judge.counters), tasks));
         let (accepted_sender, accepted) = mpsc::channel(ACCEPT_QUEUE);
         let overlay = Self(Arc::new(Inner {
             tag,
@@ -170,6 +187,8 @@ impl Overlay {
             accepted: tokio::sync::Mutex::new(accepted),
             liveness,
             hops,
+            attestation,
+            judge,
             counters: OverlayCounters::default(),
             tasks: tasks.clone(),
             local_addr,
@@ -215,10 +234,11 @@ impl Overlay {
         let rtt = self.0.rtt_micros.lock().unwrap_or_else(PoisonError::into_inner).get(&target.tag).copied();
         let dialler =
             Dialler { endpoint: &self.0.quic, transport: Arc::clone(&self.0.client_transport), rtt, class };
+        let shown = self.own_svid();
         let connection = dialler.dial(target, tls).await?;
         let known = &self.0.rtt_micros;
         known.lock().unwrap_or_else(PoisonError::into_inner).insert(target.tag, connection.rtt());
-        self.adopt(&connection).await;
+        self.adopt(&connection, shown.as_deref()).await;
         Ok(connection)
     }
 
@@ -239,6 +259,7 @@ impl Overlay {
     pub fn stats(&self) -> OverlayStats {
         let counters = &self.0.counters;
         let socket = &self.0.socket.counters;
+        let attestation = &self.0.judge.counters;
         OverlayStats {
             open_connections: self.0.quic.open_connections(),
             accepted: counters.accepted.load(Relaxed),
@@ -246,6 +267,9 @@ impl Overlay {
             retried: counters.retried.load(Relaxed),
             handshakes_failed: counters.handshakes_failed.load(Relaxed),
             importer_mismatch: counters.importer_mismatch.load(Relaxed),
+            attested: attestation.attested.load(Relaxed),
+            attestations_refused: attestation.refusals(),
+            expired_closed: attestation.expired_closed.load(Relaxed),
             no_route: socket.no_route.load(Relaxed),
             send_errors: socket.send_errors.load(Relaxed),
             control_overflow: socket.control_overflow.load(Relaxed),
@@ -253,32 +277,31 @@ impl Overlay {
         }
     }
 
-    /// Closes every connection and waits until the peers have been told.
+    /// Closes every connection, waits until the peers have been told, and lets the port go.
     pub async fn close(&self) {
         self.0.quic.close(close_code::DRAINING.into(), b"closing");
         let _ = tokio::time::timeout(CLOSE_PATIENCE, self.0.quic.wait_idle()).await;
+        // An attempt to dial that lost the race drains for seconds in quinn, and holds the socket object as long: who
+        // joins through gateways binds the same port again at once.
+        self.0.socket.set_slots(Vec::new());
     }
 
-    /// Says when the socket's address is free again: quinn holds the socket until every connection has drained, for
-    /// three PTOs (RFC 9000 section 10.2) after [`close`](Self::close), and this value must be dropped.
-    pub(crate) fn released(&self) -> impl Future<Output = ()> + use<> {
-        let socket = Arc::downgrade(&self.0.socket);
-        async move {
-            while socket.strong_count() > 0 {
-                tokio::time::sleep(RELEASE_POLL).await;
-            }
-        }
+    fn own_svid(&self) -> Option<Arc<Svid>> {
+        self.0.judge.svid.as_ref().map(SvidHandle::load)
     }
 
-    /// Announces ourselves on the connection, listens to the peer's control stream, and watches its liveness.
-    async fn adopt(&self, connection: &PeerConnection) {
+    /// Announces ourselves on the connection, listens to the peer's control stream, and watches its liveness and
+    /// identity. `shown`: the own SVID from before the handshake.
+    async fn adopt(&self, connection: &PeerConnection, shown: Option<&Svid>) {
         self.0.liveness.watch(connection.clone()).await;
-        let (tag, endpoint) = (self.0.tag, self.0.endpoint_id);
-        let connection = connection.clone();
+        if let (Some(attestation), Some(shown)) = (&self.0.attestation, shown) {
+            attestation.watch(connection.clone(), shown).await;
+        }
+        let me = (self.0.tag, self.0.endpoint_id);
+        let (connection, judge) = (connection.clone(), self.0.judge.clone());
         let liveness = self.0.liveness.clone();
-        self.0.tasks.spawn("peer control stream", async move {
-            let heard = connection.read_control(|peer| liveness.announced(peer.clone()));
-            let _ = tokio::join!(connection.announce(tag, endpoint), heard);
+        self.0.tasks.spawn("control streams", async move {
+            control_stream::run(connection, judge, me, |peer| liveness.announced(peer.clone())).await;
         });
     }
 }
@@ -342,10 +365,11 @@ async fn accept_loop(
         let (overlay, accepted) = (overlay.clone(), accepted.clone());
         let tasks = overlay.0.tasks.clone();
         tasks.spawn("handshake", async move {
+            let shown = overlay.own_svid();
             let connection = handshake(&overlay, incoming, server, pinned).await;
             drop(slot);
             if let Some(connection) = connection {
-                overlay.adopt(&connection).await;
+                overlay.adopt(&connection, shown.as_deref()).await;
                 let _ = accepted.send(connection).await;
             }
         });

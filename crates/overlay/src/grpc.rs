@@ -4,6 +4,7 @@
 
 use std::io;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -20,7 +21,7 @@ use tonic::transport::server::Connected;
 use tonic::transport::{Channel, Endpoint};
 use tower::service_fn;
 
-use crate::connection::{HandleClass, PeerConnection};
+use crate::connection::{HandleClass, PeerConnection, close_code};
 
 /// An RPC that has no answer after this is failed by the caller; streams are unaffected.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -30,14 +31,24 @@ const HTTP2_WINDOW_BYTES: u32 = 2 * 1024 * 1024;
 /// Who is calling: put into every request's extensions.
 #[derive(Clone, Debug)]
 pub struct PeerInfo {
-    /// `None` only for class join.
-    pub identity: Option<PeerIdentity>,
+    peer: PeerConnection,
     pub class: HandleClass,
     /// The cluster whose handle the connection was opened with.
     pub importer: Option<ClusterName>,
     pub endpoint: Option<(ClusterTag, EndpointId)>,
     /// Distinguishes connections of the same peer.
     pub connection: usize,
+}
+
+impl PeerInfo {
+    /// As it is now: a request may be older than a re-attestation. `None` only for class join.
+    pub fn identity(&self) -> Option<Arc<PeerIdentity>> {
+        self.peer.identity()
+    }
+    /// Whether the caller's identity has ended.
+    pub fn expired(&self) -> bool {
+        self.peer.expired()
+    }
 }
 
 /// One bidirectional stream as an IO object for HTTP/2.
@@ -52,7 +63,7 @@ impl Connected for OverlayStream {
     type ConnectInfo = PeerInfo;
     fn connect_info(&self) -> PeerInfo {
         PeerInfo {
-            identity: self.peer.identity().cloned(),
+            peer: self.peer.clone(),
             class: self.peer.class(),
             importer: self.peer.importer().cloned(),
             endpoint: self.peer.peer_endpoint(),
@@ -92,6 +103,9 @@ pub fn channel(connection: PeerConnection) -> Channel {
         .connect_with_connector_lazy(service_fn(move |_| {
             let peer = connection.clone();
             async move {
+                if peer.expired() {
+                    return Err(io::Error::other("the peer's identity has ended"));
+                }
                 let (send, recv) = peer.quic().open_bi().await.map_err(io::Error::other)?;
                 Ok::<_, io::Error>(TokioIo::new(OverlayStream { peer, send, recv }))
             }
@@ -131,7 +145,11 @@ impl GrpcAcceptor {
     pub fn attach(&self, peer: PeerConnection) {
         let streams = self.streams.clone();
         self.tasks.spawn("grpc streams of a peer", async move {
-            while let Ok((send, recv)) = peer.quic().accept_bi().await {
+            while let Ok((mut send, recv)) = peer.quic().accept_bi().await {
+                if peer.expired() {
+                    let _ = send.reset(close_code::EXPIRED.into());
+                    continue;
+                }
                 let stream = OverlayStream { peer: peer.clone(), send, recv };
                 if streams.send(Ok(stream)).await.is_err() {
                     return;

@@ -2,12 +2,14 @@
 //!
 //! [`cid`] and [`keys`] are the wire and its admission keys, [`datagram`], [`probe`] and [`register`] the small keyed
 //! datagrams beside QUIC, [`routes`] says where a packet for a connection ID leaves, [`Overlay`] binds a socket and a
-//! quinn endpoint that use them, [`congestion`] is the model-based controller, [`grpc`] carries tonic over streams.
+//! quinn endpoint that use them, [`attestation`] renews identities on live connections, [`congestion`] is the model-based controller, [`grpc`] carries tonic over streams.
 
 mod admission;
+pub mod attestation;
 pub mod cid;
 pub mod congestion;
 mod connection;
+mod control_stream;
 pub mod datagram;
 mod dial;
 mod endpoint;
@@ -28,6 +30,7 @@ mod socket;
 mod transport;
 
 pub use admission::{Inbound, InboundHandle, Refusal};
+pub use attestation::task::RefusalCounts;
 pub use connection::{HandleClass, PeerConnection, Pinned, close_code};
 pub use dial::{DIAL_TIMEOUT, DialError, DialTarget};
 pub use endpoint::{BindError, Overlay, OverlayConfig, OverlayStats, ServerTls};

@@ -32,6 +32,10 @@ pub struct Limits {
     pub retry_above_pending: usize,
     /// Handshakes in progress above which newcomers are ignored: 40 KB each.
     pub max_pending: usize,
+    /// How long after the end of its identity a peer that shows no new one is closed at the latest.
+    pub expired_patience: Duration,
+    /// Live connections on which a swapped SVID is shown per second: each is a signature here and 0.3 ms at the peer.
+    pub attestations_per_second: u32,
 }
 
 impl Default for Limits {
@@ -47,6 +51,10 @@ impl Default for Limits {
             idle_timeout: Duration::from_secs(65),
             retry_above_pending: 256,
             max_pending: 2048,
+            // protocol.md section 5.
+            expired_patience: Duration::from_secs(300),
+            // A hundredth of a core; 10,000 connections take 50 s of the half life that is left.
+            attestations_per_second: 200,
         }
     }
 }

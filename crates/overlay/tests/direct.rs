@@ -2,129 +2,14 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used)] // a panic is a test's failure
 
-use std::collections::HashMap;
-use std::net::SocketAddr;
+mod world;
+
 use std::sync::Arc;
 use std::time::Duration;
 
-use tombolo_identity::authority::{Existing, RootAuthority};
-use tombolo_identity::issuer::{KeyAndCsr, LEAF_LIFE, LeafIssuer};
-use tombolo_identity::{BundleSet, ExpectedPeer, SpiffeId, Svid, SvidHandle, tls};
-use tombolo_model::ids::{Block, ClusterTag, Handle, Incarnation};
-use tombolo_model::names::ClusterName;
-use tombolo_overlay::cid::Kind;
-use tombolo_overlay::keys::{ClusterKey, HandleBinding, KeyRing, LinkKey};
-use tombolo_overlay::routes::Routes;
-use tombolo_overlay::{
-    DialError, DialTarget, HandleClass, Inbound, InboundHandle, Limits, Overlay, OverlayConfig, ServerTls,
-};
-use tombolo_runtime::clock;
-use tombolo_runtime::tasks::TaskGroup;
-
-const HANDLE: Handle = Handle::JOIN; // any number will do without a gateway in between
-
-struct World {
-    issuer: LeafIssuer,
-    cluster_key: ClusterKey,
-    link_key: LinkKey,
-    name: ClusterName,
-    tag: ClusterTag,
-    tasks: TaskGroup,
-    _dir: tempfile::TempDir,
-}
-
-impl World {
-    fn new() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let now = clock::since_unix_epoch();
-        let mut root = RootAuthority::init(dir.path(), "acme.example".parse().unwrap(), now).unwrap();
-        let name: ClusterName = "east".parse().unwrap();
-        let material = root.sign_cluster(&name, Existing::Refuse, now).unwrap();
-        let tag = material.tag;
-        Self {
-            issuer: LeafIssuer::new(material).unwrap(),
-            cluster_key: ClusterKey::generate(),
-            link_key: LinkKey::generate(),
-            name,
-            tag,
-            tasks: TaskGroup::new(),
-            _dir: dir,
-        }
-    }
-
-    fn id(&self, account: &str) -> SpiffeId {
-        SpiffeId::workload(&self.issuer.material.trust_domain, &self.name, "shop", account).unwrap()
-    }
-
-    fn svid(&self, account: &str) -> SvidHandle {
-        let key = KeyAndCsr::generate().unwrap();
-        let leaf =
-            self.issuer.issue(&key.csr_der, &self.id(account), LEAF_LIFE, clock::since_unix_epoch()).unwrap();
-        let bundles = BundleSet::of(self.issuer.material.bundle.clone());
-        SvidHandle::new(Svid::new(&key.key_der, leaf.chain, bundles).unwrap())
-    }
-
-    fn overlay(&self, block: u32, incarnation: u8, svid: &SvidHandle) -> Overlay {
-        let block = Block::new(block).unwrap();
-        let keys =
-            KeyRing::derive_now(clock::since_unix_epoch(), |h| self.cluster_key.endpoint_key(block, h));
-        let mesh = tls::mesh_server_config(svid).unwrap();
-        let config = OverlayConfig {
-            tag: self.tag,
-            endpoint: block.endpoint(Incarnation::new(incarnation).unwrap()),
-            keys,
-            kind: Kind::Endpoint,
-            bind: SocketAddr::from(([127, 0, 0, 1], 0)),
-            registers: false,
-            learns: false,
-            server: Some(ServerTls { mesh, join: None }),
-            limits: Limits::default(),
-        };
-        Overlay::bind(config, &self.tasks).unwrap()
-    }
-
-    fn target(&self) -> DialTarget {
-        let binding = HandleBinding {
-            handle: HANDLE,
-            importer: self.name.clone(),
-            service: "shop/web".into(),
-            export_uid: [1; 16],
-        };
-        let keys = KeyRing::derive_now(clock::since_unix_epoch(), |h| self.link_key.handle_key(&binding, h));
-        DialTarget { kind: Kind::Service, tag: self.tag, handle: HANDLE, keys: Arc::new(keys) }
-    }
-
-    fn inbound(&self, importer: &str) -> Inbound {
-        let handle = InboundHandle {
-            class: HandleClass::Mesh,
-            importer: Some(importer.parse().unwrap()),
-            service: "shop/web".into(),
-        };
-        Inbound { handles: [(HANDLE, handle)].into() }
-    }
-
-    /// Everyone knows everyone; the handle leads to `servers`.
-    fn connect(&self, all: &[&Overlay], servers: &[&Overlay]) {
-        let endpoints: HashMap<_, _> =
-            all.iter().map(|o| (o.endpoint_id().block(), o.local_addr())).collect();
-        for overlay in all {
-            let mut routes = Routes::empty(self.tag);
-            routes.endpoints = endpoints.clone();
-            routes.services.insert(HANDLE, servers.iter().map(|o| o.endpoint_id()).collect());
-            overlay.set_routes(routes);
-        }
-    }
-}
-
-async fn eventually(what: &str, check: impl Fn() -> bool) {
-    for _ in 0..500 {
-        if check() {
-            return;
-        }
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
-    panic!("not within 5 s: {what}");
-}
+use tombolo_identity::{ExpectedPeer, tls};
+use tombolo_overlay::{DialError, Inbound};
+use world::{World, eventually};
 
 #[tokio::test]
 async fn a_dial_by_handle_reaches_the_service_and_both_sides_know_each_other() {

@@ -1,5 +1,6 @@
 //! A gateway's snapshot: who is where, what importers may reach, and the linked clusters.
 
+use std::collections::HashSet;
 use std::time::Duration;
 
 use tombolo_model::ids::{EndpointId, Handle};
@@ -8,7 +9,7 @@ use tombolo_overlay::keys::HandleBinding;
 use tombolo_proto::v1;
 
 use crate::core::tokens::is_open_provisional;
-use crate::facts::{CONTROL, Facts, HandleRecord, JOIN, Link};
+use crate::facts::{CONTROL, Facts, HandleRecord, JOIN, Link, Role};
 use crate::registry::Gateway;
 
 /// First packets per second of one handle: a sidecar does some 1,500 handshakes a second on one core.
@@ -26,7 +27,7 @@ pub fn snapshot(facts: &Facts, name: &str, monotonic: Duration, unix: Duration) 
         cluster: cluster.name.to_string(),
         tag: cluster.tag.value(),
         cluster_key: cluster.cluster_key.as_bytes().to_vec(),
-        endpoints: endpoints(facts, monotonic),
+        endpoints: endpoints(facts, monotonic, unix),
         handles: inbound(facts),
         links: links(facts),
         siblings: facts
@@ -69,8 +70,9 @@ fn endpoint(id: EndpointId, address: Option<std::net::SocketAddr>, gone: bool) -
     }
 }
 
-/// Every endpoint of the cluster: members, gateways' own, this federator.
-fn endpoints(facts: &Facts, monotonic: Duration) -> Vec<v1::GatewayEndpoint> {
+/// Every endpoint of the cluster: members, gateways' own, this federator; and who holds a lease and has not said hello
+/// yet, since a machine outside reaches us through the gateways alone.
+fn endpoints(facts: &Facts, monotonic: Duration, unix: Duration) -> Vec<v1::GatewayEndpoint> {
     let federator = facts.federator.iter().map(|f| endpoint(f.endpoint, Some(f.address), false));
     let gateways = facts.registry.gateways.values().filter_map(|gateway| {
         let (id, address) = gateway.endpoint?;
@@ -81,7 +83,18 @@ fn endpoints(facts: &Facts, monotonic: Duration) -> Vec<v1::GatewayEndpoint> {
         let oldest = member.ids.iter().min_by_key(|id| id.incarnation().value())?;
         Some(endpoint(*oldest, member.address, member.gone(monotonic)))
     });
-    federator.chain(gateways).chain(members).collect()
+    let mut endpoints: Vec<_> = federator.chain(gateways).chain(members).collect();
+    let known: HashSet<u32> = endpoints.iter().map(|endpoint| endpoint.block).collect();
+    let silent = facts.leases.values().filter(|lease| {
+        let joins = matches!(lease.role, Role::Sidecar | Role::Vm | Role::Gateway);
+        joins && lease.not_after >= unix.as_secs() && !known.contains(&lease.block.value())
+    });
+    endpoints.extend(silent.map(|lease| v1::GatewayEndpoint {
+        block: lease.block.value(),
+        registers: true,
+        ..Default::default()
+    }));
+    endpoints
 }
 
 fn handle(

@@ -1,8 +1,7 @@
 //! What the control thread knows and decides, without IO: time is passed in, [`Effect`]s come out.
 //!
 //! Owns registrations, what siblings announced, the paths to other gateways, and who was proven to send from where; builds
-//! the [`View`] of it. All tables are bounded. GONE hints are sent at a bounded rate and are never larger than what they
-//! answer (33 bytes; the smallest packet with a 20-byte ID has 41).
+//! the [`View`] of it. All tables are bounded. An answer is never larger than its question.
 
 use std::collections::{HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
@@ -17,7 +16,7 @@ use tombolo_overlay::datagram::{
     Unverified,
 };
 use tombolo_overlay::keys::CidKey;
-use tombolo_overlay::register::{Registrations, Siblings, Side, Verdict};
+use tombolo_overlay::register::{Registrations, Siblings, Verdict};
 
 use super::hops::{Event, Hops, PortChange, Whose};
 use crate::bucket::Bucket;
@@ -26,7 +25,7 @@ use crate::decide::{self, Now};
 use crate::forward::Arrival;
 use crate::keys::KeyCache;
 use crate::port::Port;
-use crate::recent::{Listener, Recent};
+use crate::recent::Recent;
 use crate::tables::Tables;
 use crate::view::{Holder, LinkView, Origin, PortId, Registered, Via, View, Who};
 
@@ -36,13 +35,10 @@ const REGISTRATIONS: usize = 65_536;
 const LEARNED: usize = 65_536;
 /// Probes come at least once a second.
 const LEARNED_LIFE: Duration = Duration::from_secs(10);
-/// Hints per second in all: an endpoint's end concerns its callers, a handful of gateways and sidecars.
-const GONE_PER_SECOND: u32 = 200;
+/// How long a PROBE or REGISTER outweighs the federator's word that an endpoint is gone: three probes at the slow pace.
+const HEARD_LIFE: Duration = Duration::from_secs(3);
 /// Expiries are looked at this often.
 const SWEEP: Duration = Duration::from_secs(1);
-/// GONE is not larger than this; an answer may not be larger than its question.
-const _: () = assert!(datagram::REGISTER_BYTES >= 54);
-
 /// What the driver is to do.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Effect {
@@ -96,22 +92,24 @@ pub struct HopStatus {
 pub struct State {
     start: StartNumber,
     counters: Arc<Counters>,
-    recent: Arc<Recent>,
-    keys: KeyCache,
-    tables: Option<Arc<Tables>>,
-    registrations: Registrations,
+    pub(super) recent: Arc<Recent>,
+    pub(super) keys: KeyCache,
+    pub(super) tables: Option<Arc<Tables>>,
+    pub(super) registrations: Registrations,
     /// Which address of ours each registered endpoint contacted.
-    contacted: HashMap<Block, Option<IpAddr>>,
+    pub(super) contacted: HashMap<Block, Option<IpAddr>>,
     siblings: Siblings,
-    hops: Hops,
+    pub(super) hops: Hops,
     learned: HashMap<SocketAddr, (Who, Instant)>,
-    gone_bucket: Bucket,
-    gone_sent: u64,
+    /// Endpoints by their last keyed datagram; as many as the tables have blocks.
+    heard: HashMap<Block, (EndpointId, Instant)>,
+    pub(super) gone_bucket: Bucket,
+    pub(super) gone_sent: u64,
     gone_received: u64,
     draining: bool,
     next_sweep: Instant,
-    dirty: bool,
-    known: Arc<HashMap<SocketAddr, Origin>>,
+    pub(super) dirty: bool,
+    pub(super) known: Arc<HashMap<SocketAddr, Origin>>,
     inner_ips: Arc<HashSet<IpAddr>>,
     unix: Duration,
 }
@@ -129,6 +127,7 @@ impl State {
             siblings: Siblings::new(REGISTRATIONS),
             hops: Hops::default(),
             learned: HashMap::new(),
+            heard: HashMap::new(),
             gone_bucket: Bucket::default(),
             gone_sent: 0,
             gone_received: 0,
@@ -156,7 +155,7 @@ impl State {
             .map(|registration| registration.endpoint.block())
             .filter(|block| {
                 let mut generations = tables.generations(clocks.unix);
-                !generations.any(|t| t.endpoint(*block, clocks.unix).is_some_and(|record| !record.gone))
+                !generations.any(|t| t.endpoint(*block, clocks.unix).is_some())
             })
             .collect();
         for block in gone {
@@ -194,17 +193,17 @@ impl State {
         let tables = self.tables.clone().ok_or(DecodeError::Field("selector"))?;
         match unverified.selector {
             Selector::Endpoint { tag, endpoint } if tag == tables.tag => {
-                self.from_endpoint(&tables, endpoint, &unverified, arrival, now, clocks, out)
+                self.on_endpoint_datagram(&tables, endpoint, &unverified, arrival, now, clocks, out)
             }
             Selector::Endpoint { .. } => Err(DecodeError::Field("selector")),
             Selector::Gateway { tag } => {
-                self.from_gateway(&tables, tag, &unverified, arrival, now, clocks, out)
+                self.on_gateway_datagram(&tables, tag, &unverified, arrival, now, clocks, out)
             }
         }
     }
 
     #[allow(clippy::too_many_arguments)] // one caller, which passes its own arguments on
-    fn from_endpoint(
+    fn on_endpoint_datagram(
         &mut self,
         tables: &Tables,
         endpoint: EndpointId,
@@ -219,12 +218,11 @@ impl State {
         let mut verified = Err(DecodeError::Field("selector"));
         for tables in tables.generations(clocks.unix) {
             // Unknown ones are dropped before any derivation.
-            if tables.endpoint(block, clocks.unix).is_none_or(|record| record.gone) {
-                continue;
-            }
+            let Some(record) = tables.endpoint(block, clocks.unix) else { continue };
             verified = unverified.verify(tables.endpoint_key(block, &mut self.keys, hour, clocks.hour()));
             if verified.is_ok() {
                 let datagram = verified?;
+                self.hear(endpoint, record.ends(endpoint), now);
                 let key = tables.endpoint_key(block, &mut self.keys, clocks.hour(), clocks.hour()).clone();
                 let answer =
                     Answer { arrival, selector: datagram.selector, sequence: datagram.sequence, key, clocks };
@@ -272,7 +270,7 @@ impl State {
     }
 
     #[allow(clippy::too_many_arguments)] // one caller, which passes its own arguments on
-    fn from_gateway(
+    fn on_gateway_datagram(
         &mut self,
         tables: &Tables,
         tag: ClusterTag,
@@ -352,147 +350,19 @@ impl State {
         self.dirty |= before.is_none_or(|(before, _)| before != who);
     }
 
-    fn gateway_key(&mut self, tables: &Tables, whose: Whose, clocks: Now) -> Option<CidKey> {
+    /// An endpoint is alive; `news` when the tables think otherwise.
+    fn hear(&mut self, endpoint: EndpointId, news: bool, now: Instant) {
+        let before = self.heard.insert(endpoint.block(), (endpoint, now));
+        self.dirty |= news && before.is_none_or(|(before, _)| before != endpoint);
+    }
+
+    pub(super) fn gateway_key(&mut self, tables: &Tables, whose: Whose, clocks: Now) -> Option<CidKey> {
         let hour = clocks.hour();
         match whose {
             Whose::Sibling => Some(tables.replica_key(&mut self.keys, hour, hour).clone()),
             Whose::Peer(tag) => {
                 Some(tables.peer(tag, clocks.unix)?.probe_key(&mut self.keys, hour, hour).clone())
             }
-        }
-    }
-
-    /// A forwarding thread dropped a packet for an endpoint that is no more.
-    pub fn on_gone(
-        &mut self,
-        gone: decide::Gone,
-        origin: Origin,
-        arrival: &Arrival,
-        clocks: Now,
-        out: &mut Vec<Effect>,
-    ) {
-        let Some(tables) = self.tables.clone() else { return };
-        if !self.gone_bucket.take(clocks.since_start, GONE_PER_SECOND) {
-            return;
-        }
-        let to = (arrival.via, arrival.source, arrival.contacted);
-        let told = match origin.who {
-            Who::Endpoint { block, .. } => {
-                self.gone_to_endpoint(&tables, block, tables.tag, gone, to, clocks)
-            }
-            Who::Peer(tag) => self.gone_to_gateway(&tables, Whose::Peer(tag), gone, to, clocks),
-            Who::Sibling => self.gone_to_gateway(&tables, Whose::Sibling, gone, to, clocks),
-            Who::Neighbour | Who::Stranger => None,
-        };
-        self.gone_sent += u64::from(told.is_some());
-        out.extend(told);
-    }
-
-    fn gone_to_endpoint(
-        &mut self,
-        tables: &Tables,
-        block: Block,
-        tag: ClusterTag,
-        gone: decide::Gone,
-        (via, to, from): (Via, SocketAddr, Option<IpAddr>),
-        clocks: Now,
-    ) -> Option<Effect> {
-        tables.endpoint(block, clocks.unix).filter(|record| !record.gone)?;
-        let key = tables.endpoint_key(block, &mut self.keys, clocks.hour(), clocks.hour());
-        // The block is what counts: the receiver may be in any incarnation.
-        let selector =
-            Selector::Endpoint { tag: tables.tag, endpoint: EndpointId::from_u32(block.value() << 4) };
-        let bytes = gone_datagram(selector, tag, gone).encode(clocks.hour(), key);
-        Some(Effect::Send(Send { via, to, from, bytes, probe: None }))
-    }
-
-    fn gone_to_gateway(
-        &mut self,
-        tables: &Tables,
-        whose: Whose,
-        gone: decide::Gone,
-        (via, to, from): (Via, SocketAddr, Option<IpAddr>),
-        clocks: Now,
-    ) -> Option<Effect> {
-        let key = self.gateway_key(tables, whose, clocks)?;
-        let selector = Selector::Gateway { tag: tables.tag };
-        let bytes = gone_datagram(selector, tables.tag, gone).encode(clocks.hour(), &key);
-        Some(Effect::Send(Send { via, to, from, bytes, probe: None }))
-    }
-
-    /// Passes a hint on to whoever lately sent to that endpoint.
-    fn tell_listeners(
-        &mut self,
-        tables: &Tables,
-        tag: ClusterTag,
-        gone: decide::Gone,
-        clocks: Now,
-        out: &mut Vec<Effect>,
-    ) {
-        let concerned = |endpoint: EndpointId| {
-            endpoint == gone.endpoint
-                || (!gone.only_this_incarnation && endpoint.block() == gone.endpoint.block())
-        };
-        for (endpoint, listener) in self.recent.listeners(tag, concerned) {
-            if !self.gone_bucket.take(clocks.since_start, GONE_PER_SECOND) {
-                return;
-            }
-            let gone = decide::Gone { endpoint, ..gone };
-            let before = out.len();
-            match listener {
-                Listener::Endpoint(block) => {
-                    let to = self.reach(tables, block, clocks);
-                    let hint = to.and_then(|to| self.gone_to_endpoint(tables, block, tag, gone, to, clocks));
-                    out.extend(hint);
-                }
-                // Of ours, to every gateway of the peer: only the one that forwarded knows for whom. Hints about
-                // others' endpoints are not passed on between clusters.
-                Listener::Peer(peer) if tag == tables.tag => {
-                    let alive = self.hops.iter().filter(|h| h.whose == Whose::Peer(peer) && h.probe.alive());
-                    let ways: Vec<_> = alive.map(|hop| (hop.via, hop.replica.address, None)).collect();
-                    for to in ways {
-                        out.extend(self.gone_to_gateway(tables, Whose::Peer(peer), gone, to, clocks));
-                    }
-                }
-                Listener::Peer(_) => {}
-            }
-            self.gone_sent += (out.len() - before) as u64;
-        }
-    }
-
-    fn reach(&self, tables: &Tables, block: Block, clocks: Now) -> Option<(Via, SocketAddr, Option<IpAddr>)> {
-        let record = tables.endpoint(block, clocks.unix)?;
-        if let Some(address) = record.address.filter(|_| !record.registers) {
-            return Some((Via::Side(Side::Inner), address, None));
-        }
-        let at = self.registrations.iter().find(|registration| registration.endpoint.block() == block)?;
-        Some((Via::Side(at.side), at.address, self.contacted.get(&block).copied().flatten()))
-    }
-
-    /// ICMP says that nobody listens at an address: a path is dead at once; of an endpoint, its callers are told.
-    pub fn on_refused(&mut self, address: SocketAddr, now: Instant, clocks: Now, out: &mut Vec<Effect>) {
-        self.hop_refused(address, now);
-        let origin = self.known.get(&address).map(|origin| origin.who);
-        if let (Some(Who::Endpoint { block, .. }), Some(tables)) = (origin, self.tables.clone()) {
-            // What was sent there named an incarnation that is no more; the block may be back in another one.
-            let incarnations: HashSet<EndpointId> = self
-                .recent
-                .listeners(tables.tag, |e| e.block() == block)
-                .into_iter()
-                .map(|(e, _)| e)
-                .collect();
-            for endpoint in incarnations {
-                let gone = decide::Gone { endpoint, only_this_incarnation: true };
-                self.tell_listeners(&tables, tables.tag, gone, clocks, out);
-            }
-        }
-    }
-
-    /// The part of [`Self::on_refused`] that is about paths.
-    pub fn hop_refused(&mut self, address: SocketAddr, now: Instant) {
-        for hop in self.hops.iter_mut().filter(|hop| hop.replica.address == address) {
-            hop.probe.on_refused(now);
-            self.dirty = true;
         }
     }
 
@@ -579,10 +449,11 @@ impl State {
     }
 
     fn sweep(&mut self, now: Instant) {
-        let before = (self.siblings.len(), self.learned.len());
+        let before = (self.siblings.len(), self.learned.len(), self.heard.len());
         self.siblings.expire(now);
+        self.heard.retain(|_, (_, at)| now.saturating_duration_since(*at) < HEARD_LIFE);
         self.learned.retain(|_, (_, at)| now.saturating_duration_since(*at) < LEARNED_LIFE);
-        self.dirty |= before != (self.siblings.len(), self.learned.len());
+        self.dirty |= before != (self.siblings.len(), self.learned.len(), self.heard.len());
         if self.contacted.len() > self.registrations.len() {
             let registered: HashSet<Block> = self.registrations.iter().map(|r| r.endpoint.block()).collect();
             self.contacted.retain(|block, _| registered.contains(block));
@@ -619,6 +490,11 @@ impl State {
             let who = Who::Endpoint { block, registered: true };
             learned.insert(at.address, Origin { who, hop: Counters::ENDPOINTS });
         }
+        let ended = |endpoint: EndpointId| {
+            tables.endpoint(endpoint.block(), self.unix).is_some_and(|record| record.ends(endpoint))
+        };
+        let heard = self.heard.iter().filter(|(_, (endpoint, _))| ended(*endpoint));
+        let heard = heard.map(|(block, (endpoint, _))| (*block, *endpoint)).collect();
         let holder = |address: SocketAddr| {
             let hop = self.hops.iter().find(|h| h.whose == Whose::Sibling && h.replica.address == address);
             Holder { address, hop: hop.map(|hop| hop.slot).unwrap_or_default() }
@@ -634,6 +510,7 @@ impl State {
         });
         Some(View {
             registered: Arc::new(registered),
+            heard: Arc::new(heard),
             holders: Arc::new(holders.collect()),
             known: Arc::clone(&self.known),
             learned: Arc::new(learned),
@@ -666,7 +543,7 @@ impl State {
         self.hops.iter().for_each(|hop| hop.flags.refused.store(false, Relaxed));
     }
 
-    pub fn status(&self, _now: Instant) -> Status {
+    pub fn status(&self) -> Status {
         let refusals = self.registrations.refusals();
         Status {
             hops: self.hops.status(),
@@ -699,15 +576,6 @@ impl Answer<'_> {
         let bytes = datagram.encode(self.clocks.hour(), &self.key);
         let (via, to, from) = (self.arrival.via, self.arrival.source, self.arrival.contacted);
         Effect::Send(Send { via, to, from, bytes, probe: None })
-    }
-}
-
-fn gone_datagram(selector: Selector, tag: ClusterTag, gone: decide::Gone) -> Datagram {
-    let decide::Gone { endpoint, only_this_incarnation } = gone;
-    Datagram {
-        selector,
-        sequence: 0,
-        body: Body::Gone(datagram::Gone { tag, endpoint, only_this_incarnation }),
     }
 }
 

@@ -117,6 +117,7 @@ impl World {
             registers,
             learns: false,
             server: Some(ServerTls { mesh: tls::mesh_server_config(&svid).unwrap(), join: None }),
+            svid: None,
             limits: Limits::default(),
         };
         let overlay = Overlay::bind(config, &self.tasks).unwrap();

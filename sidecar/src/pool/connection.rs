@@ -62,8 +62,9 @@ impl Pooled {
     pub fn retire(&self) {
         self.retired.store(true, Relaxed);
     }
+    /// Also where the peer's identity has ended.
     pub fn is_retired(&self) -> bool {
-        self.retired.load(Relaxed)
+        self.retired.load(Relaxed) || self.connection.expired()
     }
 
     /// The time from opening a stream to its first answer.

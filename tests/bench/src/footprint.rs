@@ -4,7 +4,6 @@
 //! One cluster on loopback of the real binary. The clients are dialled by this process as one member of the cluster: the
 //! server can't tell them from as many sidecars.
 
-use std::collections::BTreeMap;
 use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -22,15 +21,14 @@ use tombolo_proto::v1;
 use tombolo_proto::v1::config_client::ConfigClient;
 use tombolo_runtime::tasks::TaskGroup;
 use tombolo_sidecar::tables::{Backend, Tables};
-use tombolo_tests::process::{Process, ProcessSpec};
-use tombolo_tests::usage;
+use tombolo_tests::process::ProcessSpec;
 
-use crate::mesh::{tombolo, tombolo_binary};
+use crate::cluster::{Place, address};
+use crate::mesh::tombolo_binary;
 
 const STREAMS: usize = 1000;
 /// Handshakes under way at a time: what pools of as many sidecars with jittered backoff come to.
 const AT_A_TIME: usize = 64;
-const READY: Duration = Duration::from_secs(20);
 /// Memory that is freed lazily has settled by then.
 const SETTLE: Duration = Duration::from_secs(3);
 
@@ -58,101 +56,37 @@ fn figure(what: impl Into<String>, value: f64, unit: &'static str, at_most: f64)
     Figure { what: what.into(), value, unit, at_most, reached: value <= at_most }
 }
 
-/// The cluster's processes and where they are.
-struct Place {
-    dir: tempfile::TempDir,
-    processes: BTreeMap<&'static str, Process>,
+/// A cluster with a local application.
+fn up() -> Result<Place> {
+    let mut place = Place::up()?;
+    let app = address(21, 8080).to_string();
+    let spec =
+        ProcessSpec::new("app", tombolo_binary()?).args(["demo-app", "--listen", &app, "--name", "app"]);
+    let app = spec.spawn(place.dir())?;
+    place.processes.insert("app", app);
+    Ok(place)
 }
 
-fn address(host: u8, port: u16) -> SocketAddr {
-    SocketAddr::from(([127, 83, 1, host], port))
+/// The sidecar that serves it.
+fn server(place: &mut Place) -> Result<()> {
+    let token = place.path("server.token");
+    let token = if Path::new(&token).exists() { token } else { place.token("sidecar", "server")? };
+    let (state, bind) = (place.path("server"), address(21, 7442).to_string());
+    let serves = format!("bench/http:80={}", address(21, 8080));
+    let args = ["sidecar", "--name", "server", "--join-token-file", &token, "--state-dir", &state];
+    let args = [&args[..], &["--bind", &bind, "--announce", &bind, "--service", &serves]].concat();
+    place.start("server", 21, &args)
 }
 
-impl Place {
-    fn path(&self, name: &str) -> String {
-        self.dir.path().join(name).display().to_string()
-    }
-
-    fn operate(&self, args: &[&str]) -> Result<String> {
-        tombolo(&[&["--socket", &self.path("admin.sock")], args].concat(), "")
-    }
-
-    fn start(&mut self, name: &'static str, host: u8, args: &[&str]) -> Result<()> {
-        let admin = address(host, 7445).to_string();
-        let args = [args, &["--admin", &admin, "--log-level", "warn"]].concat();
-        let process = ProcessSpec::new(name, tombolo_binary()?).args(args).spawn(self.dir.path())?;
-        self.processes.insert(name, process);
-        let deadline = Instant::now() + READY;
-        while !ready(address(host, 7445)) {
-            let process = &self.processes[name];
-            ensure!(Instant::now() < deadline, "{name} is not ready: {}", process.tail());
-            std::thread::sleep(Duration::from_millis(20));
-        }
-        Ok(())
-    }
-
-    fn token(&self, name: &str) -> Result<String> {
-        let token = self.operate(&["token", "create", "--role", "sidecar", "--name", name, "-n", "bench"])?;
-        let path = self.path(&format!("{name}.token"));
-        std::fs::write(&path, token)?;
-        Ok(path)
-    }
-
-    fn up() -> Result<Self> {
-        let mut place = Self { dir: tempfile::tempdir()?, processes: BTreeMap::new() };
-        let (root, trust, state) = (place.path("root"), place.path("trust"), place.path("federator"));
-        tombolo(&["trust", "init", "--trust-domain", "bench.example", "--dir", &root], "")?;
-        tombolo(&["trust", "cluster", "east", "--dir", &root, "--out", &trust], "")?;
-        let (listen, socket) = (address(1, 7443).to_string(), place.path("admin.sock"));
-        let args = ["federator", "--cluster", "east", "--trust-dir", &trust, "--state-dir", &state];
-        place.start("federator", 1, &[&args[..], &["--listen", &listen, "--socket", &socket]].concat())?;
-        let app = address(21, 8080).to_string();
-        let spec =
-            ProcessSpec::new("app", tombolo_binary()?).args(["demo-app", "--listen", &app, "--name", "app"]);
-        let spec = spec.spawn(place.dir.path())?;
-        place.processes.insert("app", spec);
-        Ok(place)
-    }
-
-    fn server(&mut self) -> Result<()> {
-        let token = self.path("server.token");
-        let token = if Path::new(&token).exists() { token } else { self.token("server")? };
-        let (state, bind) = (self.path("server"), address(21, 7442).to_string());
-        let serves = format!("bench/http:80={}", address(21, 8080));
-        let args = ["sidecar", "--name", "server", "--join-token-file", &token, "--state-dir", &state];
-        let args = [&args[..], &["--bind", &bind, "--announce", &bind, "--service", &serves]].concat();
-        self.start("server", 21, &args)
-    }
-
-    fn caller(&mut self) -> Result<SocketAddr> {
-        let (token, state, bind) =
-            (self.token("caller")?, self.path("caller"), address(22, 7442).to_string());
-        let entry = address(22, 9080);
-        let calls = format!("bench/http:80={entry}");
-        let args = ["sidecar", "--name", "caller", "--join-token-file", &token, "--state-dir", &state];
-        let args = [&args[..], &["--bind", &bind, "--announce", &bind, "--upstream", &calls]].concat();
-        self.start("caller", 22, &args)?;
-        Ok(entry)
-    }
-
-    fn rss_mb(&self, name: &str) -> Result<f64> {
-        let pid = self.processes.get(name).context("no such process")?.pid();
-        let used = usage::of(pid).with_context(|| format!("{name} is gone"))?;
-        Ok(used.rss_bytes as f64 / 1e6)
-    }
-}
-
-fn ready(admin: SocketAddr) -> bool {
-    use std::io::{Read as _, Write as _};
-    let ask = || -> std::io::Result<bool> {
-        let mut stream = TcpStream::connect_timeout(&admin, Duration::from_millis(200))?;
-        stream.set_read_timeout(Some(Duration::from_secs(1)))?;
-        stream.write_all(b"GET /ready HTTP/1.1\r\nHost: bench\r\nConnection: close\r\n\r\n")?;
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer)?;
-        Ok(answer.starts_with("HTTP/1.1 200"))
-    };
-    ask().unwrap_or(false)
+/// A sidecar that calls it, and where.
+fn caller(place: &mut Place) -> Result<SocketAddr> {
+    let (token, state) = (place.token("sidecar", "caller")?, place.path("caller"));
+    let (bind, entry) = (address(22, 7442).to_string(), address(22, 9080));
+    let calls = format!("bench/http:80={entry}");
+    let args = ["sidecar", "--name", "caller", "--join-token-file", &token, "--state-dir", &state];
+    let args = [&args[..], &["--bind", &bind, "--announce", &bind, "--upstream", &calls]].concat();
+    place.start("caller", 22, &args)?;
+    Ok(entry)
 }
 
 /// This process as a member of the cluster.
@@ -164,9 +98,9 @@ struct Clients {
 
 impl Clients {
     async fn join(place: &Place) -> Result<Self> {
-        let token = std::fs::read_to_string(place.token("clients")?)?;
+        let token = std::fs::read_to_string(place.token("sidecar", "clients")?)?;
         let bind = address(23, 7442);
-        let member = Member::join(token.trim(), &place.dir.path().join("clients"), None, bind).await?;
+        let member = Member::join(token.trim(), &place.dir().join("clients"), None, bind).await?;
         let tasks = TaskGroup::new();
         let config = OverlayConfig {
             tag: member.tag(),
@@ -177,6 +111,7 @@ impl Clients {
             registers: false,
             learns: false,
             server: Some(ServerTls { mesh: tls::mesh_server_config(member.svid())?, join: None }),
+            svid: Some(member.svid().clone()),
             limits: Limits::default(),
         };
         let overlay = Overlay::bind(config, &tasks)?;
@@ -252,9 +187,9 @@ pub fn run(args: &FootprintArgs) -> Result<()> {
 
 async fn measure(args: &FootprintArgs) -> Result<Vec<Figure>> {
     let mut figures = Vec::new();
-    let mut place = Place::up()?;
-    place.server()?;
-    let entry = place.caller()?;
+    let mut place = up()?;
+    server(&mut place)?;
+    let entry = caller(&mut place)?;
     tokio::time::sleep(SETTLE).await;
     let idle = place.rss_mb("server")?.max(place.rss_mb("caller")?);
     figures.push(figure("idle sidecar, RSS", idle, "MB", 15.0));
@@ -278,11 +213,11 @@ async fn measure(args: &FootprintArgs) -> Result<Vec<Figure>> {
     figures.push(figure(format!("sidecar with {} client connections, RSS", open.len()), loaded, "MB", 250.0));
     drop(open);
 
-    if let Some(mut server) = place.processes.remove("server") {
-        server.kill()?;
+    if let Some(mut killed) = place.processes.remove("server") {
+        killed.kill()?;
     }
     let restarted = Instant::now();
-    place.server()?;
+    server(&mut place)?;
     let backend = clients.backend().await?;
     let (open, failed) = clients.dial(args.clients, &backend).await?;
     let back = restarted.elapsed().as_secs_f64();

@@ -4,7 +4,9 @@
 //! they can run as processes of their own inside the namespaces (and their CPU can be told apart).
 
 mod certificates;
+mod cluster;
 mod footprint;
+mod forward;
 mod load;
 mod measure;
 mod mesh;
@@ -42,6 +44,8 @@ enum Command {
     List,
     /// Measures a sidecar's memory, and how it takes thousands of clients back after a restart.
     Footprint(footprint::FootprintArgs),
+    /// Measures what a gateway forwards with one worker and with two, and that it keeps no state.
+    Forward(forward::ForwardArgs),
     /// Simulates many linked clusters on one federator's core: memory and time per cluster, export and change.
     Scale(scale::ScaleArgs),
     /// (internal) One load generator; prints its report as JSON.
@@ -81,6 +85,7 @@ fn main() -> ExitCode {
         Command::Run(args) => plan::run(&args),
         Command::List => plan::list(),
         Command::Footprint(args) => footprint::run(&args),
+        Command::Forward(args) => forward::run(&args),
         Command::Scale(args) => scale::run(&args),
         Command::Load(args) => load::run(&args),
         Command::Origin(args) => origin::run(&args),

@@ -57,6 +57,9 @@ const TARGETS: &[Target] = &[
     target("wan-1", "bulk1", "mbit_per_second", "haproxy-bbr", Bound::AtLeast(0.8)),
 ];
 
+/// Bulk in packets of a 9000-byte network.
+const JUMBO: &str = "tombolo-9000";
+const JUMBO_AT_LEAST: f64 = 1.0;
 /// Requests beside bulk: p99 at most so many times the quiet one.
 const BESIDE_BULK_AT_MOST: f64 = 3.0;
 /// First byte of a new warm connection: at most 1.1 round trips of 50 ms.
@@ -95,6 +98,11 @@ pub fn verdicts(report: &Report, scenario: &str) -> Vec<Verdict> {
             let what = format!("{} {} vs {}", target.row, target.figure, target.baseline);
             verdicts.push(verdict(what, report.ratio(line, target.baseline, target.figure), target.bound));
         }
+    }
+    if let Some(line) = report.line(scenario, "bulk1", JUMBO) {
+        let what = "bulk1 mbit_per_second in 9000-byte packets vs haproxy".to_owned();
+        let measured = report.ratio(line, "haproxy", "mbit_per_second");
+        verdicts.push(verdict(what, measured, Bound::AtLeast(JUMBO_AT_LEAST)));
     }
     if let Some(line) = report.line(scenario, "mixed32", PROMISED) {
         let what = "p99 at c=32 beside bulk vs its own quiet p99".to_owned();

@@ -49,13 +49,18 @@ impl Default for Link {
     }
 }
 
+/// A federator whose identity has ended gets no new calls; those in progress go on until the connection is closed.
+fn usable(connection: &PeerConnection) -> bool {
+    !connection.is_closed() && !connection.expired()
+}
+
 impl Member {
     /// A channel to a federator: the live one, or a new one. Ask again after a call has failed; attempts are spaced by
     /// jittered backoff, so callers may simply loop.
     pub async fn connect(&self, overlay: &Overlay) -> Result<Channel, ControlError> {
         let mut link = self.0.link.0.lock().await;
         if let Some((connection, channel)) = &link.live
-            && !connection.is_closed()
+            && usable(connection)
         {
             return Ok(channel.clone());
         }
@@ -65,7 +70,7 @@ impl Member {
         }
         match self.dial_federator(overlay).await {
             Ok(connection) => {
-                tracing::info!(peer = ?connection.identity().map(|id| &id.spiffe_id), "federator connected");
+                tracing::info!(peer = ?connection.identity().map(|id| id.spiffe_id.clone()), "federator connected");
                 link.backoff.worked();
                 // A federator that accepts and drops us at once must not make us spin.
                 link.not_before = Some(Instant::now() + FIRST_WAIT);
@@ -84,7 +89,7 @@ impl Member {
     /// Whether a federator is connected right now.
     pub fn is_connected(&self) -> bool {
         // Somebody is dialling: not connected.
-        self.0.link.0.try_lock().is_ok_and(|link| link.live.as_ref().is_some_and(|(c, _)| !c.is_closed()))
+        self.0.link.0.try_lock().is_ok_and(|link| link.live.as_ref().is_some_and(|(c, _)| usable(c)))
     }
 
     /// Drops the live connection after a call on it failed in a way that a new one may cure.

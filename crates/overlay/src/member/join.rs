@@ -38,8 +38,6 @@ const DIALS: u32 = 5;
 const CALL_TIMEOUT: Duration = Duration::from_secs(10);
 /// The temporary overlay's tasks end by then.
 const CLOSE_PATIENCE: Duration = Duration::from_secs(1);
-/// Draining takes three PTOs; that of a path of 500 ms is 1.5 s.
-const RELEASE_PATIENCE: Duration = Duration::from_secs(5);
 
 /// What a token says, ready to be used.
 #[derive(Clone, Debug)]
@@ -243,11 +241,8 @@ impl JoinConnection {
     pub async fn close(self) {
         let Self { peer, overlay, tasks } = self;
         overlay.close().await;
-        let released = overlay.released();
         drop((peer, overlay));
         tasks.shutdown(CLOSE_PATIENCE).await;
-        // The member binds the same address next.
-        let _ = tokio::time::timeout(RELEASE_PATIENCE, released).await;
     }
 }
 
@@ -290,6 +285,7 @@ fn open(plan: &JoinPlan, bind: SocketAddr, tasks: &TaskGroup) -> Result<Overlay,
         registers: !plan.direct,
         learns: plan.direct,
         server: None,
+        svid: None,
         limits: Limits::default(),
     };
     let overlay = Overlay::bind(config, tasks)?;

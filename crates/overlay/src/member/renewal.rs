@@ -1,5 +1,5 @@
 //! Renewal of the SVID at half its life, jittered, and of the keys that come with it. A failed renewal is tried again
-//! with backoff: half a life is left. The swap acts on the next handshake.
+//! with backoff: half a life is left. The swap acts on the next handshake, and live connections are shown it.
 
 use std::time::Duration;
 

@@ -41,6 +41,9 @@ pub(super) struct MtuSearch {
     next: Instant,
     settled: Option<Instant>,
     confirmed: Instant,
+    /// As the last tick had them: what an answer is waited for, and how long a pass is believed.
+    wait: Duration,
+    every: Duration,
     reported: u16,
 }
 
@@ -53,6 +56,8 @@ impl MtuSearch {
             next: now,
             settled: None,
             confirmed: now,
+            wait: WAIT,
+            every: CONFIRM_BUSY,
             reported: LEAST,
         }
     }
@@ -73,16 +78,20 @@ impl MtuSearch {
 
     pub fn next_tick(&self) -> Option<Instant> {
         match (self.attempt, self.settled) {
-            (Some(attempt), _) => Some(attempt.sent + WAIT),
+            (Some(attempt), _) => Some(attempt.sent + self.wait),
             (None, None) => Some(self.next),
-            (None, Some(_)) => Some(self.confirmed + CONFIRM_BUSY),
+            // At the least size there is nothing to confirm. Traffic that starts is seen by the next probe of life.
+            (None, Some(settled)) if self.passes <= LEAST => Some(settled + RAISE),
+            (None, Some(_)) => Some(self.confirmed + self.every),
         }
     }
 
     /// The size of a probe to send now.
     pub fn on_tick(&mut self, now: Instant, allowance: Duration, has_traffic: bool) -> Option<u16> {
+        self.wait = allowance.max(WAIT);
+        self.every = if has_traffic { CONFIRM_BUSY } else { CONFIRM_IDLE };
         if let Some(attempt) = self.attempt {
-            if now.saturating_duration_since(attempt.sent) < allowance.max(WAIT) {
+            if now.saturating_duration_since(attempt.sent) < self.wait {
                 return None;
             }
             let lost = attempt.lost + 1;
@@ -93,11 +102,10 @@ impl MtuSearch {
             self.on_refused(now, attempt.bytes);
         }
         if let Some(settled) = self.settled {
-            let every = if has_traffic { CONFIRM_BUSY } else { CONFIRM_IDLE };
             if now.saturating_duration_since(settled) >= RAISE && self.passes < MAX_PROBE_BYTES {
                 self.fails = MAX_PROBE_BYTES + 1;
                 self.settled = None;
-            } else if self.passes > LEAST && now.saturating_duration_since(self.confirmed) >= every {
+            } else if self.passes > LEAST && now.saturating_duration_since(self.confirmed) >= self.every {
                 return Some(self.attempt(now, self.passes));
             } else {
                 return None;

@@ -4,14 +4,14 @@
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
 use std::path::PathBuf;
-use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Result, bail, ensure};
 use tombolo_tests::process::{Process, ProcessSpec};
 
 use super::{Running, Topology};
-use crate::site::{ENTRY_BULK_PORT, ENTRY_HTTP_PORT, Port, Side, Site, own_program};
+use crate::mesh::{tombolo, tombolo_binary};
+use crate::site::{ENTRY_BULK_PORT, ENTRY_HTTP_PORT, Port, Side, Site};
 
 const READY: Duration = Duration::from_secs(20);
 const EXPORTS: &str = "apiVersion: multicluster.x-k8s.io/v1beta1
@@ -23,7 +23,15 @@ kind: ServiceExport
 metadata: { name: bulk, namespace: bench }
 ";
 
-pub(super) struct Tombolo;
+/// The path, with packets of up to this many bytes of UDP payload.
+pub(super) struct Tombolo {
+    pub max_udp_payload: u16,
+}
+
+/// The product's default.
+pub(super) const USUAL: u16 = 1452;
+/// Of a 9000-byte network.
+pub(super) const JUMBO: u16 = 8952;
 
 /// One cluster's place: ports differ because both may share an address.
 struct Place<'a> {
@@ -32,6 +40,7 @@ struct Place<'a> {
     side: Side,
     base: u16,
     dir: PathBuf,
+    max_udp_payload: u16,
 }
 
 impl Place<'_> {
@@ -45,7 +54,7 @@ impl Place<'_> {
         self.path("admin.sock")
     }
     fn start(&self, role: &str, args: &[&str], port: Port) -> Result<Process> {
-        let spec = ProcessSpec::new(role, binary()?).args(args).args(["--log-level", "warn"]);
+        let spec = ProcessSpec::new(role, tombolo_binary()?).args(args).args(["--log-level", "warn"]);
         self.site.start(self.side, spec, &[port])
     }
     fn token(&self, role: &str, name: &str) -> Result<String> {
@@ -81,7 +90,9 @@ impl Place<'_> {
     fn sidecar(&self, role: &str, name: &str, at: u16, extra: &[&str], port: Port) -> Result<Process> {
         let (token, state) = (self.token("sidecar", name)?, self.path(name));
         let (overlay, admin) = (self.at(at), self.at(at + 1));
+        let payload = self.max_udp_payload.to_string();
         let args = ["sidecar", "--name", name, "--join-token-file", &token, "--state-dir", &state];
+        let args = [&args[..], &["--max-udp-payload", &payload]].concat();
         let args = [&args[..], &["--bind", &overlay, "--announce", &overlay, "--admin", &admin]].concat();
         self.start(role, &[&args[..], extra].concat(), port)
     }
@@ -89,12 +100,15 @@ impl Place<'_> {
 
 impl Topology for Tombolo {
     fn name(&self) -> String {
-        "tombolo".to_owned()
+        if self.max_udp_payload == USUAL { "tombolo" } else { "tombolo-9000" }.to_owned()
     }
 
     fn description(&self) -> String {
-        "tombolo x4: sidecar -> gateway -> gateway -> sidecar, two linked clusters, end-to-end mTLS QUIC"
-            .to_owned()
+        format!(
+            "tombolo x4: sidecar -> gateway -> gateway -> sidecar, two linked clusters, end-to-end mTLS QUIC in \
+             packets of up to {} bytes",
+            self.max_udp_payload
+        )
     }
 
     fn start(&self, site: &Site) -> Result<Running> {
@@ -105,8 +119,10 @@ impl Topology for Tombolo {
         std::fs::create_dir_all(dir.join("west"))?;
         let trust = dir.join("root").display().to_string();
         tombolo(&["trust", "init", "--trust-domain", "bench.example", "--dir", &trust], "")?;
-        let east = Place { site, cluster: "east", side: Side::Near, base: 22300, dir: dir.clone() };
-        let west = Place { site, cluster: "west", side: Side::Far, base: 22400, dir };
+        let max_udp_payload = self.max_udp_payload;
+        let east =
+            Place { site, cluster: "east", side: Side::Near, base: 22300, dir: dir.clone(), max_udp_payload };
+        let west = Place { site, cluster: "west", side: Side::Far, base: 22400, dir, max_udp_payload };
 
         let mut support = vec![east.federator(&trust)?, west.federator(&trust)?];
         let gateway_near = east.gateway("gateway-near")?;
@@ -175,29 +191,4 @@ fn answers(site: &Site, entry: SocketAddr) -> Result<()> {
         Some(namespace) => namespace.run(ask)?,
         None => ask(),
     }
-}
-
-/// The release binary beside this program.
-fn binary() -> Result<PathBuf> {
-    let path = own_program()?.with_file_name("tombolo");
-    ensure!(path.exists(), "{} is missing: run `cargo build --release --bins`", path.display());
-    Ok(path)
-}
-
-fn tombolo(args: &[&str], stdin: &str) -> Result<String> {
-    let mut child = Command::new(binary()?)
-        .args(args)
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()?;
-    child.stdin.take().context("no standard input")?.write_all(stdin.as_bytes())?;
-    let output = child.wait_with_output()?;
-    ensure!(
-        output.status.success(),
-        "tombolo {}: {}",
-        args.join(" "),
-        String::from_utf8_lossy(&output.stderr)
-    );
-    Ok(String::from_utf8(output.stdout)?)
 }
