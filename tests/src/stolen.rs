@@ -105,7 +105,7 @@ impl Stolen {
         let probe = unverified.verify(&peer.key.probe_key(hour)).ok()?;
         let Body::Probe(body) = &probe.body else { return None };
         let bytes = u16::try_from(packet.len()).ok()?;
-        let ack = ProbeAck::answering(body, bytes, StartNumber(0x5701_e4), from, &[]);
+        let ack = ProbeAck::answering(body, bytes, StartNumber(0x0057_01e4), from, &[]);
         let selector = Selector::Gateway { tag: self.tag };
         let answer = Datagram { selector, sequence: probe.sequence, body: Body::ProbeAck(ack) };
         let hour = Self::hour();
