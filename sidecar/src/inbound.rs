@@ -133,6 +133,10 @@ async fn serve_connection(
         connection.close(close_code::NOT_ADMITTED, "the service is not served here");
         return;
     };
+    // Seen from here on: what is told later is a change.
+    if !Arc::clone(&admitted.borrow_and_update()).admits(&connection) {
+        return gone(&connection);
+    }
     let _counted = Held::new(&shared.metrics.inbound_connections);
     let open = Arc::new(AtomicU32::new(0));
     let mut limit = shared.limits.initial_streams;
@@ -161,10 +165,7 @@ async fn serve_connection(
                 }
                 let admission = Arc::clone(&admitted.borrow_and_update());
                 if !admission.admits(&connection) {
-                    tracing::info!(service = ?connection.service(), importer = ?connection.importer(),
-                        "the export is gone: its caller's connection is closed");
-                    connection.close(close_code::NOT_ADMITTED, "the service is no longer exported to you");
-                    return;
+                    return gone(&connection);
                 }
                 let denied = !any_port_admits(&admission, &connection, &target);
                 close_at = denied.then(|| tokio::time::Instant::now() + RESETS_LEAVE);
@@ -177,6 +178,13 @@ async fn serve_connection(
             }
         }
     }
+}
+
+/// The handle is gone or means something else.
+fn gone(connection: &PeerConnection) {
+    tracing::info!(service = ?connection.service(), importer = ?connection.importer(),
+        "the export is gone: its caller's connection is closed");
+    connection.close(close_code::NOT_ADMITTED, "the service is no longer exported to you");
 }
 
 /// Whether a caller may use any port of what its connection is for.
@@ -204,7 +212,7 @@ struct Caller {
 }
 
 impl Caller {
-    /// What the newest configuration says; `None`: it does not know the connection's handle (yet, or any more).
+    /// What the newest configuration says; `None`: it does not know the connection's handle any more.
     fn verdict(&mut self, service: &ServiceKey, port: u16) -> Option<Verdict> {
         let admission = Arc::clone(&self.admitted.borrow_and_update());
         let caller = self.connection.identity().filter(|_| admission.admits(&self.connection))?;
