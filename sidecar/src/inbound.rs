@@ -201,8 +201,8 @@ async fn sleep_until(at: Option<tokio::time::Instant>) {
     }
 }
 
-fn identity(connection: &PeerConnection) -> &str {
-    connection.identity().map_or("", |id| id.spiffe_id.as_str())
+fn identity(connection: &PeerConnection) -> String {
+    connection.identity().map(|id| id.spiffe_id.to_string()).unwrap_or_default()
 }
 
 /// Who opened a stream, and what they may.
