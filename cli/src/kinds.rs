@@ -35,6 +35,9 @@ mod tests {
         ] {
             assert_eq!(parse(name).unwrap().kind, "ServiceImport", "{name}");
         }
+        for name in ["ap", "accesspolicy", "accesspolicies.tombolo.dev"] {
+            assert_eq!(parse(name).unwrap().kind, "AccessPolicy", "{name}");
+        }
     }
 
     #[test]

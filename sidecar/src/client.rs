@@ -134,10 +134,12 @@ impl ControlTask {
             // Never cut off by a snapshot: the gateways that worked are kept.
             routes.gateways.clone_from(&self.member.control().gateways);
         }
+        let inbound = (*tables.inbound).clone();
         self.overlay.set_routes(routes);
-        self.overlay.set_inbound((*tables.inbound).clone());
         self.metrics.config_revision.set(tables.revision);
+        // Before the handles: nobody is let in by a handle whose policies are not known yet.
         self.tables.send_replace(Some(Arc::new(tables)));
+        self.overlay.set_inbound(inbound);
         true
     }
 

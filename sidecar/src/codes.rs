@@ -17,6 +17,11 @@ pub const CUT_BY_DRAIN: u32 = 0x04;
 pub const BAD_HEADER: u32 = 0x05;
 /// The port in the header is not one of the service's.
 pub const UNKNOWN_PORT: u32 = 0x06;
+/// An access policy of the service does not admit the caller. Nothing was delivered, but it is an answer: other endpoints
+/// have the same policies, and a caller that is denied here must not be sent around to find out.
+pub const DENIED: u32 = 0x07;
+/// The stream was admitted when it was opened; a change of the access policies has ended it.
+pub const CUT_BY_POLICY: u32 = 0x08;
 
 /// First code that promises: nothing reached the application.
 pub const REFUSED_FIRST: u32 = 0x10;
@@ -47,6 +52,8 @@ pub fn name(code: VarInt) -> &'static str {
         CUT_BY_DRAIN => "cut_by_drain",
         BAD_HEADER => "bad_header",
         UNKNOWN_PORT => "unknown_port",
+        DENIED => "denied",
+        CUT_BY_POLICY => "cut_by_policy",
         CONNECT_REFUSED => "connect_refused",
         OVERLOADED => "overloaded",
         DRAINING => "draining",
@@ -65,7 +72,19 @@ mod tests {
         for code in [CONNECT_REFUSED, OVERLOADED, DRAINING, NOT_SERVED, EXPIRED] {
             assert!(promises_nothing_delivered(VarInt::from_u32(code)), "{code}");
         }
-        for code in [APP_RESET, ABANDONED, IDLE, CUT_BY_DRAIN, BAD_HEADER, UNKNOWN_PORT, 0, 0x20] {
+        let final_codes = [
+            APP_RESET,
+            ABANDONED,
+            IDLE,
+            CUT_BY_DRAIN,
+            BAD_HEADER,
+            UNKNOWN_PORT,
+            DENIED,
+            CUT_BY_POLICY,
+            0,
+            0x20,
+        ];
+        for code in final_codes {
             assert!(!promises_nothing_delivered(VarInt::from_u32(code)), "{code}");
         }
         assert!(!promises_nothing_delivered(VarInt::MAX));

@@ -1,10 +1,15 @@
 //! Inbound: streams of authenticated callers, handed to the local application.
 //!
 //! A connection is pinned by its handle to one importing cluster and one service ([`tombolo_overlay::Overlay`] has
-//! checked that the caller's identity is of that cluster); nothing else is served on it. When a snapshot takes the
-//! handle away, or makes it mean something else, the connection is closed. When the caller's identity has ended, new streams
-//! are refused with a promise that lets the caller send them elsewhere, and open ones may end. Tasks: one accepting, one per connection, one
-//! per stream; all end with the task group or when the drain is forced.
+//! checked that the caller's identity is of that cluster); nothing else is served on it. Each stream is authorised by the
+//! access policies when it is opened, and held against them as long as it is open: a change that no longer admits it
+//! resets it. When a snapshot takes the handle away, makes it mean something else, or its policies admit the caller to no
+//! port, the connection is closed. When the caller's identity has ended, new streams are refused with a promise that lets
+//! the caller send them elsewhere, and open ones may end. Tasks: one accepting, one per connection, one per stream; all
+//! end with the task group or when the drain is forced.
+//!
+//! A caller that is denied from the start keeps its connection and is refused stream by stream: closing it would have
+//! it make a handshake for each call, and hear of a lost connection instead of a denial.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -15,17 +20,23 @@ use std::time::{Duration, Instant};
 use quinn::VarInt;
 use tokio::net::TcpStream;
 use tokio::sync::{Semaphore, watch};
-use tombolo_overlay::{HandleClass, Inbound, Overlay, PeerConnection, close_code};
+use tombolo_model::access::Verdict;
+use tombolo_model::names::ServiceKey;
+use tombolo_overlay::{HandleClass, Overlay, PeerConnection, close_code};
 use tombolo_runtime::drain::Drain;
 use tombolo_runtime::tasks::TaskGroup;
 
+use crate::access::Admission;
 use crate::codes;
 use crate::copy::{self, BiStream, End, IdleLimits, Meter};
 use crate::header::{self, HeaderError};
-use crate::metrics::{Held, Metrics, ServiceMetrics};
+use crate::metrics::{self, Held, Metrics, ServiceMetrics};
 
 /// A local application answers a connect at once; a second covers a full accept queue's retransmitted SYN.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
+/// From resetting streams that are no longer admitted to closing their connection: the close would overtake the resets,
+/// and their applications would hear of a lost connection. Nothing is served meanwhile.
+const RESETS_LEAVE: Duration = Duration::from_millis(50);
 
 /// Bounds of what callers may make this process hold.
 #[derive(Clone, Copy, Debug)]
@@ -53,6 +64,7 @@ impl Default for InboundLimits {
 /// One local service: where each of its ports is served.
 #[derive(Clone, Debug)]
 pub struct LocalTarget {
+    pub service: ServiceKey,
     pub ports: HashMap<u16, SocketAddr>,
     pub metrics: ServiceMetrics,
 }
@@ -73,14 +85,14 @@ struct Shared {
 pub struct InboundTask {
     shared: Arc<Shared>,
     overlay: Overlay,
-    admitted: watch::Receiver<Arc<Inbound>>,
+    admitted: watch::Receiver<Arc<Admission>>,
 }
 
 impl InboundTask {
     pub fn new(
         overlay: Overlay,
         services: HashMap<Arc<str>, Arc<LocalTarget>>,
-        admitted: watch::Receiver<Arc<Inbound>>,
+        admitted: watch::Receiver<Arc<Admission>>,
         limits: InboundLimits,
         metrics: Metrics,
         drain: Drain,
@@ -109,20 +121,10 @@ impl InboundTask {
     }
 }
 
-/// Whether the handle of a live connection still means what the connection was admitted for.
-fn still_admitted(connection: &PeerConnection, inbound: &Inbound) -> bool {
-    let Some(handle) = connection.handle().and_then(|handle| inbound.handles.get(&handle)) else {
-        return false;
-    };
-    handle.class == HandleClass::Mesh
-        && connection.service() == Some(&handle.service)
-        && connection.importer() == handle.importer.as_ref()
-}
-
 async fn serve_connection(
     shared: Arc<Shared>,
     connection: PeerConnection,
-    mut admitted: watch::Receiver<Arc<Inbound>>,
+    mut admitted: watch::Receiver<Arc<Admission>>,
 ) {
     if connection.class() != HandleClass::Mesh {
         connection.close(close_code::NOT_ADMITTED, "this is no federator");
@@ -132,9 +134,14 @@ async fn serve_connection(
         connection.close(close_code::NOT_ADMITTED, "the service is not served here");
         return;
     };
+    // Seen from here on: what is told later is a change.
+    if !Arc::clone(&admitted.borrow_and_update()).admits(&connection) {
+        return gone(&connection);
+    }
     let _counted = Held::new(&shared.metrics.inbound_connections);
     let open = Arc::new(AtomicU32::new(0));
     let mut limit = shared.limits.initial_streams;
+    let mut close_at = None;
     loop {
         tokio::select! {
             stream = connection.quic().accept_bi() => {
@@ -146,7 +153,7 @@ async fn serve_connection(
                 }
                 let serve = serve_stream(
                     Arc::clone(&shared),
-                    connection.clone(),
+                    Caller { connection: connection.clone(), admitted: admitted.clone() },
                     Arc::clone(&target),
                     BiStream::new(send, recv),
                     OpenStream(Arc::clone(&open)),
@@ -157,14 +164,71 @@ async fn serve_connection(
                 if changed.is_err() {
                     return;
                 }
-                if !still_admitted(&connection, &admitted.borrow_and_update()) {
-                    tracing::info!(service = ?connection.service(), importer = ?connection.importer(),
-                        "the export is gone: its caller's connection is closed");
-                    connection.close(close_code::NOT_ADMITTED, "the service is no longer exported to you");
-                    return;
+                let admission = Arc::clone(&admitted.borrow_and_update());
+                if !admission.admits(&connection) {
+                    return gone(&connection);
                 }
+                let denied = !any_port_admits(&admission, &connection, &target);
+                close_at = denied.then(|| tokio::time::Instant::now() + RESETS_LEAVE);
+            }
+            () = sleep_until(close_at) => {
+                tracing::info!(service = ?connection.service(), peer = identity(&connection),
+                    "no access policy admits the caller any more: its connection is closed");
+                connection.close(close_code::NOT_ADMITTED, "access policies no longer admit you");
+                return;
             }
         }
+    }
+}
+
+/// The handle is gone or means something else.
+fn gone(connection: &PeerConnection) {
+    tracing::info!(service = ?connection.service(), importer = ?connection.importer(),
+        "the export is gone: its caller's connection is closed");
+    connection.close(close_code::NOT_ADMITTED, "the service is no longer exported to you");
+}
+
+/// Whether a caller may use any port of what its connection is for.
+fn any_port_admits(admission: &Admission, connection: &PeerConnection, target: &LocalTarget) -> bool {
+    connection.identity().is_some_and(|caller| {
+        target.ports.keys().any(|port| admission.access.decide(&caller, &target.service, *port).allowed)
+    })
+}
+
+async fn sleep_until(at: Option<tokio::time::Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at).await,
+        None => std::future::pending().await,
+    }
+}
+
+fn identity(connection: &PeerConnection) -> String {
+    connection.identity().map(|id| id.spiffe_id.to_string()).unwrap_or_default()
+}
+
+/// Who opened a stream, and what they may.
+struct Caller {
+    connection: PeerConnection,
+    admitted: watch::Receiver<Arc<Admission>>,
+}
+
+impl Caller {
+    /// What the newest configuration says; `None`: it does not know the connection's handle any more.
+    fn verdict(&mut self, service: &ServiceKey, port: u16) -> Option<Verdict> {
+        let admission = Arc::clone(&self.admitted.borrow_and_update());
+        let caller = self.connection.identity().filter(|_| admission.admits(&self.connection))?;
+        Some(admission.access.decide(&caller, service, port))
+    }
+
+    /// Ends when a change no longer admits an admitted stream.
+    async fn revoked(&mut self, service: &ServiceKey, port: u16) -> Verdict {
+        while self.admitted.changed().await.is_ok() {
+            // Without its handle the whole connection is closed, by its own task.
+            if let Some(verdict) = self.verdict(service, port).filter(|verdict| !verdict.allowed) {
+                return verdict;
+            }
+        }
+        std::future::pending().await
     }
 }
 
@@ -177,9 +241,16 @@ impl Drop for OpenStream {
     }
 }
 
+/// For the access log.
+#[derive(Default)]
+struct Carried {
+    port: u16,
+    verdict: Option<Verdict>,
+}
+
 async fn serve_stream(
     shared: Arc<Shared>,
-    connection: PeerConnection,
+    mut caller: Caller,
     target: Arc<LocalTarget>,
     mut stream: BiStream,
     _open: OpenStream,
@@ -188,22 +259,27 @@ async fn serve_stream(
     let metrics = &target.metrics;
     let meter = Meter::new(metrics.sent.clone(), metrics.received.clone(), None);
     let _counted = Held::new(&metrics.open);
-    let (port, reason) = tokio::select! {
+    let mut carried = Carried::default();
+    let reason = tokio::select! {
         biased;
         () = shared.drain.forced() => {
             stream.abort(codes::CUT_BY_DRAIN);
-            (0, "cut_by_drain")
+            "cut_by_drain"
         }
-        served = carry(&shared, &target, &connection, &mut stream, &meter) => served,
+        reason = carry(&shared, &mut caller, &target, &mut stream, &meter, &mut carried) => reason,
     };
     metrics.ended(reason);
-    let peer = connection.identity();
+    let Carried { port, verdict } = carried;
+    let peer = caller.connection.identity();
     tracing::info!(
         target: "access",
         direction = "inbound",
-        service = connection.service().map_or("", |s| s),
+        service = caller.connection.service().map_or("", |s| s),
         port,
         peer = peer.as_ref().map_or("", |id| id.spiffe_id.as_str()),
+        allowed = verdict.as_ref().map(|verdict| verdict.allowed),
+        decided_by = verdict.as_ref().map(|verdict| verdict.decided_by.to_string()),
+        would_deny = verdict.as_ref().map(|v| v.dry_run_denials.join(",")).filter(|names| !names.is_empty()),
         sent_bytes = meter.bytes_sent(),
         received_bytes = meter.bytes_received(),
         duration_ms = started.elapsed().as_millis() as u64,
@@ -212,59 +288,100 @@ async fn serve_stream(
     );
 }
 
-/// Serves one stream to its end; what it was for and how it ended.
+/// Authorises a stream that has just been opened, and counts what was decided.
+fn authorise(
+    shared: &Shared,
+    caller: &mut Caller,
+    target: &LocalTarget,
+    carried: &mut Carried,
+) -> Option<u32> {
+    let Some(verdict) = caller.verdict(&target.service, carried.port) else {
+        return Some(codes::NOT_SERVED);
+    };
+    let service = target.service.to_string();
+    let counted = if verdict.allowed { metrics::ALLOWED } else { metrics::DENIED };
+    shared.metrics.count_access(&service, counted, verdict.decided_by.policy());
+    for policy in &verdict.dry_run_denials {
+        shared.metrics.count_access(&service, metrics::WOULD_DENY, policy);
+    }
+    let refused = (!verdict.allowed).then_some(codes::DENIED);
+    carried.verdict = Some(verdict);
+    refused
+}
+
+/// Serves one stream to its end, and says how it ended.
 async fn carry(
     shared: &Shared,
+    caller: &mut Caller,
     target: &LocalTarget,
-    connection: &PeerConnection,
     stream: &mut BiStream,
     meter: &Meter,
-) -> (u16, &'static str) {
-    let refuse = |stream: &mut BiStream, port, code| {
+    carried: &mut Carried,
+) -> &'static str {
+    let refuse = |stream: &mut BiStream, code| {
         stream.abort(code);
-        (port, codes::name(VarInt::from_u32(code)))
+        codes::name(VarInt::from_u32(code))
     };
     // Refused before its header is awaited: a draining process holds nothing for new callers.
     if shared.drain.is_draining() {
-        return refuse(stream, 0, codes::DRAINING);
+        return refuse(stream, codes::DRAINING);
     }
-    if connection.expired() {
-        return refuse(stream, 0, codes::EXPIRED);
+    if caller.connection.expired() {
+        return refuse(stream, codes::EXPIRED);
     }
     let opened = match header::read(stream.halves().1).await {
         Ok(opened) => opened,
         Err(HeaderError::Stream(end)) => {
             stream.abort(codes::ABANDONED);
-            return (0, end.reason());
+            return end.reason();
         }
         Err(error) => {
             tracing::debug!(%error, "stream refused");
-            return refuse(stream, 0, codes::BAD_HEADER);
+            return refuse(stream, codes::BAD_HEADER);
         }
     };
-    let port = opened.port;
-    let Some(address) = target.ports.get(&port) else {
-        return refuse(stream, port, codes::UNKNOWN_PORT);
+    carried.port = opened.port;
+    // First: who is not admitted is told nothing about ports and applications.
+    if let Some(code) = authorise(shared, caller, target, carried) {
+        return refuse(stream, code);
+    }
+    let Some(address) = target.ports.get(&opened.port) else {
+        return refuse(stream, codes::UNKNOWN_PORT);
     };
     let Ok(_slot) = Arc::clone(&shared.slots).try_acquire_owned() else {
-        return refuse(stream, port, codes::OVERLOADED);
+        return refuse(stream, codes::OVERLOADED);
     };
     let tcp = match tokio::time::timeout(CONNECT_TIMEOUT, TcpStream::connect(address)).await {
         Ok(Ok(tcp)) => tcp,
         Ok(Err(error)) => {
             tracing::debug!(%error, %address, "the local application did not accept");
-            return refuse(stream, port, codes::CONNECT_REFUSED);
+            return refuse(stream, codes::CONNECT_REFUSED);
         }
         Err(_) => {
             tracing::debug!(%address, "the local application did not answer");
-            return refuse(stream, port, codes::CONNECT_REFUSED);
+            return refuse(stream, codes::CONNECT_REFUSED);
         }
     };
     // Small answers must not wait for an acknowledgement of the ones before.
     let _ = tcp.set_nodelay(true);
-    let end = copy::copy(&tcp, stream, opened.early, false, meter, None, &shared.limits.idle).await;
-    if end != End::Finished {
-        copy::abort(tcp);
+    let end = tokio::select! {
+        // First: not one more byte for whom no policy admits any more.
+        biased;
+        verdict = caller.revoked(&target.service, opened.port) => Err(verdict),
+        end = copy::copy(&tcp, stream, opened.early, false, meter, None, &shared.limits.idle) => Ok(end),
+    };
+    match end {
+        Ok(End::Finished) => End::Finished.reason(),
+        Ok(end) => {
+            copy::abort(tcp);
+            end.reason()
+        }
+        Err(verdict) => {
+            copy::abort(tcp);
+            let policy = verdict.decided_by.policy();
+            shared.metrics.count_access(&target.service.to_string(), metrics::CUT, policy);
+            carried.verdict = Some(verdict);
+            refuse(stream, codes::CUT_BY_POLICY)
+        }
     }
-    (port, end.reason())
 }

@@ -4,8 +4,9 @@
 //!  application --TCP--> outbound --> failover --> pool ==overlay==> peer's inbound --TCP--> application
 //! ```
 //! [`role`] builds and runs a sidecar from a [`config`]; [`client`] keeps the configuration coming; [`tables`] is that
-//! configuration, parsed once; [`copy`] is the byte path.
+//! configuration, parsed once; [`access`] says who may open streams here; [`copy`] is the byte path.
 
+pub mod access;
 pub mod client;
 pub mod codes;
 pub mod config;

@@ -52,6 +52,23 @@ pub struct RejectLabels {
     pub record: &'static str,
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct AccessLabels {
+    pub service: String,
+    pub verdict: &'static str,
+    /// `namespace/name`, or `-` where no policy decided.
+    pub policy: String,
+}
+
+/// What access policies did to a stream.
+pub const VERDICTS: [&str; 4] = [ALLOWED, DENIED, CUT, WOULD_DENY];
+pub const ALLOWED: &str = "allowed";
+pub const DENIED: &str = "denied";
+/// Admitted once, no longer.
+pub const CUT: &str = "cut";
+/// Admitted, and a dry run would not.
+pub const WOULD_DENY: &str = "would_deny";
+
 /// Handles of every metric; clones share them.
 #[derive(Clone, Debug)]
 pub struct Metrics {
@@ -69,6 +86,7 @@ pub struct Metrics {
     pub healthy: Family<UpstreamLabels, Gauge>,
     pub config_revision: Gauge<u64, AtomicU64>,
     pub rejected_records: Family<RejectLabels, Counter>,
+    pub access: Family<AccessLabels, Counter>,
     pub control_connected: Gauge,
     attestations: Family<AttestationLabels, Counter>,
     expired_connections: Counter,
@@ -94,6 +112,7 @@ impl Metrics {
             healthy: Family::default(),
             config_revision: Gauge::default(),
             rejected_records: Family::default(),
+            access: Family::default(),
             control_connected: Gauge::default(),
             attestations: Family::default(),
             expired_connections: Counter::default(),
@@ -145,6 +164,11 @@ impl Metrics {
             m.rejected_records.clone(),
         );
         registry.register(
+            "access",
+            "Streams of callers by what access policies say of them, and which",
+            m.access.clone(),
+        );
+        registry.register(
             "control_connected",
             "Whether a federator is connected",
             m.control_connected.clone(),
@@ -170,6 +194,19 @@ impl Metrics {
             self.attestations.get_or_create(&AttestationLabels { result }).inner().store(count, Relaxed);
         }
         self.expired_connections.inner().store(stats.expired_closed, Relaxed);
+    }
+
+    pub fn count_access(&self, service: &str, verdict: &'static str, policy: &str) {
+        let labels = AccessLabels { service: service.to_owned(), verdict, policy: policy.to_owned() };
+        self.access.get_or_create(&labels).inc();
+    }
+
+    /// Forgets a policy that is no more, so that label sets do not grow with all that ever were.
+    pub fn forget_policy(&self, service: &str, policy: &str) {
+        for verdict in VERDICTS {
+            let labels = AccessLabels { service: service.to_owned(), verdict, policy: policy.to_owned() };
+            self.access.remove(&labels);
+        }
     }
 
     /// Cached handles of one service and direction.

@@ -25,6 +25,7 @@ use tombolo_runtime::drain::{self, Drain, DrainTrigger};
 use tombolo_runtime::readiness::{BlockReady, Readiness};
 use tombolo_runtime::tasks::TaskGroup;
 
+use crate::access::Admission;
 use crate::client::{ControlTask, ReportTask};
 use crate::config::{ConfigError, ServiceConfig, SidecarConfig};
 use crate::failover::{Router, ShiftLog};
@@ -179,8 +180,10 @@ impl Bound {
         tasks.spawn("control", control.run());
         member.spawn_renewal(vec![overlay.clone()], &tasks);
 
-        let (admitted_sender, admitted) = watch::channel(Arc::default());
-        tasks.spawn("admission", follow_admission(received.clone(), admitted_sender));
+        let (admitted_sender, admitted) =
+            watch::channel(Arc::new(Admission::nobody(member.cluster().clone())));
+        let follow = follow_admission(received.clone(), admitted_sender, metrics.clone());
+        tasks.spawn("admission", follow);
         let inbound = InboundTask::new(
             overlay.clone(),
             targets(&config.services, &metrics),
@@ -296,14 +299,26 @@ async fn ready_once_configured(mut tables: watch::Receiver<Option<Arc<Tables>>>,
     drop(configured);
 }
 
-/// Passes the handles of each configuration on to live inbound connections.
+/// Passes on to live inbound connections and streams what each configuration admits, where that has changed: thousands of
+/// them wake up for it.
 async fn follow_admission(
     mut tables: watch::Receiver<Option<Arc<Tables>>>,
-    admitted: watch::Sender<Arc<tombolo_overlay::Inbound>>,
+    admitted: watch::Sender<Arc<Admission>>,
+    metrics: Metrics,
 ) {
     loop {
         if let Some(tables) = tables.borrow_and_update().as_ref() {
-            admitted.send_replace(Arc::clone(&tables.inbound));
+            let (inbound, access) = (Arc::clone(&tables.inbound), Arc::clone(&tables.access));
+            admitted.send_if_modified(|admission| {
+                if admission.inbound == inbound && admission.access == access {
+                    return false;
+                }
+                for (service, policy) in admission.access.names().difference(&access.names()) {
+                    metrics.forget_policy(&service.to_string(), policy);
+                }
+                *admission = Arc::new(Admission { inbound, access });
+                true
+            });
         }
         if tables.changed().await.is_err() {
             return;
@@ -316,7 +331,8 @@ fn targets(services: &[ServiceConfig], metrics: &Metrics) -> HashMap<Arc<str>, A
         let name = service.service.to_string();
         let ports = service.ports.iter().map(|port| (port.port, port.target)).collect();
         let metrics = metrics.service("inbound", &name);
-        (Arc::from(name), Arc::new(LocalTarget { ports, metrics }))
+        let service = service.service.clone();
+        (Arc::from(name), Arc::new(LocalTarget { service, ports, metrics }))
     };
     services.iter().map(target).collect()
 }

@@ -20,6 +20,8 @@ use tombolo_overlay::{GatewayHop, HandleClass, Inbound, InboundHandle, Routes};
 use tombolo_proto::convert::{self, FieldError};
 use tombolo_proto::v1;
 
+use crate::access::Access;
+
 /// Identities that may serve one backend: a service runs under a handful; more is a mistake or an attack.
 const MAX_IDENTITIES: usize = 64;
 
@@ -64,6 +66,7 @@ pub struct Tables {
     pub cluster: ClusterName,
     pub routes: Routes,
     pub inbound: Arc<Inbound>,
+    pub access: Arc<Access>,
     pub upstreams: HashMap<ServiceKey, Arc<Upstream>>,
     pub lease: Option<EndpointLease>,
     pub federators: Vec<(EndpointId, Option<SocketAddr>)>,
@@ -110,6 +113,8 @@ impl Tables {
                 handles.insert(id, handle);
             }
         }
+        let (access, rejected) = Access::read(wire, own);
+        sieve.0.extend(rejected);
         let mut upstreams = HashMap::new();
         for wire in &wire.upstreams {
             if let Some(upstream) = sieve.take("upstream", upstream(wire, own, &mut routes)) {
@@ -124,6 +129,7 @@ impl Tables {
             cluster: own.clone(),
             routes,
             inbound: Arc::new(Inbound { handles }),
+            access: Arc::new(access),
             upstreams,
             lease,
             federators,

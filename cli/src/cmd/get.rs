@@ -15,12 +15,13 @@ use crate::output::{self, objects};
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Kinds (short names): workloads (wl), serviceexports (svcex), serviceimports (svcim), failoverpolicies (fop),
-clusterlinks (clink).
+accesspolicies (ap), clusterlinks (clink).
 
 Examples:
   tombolo get serviceimports -n shop
   tombolo get svcex -A -o wide
   tombolo get failoverpolicy checkout -n shop -o yaml
+  tombolo get accesspolicies -A -o wide
   tombolo get svcim -A -w")]
 pub struct GetArgs {
     /// Kind: singular, plural or short name

@@ -81,10 +81,32 @@ fn about(object: &Value) -> String {
                 text(object, "/spec/targetRef/name")
             )
         }
+        "AccessPolicy" => access(object),
         "ClusterLink" => format!("gateways {}", strings("/spec/gateways")),
         "ClusterProperty" => text(object, "/spec/value").to_owned(),
         _ => String::new(),
     }
+}
+
+/// `ALLOW web,api:80, 2 rules (dry run)`.
+fn access(object: &Value) -> String {
+    let list = |pointer: &str| object.pointer(pointer).and_then(Value::as_array).map(Vec::as_slice);
+    let targets = list("/spec/targetRefs")
+        .map(|targets| targets.iter().map(|target| text(target, "/name")).collect::<Vec<_>>().join(","));
+    let ports = list("/spec/ports")
+        .map(|ports| format!(":{}", ports.iter().map(Value::to_string).collect::<Vec<_>>().join(",")));
+    let rules = match list("/spec/rules").unwrap_or_default().len() {
+        1 => "1 rule".to_owned(),
+        rules => format!("{rules} rules"),
+    };
+    let dry = object.pointer("/spec/dryRun").and_then(Value::as_bool).unwrap_or_default();
+    format!(
+        "{} {}{}, {rules}{}",
+        text(object, "/spec/action"),
+        targets.as_deref().unwrap_or("*"),
+        ports.unwrap_or_default(),
+        if dry { " (dry run)" } else { "" }
+    )
 }
 
 /// The page of `describe`: identity, conditions, then spec and status as YAML.
@@ -191,6 +213,16 @@ mod tests {
             text,
             "NAMESPACE  NAME  READY  REASON       AGE  ABOUT\nshop       web   False  NoEndpoints  5m   to east"
         );
+    }
+
+    #[test]
+    fn an_access_policy_is_summed_up_in_a_line() {
+        let policy = |spec: Value| about(&json!({ "kind": "AccessPolicy", "spec": spec }));
+        let targets = json!([{ "kind": "Service", "name": "web" }, { "kind": "Service", "name": "api" }]);
+        let spec =
+            json!({ "action": "DENY", "targetRefs": targets, "ports": [80], "rules": [{}], "dryRun": true });
+        assert_eq!(policy(spec), "DENY web,api:80, 1 rule (dry run)");
+        assert_eq!(policy(json!({ "action": "ALLOW" })), "ALLOW *, 0 rules");
     }
 
     #[test]

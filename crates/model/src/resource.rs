@@ -3,6 +3,7 @@
 //! The same documents work on Kubernetes (custom resources) and outside. Text formats are the callers' business:
 //! [`Object::from_json`] takes a JSON value. Sizes are bounded by [`MAX_OBJECT_BYTES`] and [`MAX_OBJECTS`].
 
+pub mod access_policy;
 pub mod cluster_link;
 pub mod condition;
 pub mod duration;
@@ -19,6 +20,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::names::{Namespace, ObjectName};
+pub use access_policy::AccessPolicySpec;
 pub use cluster_link::ClusterLinkSpec;
 pub use condition::Condition;
 pub use duration::DurationText;
@@ -32,6 +34,8 @@ pub use workload::WorkloadSpec;
 pub const MAX_OBJECT_BYTES: usize = 1024 * 1024;
 /// Objects in one apply.
 pub const MAX_OBJECTS: usize = 10_000;
+/// `AccessPolicy` objects of one namespace: all that select a service are weighed for each of its streams.
+pub const MAX_ACCESS_POLICIES: usize = 128;
 
 const TOMBOLO: &[&str] = &["tombolo.dev/v1alpha1"];
 const MCS: &[&str] = &["multicluster.x-k8s.io/v1alpha1", "multicluster.x-k8s.io/v1beta1"];
@@ -73,6 +77,13 @@ pub const KINDS: &[KindInfo] = &[
         kind: "FailoverPolicy",
         plural: "failoverpolicies",
         short: &["fop"],
+        namespaced: true,
+        api_versions: TOMBOLO,
+    },
+    KindInfo {
+        kind: "AccessPolicy",
+        plural: "accesspolicies",
+        short: &["ap"],
         namespaced: true,
         api_versions: TOMBOLO,
     },
@@ -136,6 +147,7 @@ pub enum Spec {
     ServiceExport(ServiceExportSpec),
     ServiceImport(ServiceImportSpec),
     FailoverPolicy(FailoverPolicySpec),
+    AccessPolicy(AccessPolicySpec),
     ClusterLink(ClusterLinkSpec),
 }
 
@@ -173,6 +185,7 @@ impl Object {
             Spec::ServiceExport(_) => "ServiceExport",
             Spec::ServiceImport(_) => "ServiceImport",
             Spec::FailoverPolicy(_) => "FailoverPolicy",
+            Spec::AccessPolicy(_) => "AccessPolicy",
             Spec::ClusterLink(_) => "ClusterLink",
         }
     }
@@ -237,6 +250,7 @@ impl Object {
             "ServiceExport" => typed("spec", spec).map(Spec::ServiceExport),
             "ServiceImport" => typed("spec", spec).map(Spec::ServiceImport),
             "FailoverPolicy" => typed("spec", spec).map(Spec::FailoverPolicy),
+            "AccessPolicy" => typed("spec", spec).map(Spec::AccessPolicy),
             _ => typed("spec", spec).map(Spec::ClusterLink),
         };
         let spec = match spec {
@@ -251,6 +265,9 @@ impl Object {
             Spec::ServiceExport(spec) => spec.validate(&metadata, &mut errors),
             Spec::ServiceImport(_) => {}
             Spec::FailoverPolicy(spec) => spec.validate(&mut errors),
+            Spec::AccessPolicy(spec) => {
+                spec.validate(metadata.namespace.as_deref().unwrap_or_default(), &mut errors);
+            }
             Spec::ClusterLink(spec) => spec.validate(&mut errors),
         }
         if errors.is_empty() { Ok(Self { api_version, metadata, spec }) } else { fail(errors) }
@@ -263,6 +280,7 @@ impl Object {
             Spec::ServiceExport(spec) => serde_json::to_value(spec),
             Spec::ServiceImport(spec) => serde_json::to_value(spec),
             Spec::FailoverPolicy(spec) => serde_json::to_value(spec),
+            Spec::AccessPolicy(spec) => serde_json::to_value(spec),
             Spec::ClusterLink(spec) => serde_json::to_value(spec),
         };
         serde_json::json!({
@@ -277,6 +295,7 @@ impl Object {
     pub fn warnings(&self) -> Vec<String> {
         match &self.spec {
             Spec::FailoverPolicy(spec) => spec.warnings(),
+            Spec::AccessPolicy(spec) => spec.warnings(),
             _ => Vec::new(),
         }
     }

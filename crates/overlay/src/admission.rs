@@ -13,13 +13,13 @@ use crate::cid::{Cid, Kind};
 use crate::connection::{HandleClass, Pinned};
 
 /// The handles that this process serves, set whole by its owner.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, PartialEq, Debug, Default)]
 pub struct Inbound {
     pub handles: HashMap<Handle, InboundHandle>,
 }
 
 /// What one handle admits.
-#[derive(Clone, Debug)]
+#[derive(Clone, PartialEq, Debug)]
 pub struct InboundHandle {
     pub class: HandleClass,
     /// The cluster it was allotted to; `None`: any (joining).

@@ -3,11 +3,12 @@
 use std::sync::Arc;
 
 use tombolo_model::names::ClusterName;
-use tombolo_model::resource::{Object, ObjectKey, Spec};
+use tombolo_model::resource::{MAX_ACCESS_POLICIES, Object, ObjectKey, Spec};
 
 use super::{Core, CoreError, Moment};
 use crate::facts::{ObjectRecord, StoredObject};
 use crate::import;
+use crate::policies::access_policy_count;
 use crate::store::{Table, Transaction};
 
 /// Objects of one cluster.
@@ -44,7 +45,10 @@ impl Core {
                     "{MAX_STORED} objects are stored: delete some first"
                 )));
             }
-            None => Outcome::Created,
+            None => {
+                self.room_for_policy(&key)?;
+                Outcome::Created
+            }
         };
         if dry_run {
             return Ok(outcome);
@@ -68,6 +72,22 @@ impl Core {
         self.handles_stale = true;
         affected.iter().for_each(|peer| self.rescope(peer));
         Ok(outcome)
+    }
+
+    /// Access policies of one namespace travel together in snapshots of bounded size. Refused here, because leaving one
+    /// out later would open what it closes.
+    fn room_for_policy(&self, key: &ObjectKey) -> Result<(), CoreError> {
+        let policies = match key.kind {
+            "AccessPolicy" => access_policy_count(&self.facts, &key.namespace),
+            _ => return Ok(()),
+        };
+        if policies < MAX_ACCESS_POLICIES {
+            return Ok(());
+        }
+        Err(CoreError::Exhausted(format!(
+            "namespace {} has {policies} AccessPolicy objects, as many as it may: give one of them more rules, or delete some first",
+            key.namespace
+        )))
     }
 
     /// Removes an object; whether it was there.

@@ -1,10 +1,10 @@
 //! A sidecar's snapshot: where things are, what may call it, and what it calls.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use tombolo_model::ids::{Block, EndpointId};
-use tombolo_model::names::{ClusterName, ServiceKey};
+use tombolo_model::names::{ClusterName, Namespace, ServiceKey};
 use tombolo_model::sync::Freshness;
 use tombolo_overlay::keys::HandleBinding;
 use tombolo_proto::v1;
@@ -13,7 +13,7 @@ use super::rings::Rings;
 use super::{gateways_for, port_to_wire};
 use crate::exports;
 use crate::facts::{Facts, Role};
-use crate::policies::policy_for;
+use crate::policies::{self, policy_for};
 
 /// The snapshot of the member that holds `block` and calls `upstreams`; without its lease, which the caller adds.
 pub fn snapshot(
@@ -27,6 +27,7 @@ pub fn snapshot(
     let cluster = &facts.cluster;
     let role = facts.leases.get(&block).map_or(Role::Vm, |lease| lease.role);
     let direct = role != Role::Vm;
+    let access_policies = access_policies(facts, block);
     v1::SidecarSnapshot {
         revision: 0,
         cluster: cluster.name.to_string(),
@@ -46,7 +47,51 @@ pub fn snapshot(
             .collect(),
         trust_bundle_json: cluster.bundle_json.clone(),
         direct,
+        cluster_properties: cluster_properties(facts, &access_policies),
+        access_policies: access_policies.into_iter().map(|(policy, _)| policy).collect(),
     }
+}
+
+/// Access policies that select what it serves, and whether each asks for cluster properties.
+fn access_policies(facts: &Facts, block: Block) -> Vec<(v1::AccessPolicy, bool)> {
+    let Some(member) = facts.registry.members.get(&block) else { return Vec::new() };
+    let namespaces: BTreeSet<&Namespace> = member.services.keys().map(|service| &service.namespace).collect();
+    let policies = namespaces.into_iter().flat_map(|namespace| policies::access_policies(facts, namespace));
+    policies
+        .filter_map(|(stored, spec)| {
+            let metadata = &stored.object.metadata;
+            let namespace = metadata.namespace.as_deref().unwrap_or_default();
+            let selected = |service: &&ServiceKey| {
+                service.namespace.as_str() == namespace && spec.selects(&service.name)
+            };
+            let services: Vec<String> =
+                member.services.keys().filter(selected).map(ToString::to_string).collect();
+            if services.is_empty() {
+                return None;
+            }
+            let policy = v1::AccessPolicy {
+                name: format!("{namespace}/{}", metadata.name),
+                // What can't be written can't be read either, and then nobody is admitted.
+                spec_json: serde_json::to_string(spec).unwrap_or_default(),
+                services,
+            };
+            Some((policy, spec.uses_properties()))
+        })
+        .collect()
+}
+
+/// Of every cluster that may call, where a policy asks for them: others would be told of each change for nothing.
+fn cluster_properties(facts: &Facts, policies: &[(v1::AccessPolicy, bool)]) -> Vec<v1::ClusterProperties> {
+    if !policies.iter().any(|(_, uses_properties)| *uses_properties) {
+        return Vec::new();
+    }
+    let properties = |cluster: &ClusterName, properties: &BTreeMap<String, String>| v1::ClusterProperties {
+        cluster: cluster.to_string(),
+        properties: properties.clone().into_iter().collect(),
+    };
+    let own = properties(&facts.cluster.name, &facts.cluster.properties);
+    let peers = facts.live_links().map(|link| properties(&link.peer, policies::properties_of(facts, link)));
+    std::iter::once(own).chain(peers).collect()
 }
 
 /// Endpoints of this cluster that it talks to directly: those that serve what it calls, and, where it serves itself,

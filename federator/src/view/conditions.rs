@@ -3,6 +3,7 @@
 //! Types and reasons of exports and imports are those of the MCS API (KEP-1645); those of policies follow the Gateway
 //! API's policy attachment (GEP-713).
 
+pub mod access;
 pub mod export;
 pub mod import;
 pub mod link;

@@ -86,6 +86,7 @@ fn document(view: &View<'_>, shown: &Shown, members: &ByWorkload<'_>) -> Value {
             let conditions = stored.map(|stored| conditions::policy::of(view, stored, spec));
             (conditions.unwrap_or_default(), json!({}))
         }
+        Spec::AccessPolicy(spec) => conditions::access::of(view, object, spec),
         Spec::Workload(spec) => workloads::status(view, object, spec, members),
     };
     let conditions: Vec<Value> =

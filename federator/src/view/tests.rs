@@ -1,5 +1,6 @@
 //! Hand-built facts of a cluster `east`, and what is shown of them.
 
+mod access;
 mod derived;
 mod exports;
 mod links;
