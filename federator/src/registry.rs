@@ -385,9 +385,12 @@ impl Registry {
         changed
     }
 
-    /// Forgets a member whose lease has ended.
-    pub fn forget(&mut self, block: Block) {
-        self.members.remove(&block);
+    /// Forgets members and gateways whose block's lease has ended; whether there were any.
+    pub fn forget(&mut self, ended: impl Fn(Block) -> bool) -> bool {
+        let before = (self.members.len(), self.gateways.len());
+        self.members.retain(|block, _| !ended(*block));
+        self.gateways.retain(|_, gateway| gateway.endpoint.is_none_or(|(id, _)| !ended(id.block())));
+        before != (self.members.len(), self.gateways.len())
     }
 
     /// Every member that serves a service, in rotation or not.

@@ -104,7 +104,7 @@ impl Core {
             store_writable: true,
         };
         let released = handles(&*store, &mut facts)?;
-        leases(&*store, &mut facts)?;
+        leases(&*store, &mut facts, unix.as_secs())?;
         let views = imports(&*store, &mut facts)?;
         Ok(Self {
             facts,
@@ -203,14 +203,19 @@ fn handles(store: &dyn Store, facts: &mut Facts) -> Result<BTreeMap<Handle, u64>
     Ok(released)
 }
 
-fn leases(store: &dyn Store, facts: &mut Facts) -> Result<(), StoreError> {
-    for (key, lease) in all::<LeaseRecord>(store)? {
+/// Members are there again from the start, but for those whose lease has ended.
+fn leases(store: &dyn Store, facts: &mut Facts, unix: u64) -> Result<(), StoreError> {
+    let mut found = all::<LeaseRecord>(store)?;
+    // A gateway that joined anew has an older lease under its name: the newest is entered last, and stays.
+    found.sort_by_key(|(_, lease)| lease.not_after);
+    for (key, lease) in found {
         let id: SpiffeId = lease.spiffe_id.parse().map_err(|e| StoreError::Value {
             table: Table::Leases,
             key,
             reason: format!("spiffe_id: {e}"),
         })?;
         match (lease.role, &lease.gateway) {
+            _ if lease.not_after < unix => {}
             (Role::Sidecar | Role::Vm, _) if !lease.ids.is_empty() => {
                 facts.registry.restore(&lease, id, Duration::ZERO);
             }

@@ -211,14 +211,15 @@ impl Core {
     pub fn own_endpoint(&mut self, moment: Moment) -> Result<(FederatorEndpoint, KeyRing), CoreError> {
         let unix = moment.unix.as_secs();
         let id = self.facts.cluster.federator_id.to_string();
-        let before = self.facts.leases.values().find(|l| l.role == Role::Federator && l.not_after > unix);
-        let next = before.and_then(|lease| {
+        let mut own = self.facts.leases.values().filter(|l| l.role == Role::Federator && l.not_after > unix);
+        // A block of which all 16 were used rests beside the one that came after it.
+        let next = own.find_map(|lease| {
             let last = lease.ids.last()?.incarnation().value();
             Some(((**lease).clone(), Incarnation::new(last + 1)?))
         });
         let (mut record, incarnation) = match next {
             Some(next) => next,
-            // All 16 were used: another block, and the old one rests.
+            // All 16 of every block were used: another one.
             None => {
                 let record = self.new_lease(&id, Role::Federator, unix + LEASE_LIFE.as_secs())?;
                 (record, Incarnation::new(0).ok_or_else(|| CoreError::Invalid("no incarnation".to_owned()))?)
@@ -308,15 +309,11 @@ impl Core {
         self.dirty = true;
     }
 
-    /// A member whose lease has ended is not shown, counted or sent to any more.
+    /// A member or gateway whose lease has ended is not shown, counted or sent to any more.
     fn forget_members(&mut self, unix: u64) {
         let leases = &self.facts.leases;
-        let ended = |block: &Block| leases.get(block).is_none_or(|lease| lease.not_after < unix);
-        let members: Vec<Block> = self.facts.registry.members.keys().filter(|b| ended(b)).copied().collect();
-        for block in members {
-            self.facts.registry.forget(block);
-            self.dirty = true;
-        }
+        let ended = |block: Block| leases.get(&block).is_none_or(|lease| lease.not_after < unix);
+        self.dirty |= self.facts.registry.forget(ended);
     }
 }
 
