@@ -386,6 +386,9 @@ impl Record for ImportRecord {
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct ShiftRecord {
     pub sidecar: String,
+    /// Of the sidecar: replicas share an identity, and each counts for itself.
+    #[serde(default)]
+    pub block: Option<Block>,
     pub sequence: u64,
     pub at_unix_ms: u64,
     pub service: String,
