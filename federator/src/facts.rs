@@ -243,6 +243,9 @@ pub struct TokenRecord {
     /// Hash of the request that used it: the same request may be repeated when its answer was lost.
     #[serde(default)]
     pub used_by: Option<String>,
+    /// What that request was given: it gets the same again.
+    #[serde(default)]
+    pub lease: Option<Block>,
     #[serde(default)]
     pub wrong_secrets: u32,
 }
