@@ -62,6 +62,8 @@ pub struct Core {
     next_watch: u64,
     /// Peers whose records are to be written with the next tick that may.
     unsaved_imports: BTreeSet<ClusterName>,
+    /// When each peer was last heard, as far as it is on the disk.
+    saved_heard: BTreeMap<ClusterName, Duration>,
     last_save: Duration,
     /// The facts differ from what was published.
     dirty: bool,

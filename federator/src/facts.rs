@@ -461,12 +461,20 @@ impl Facts {
         })
     }
 
-    /// Where a peer's gateways are, as last said.
+    /// Where a peer's gateways are, as last said. Those that were named when the link was made are bound by ranges that
+    /// were set later, too.
     pub fn peer_gateways(&self, link: &Link) -> Vec<PeerGateway> {
         let announced = self.imports.get(&link.peer).map(|import| &import.gateways);
         match announced {
             Some(gateways) if !gateways.is_empty() => gateways.clone(),
-            _ => link.first_gateways.clone(),
+            _ => {
+                let AllowedRanges { ranges, .. } = self.allowed_ranges(&link.peer);
+                let allowed = |address: SocketAddr| {
+                    ranges.is_empty()
+                        || ranges.iter().any(|range| range.contains(&address.ip().to_canonical()))
+                };
+                link.first_gateways.iter().filter(|gateway| allowed(gateway.address)).cloned().collect()
+            }
         }
     }
 

@@ -106,6 +106,8 @@ impl Core {
         let released = handles(&*store, &mut facts)?;
         leases(&*store, &mut facts, unix.as_secs())?;
         let views = imports(&*store, &mut facts)?;
+        let heard = |(peer, import): (&ClusterName, &Arc<Import>)| Some((peer.clone(), import.heard?));
+        let saved_heard = facts.imports.iter().filter_map(heard).collect();
         Ok(Self {
             facts,
             store,
@@ -115,6 +117,7 @@ impl Core {
             sessions: HashMap::new(),
             next_watch: 1,
             unsaved_imports: BTreeSet::new(),
+            saved_heard,
             last_save: Duration::ZERO,
             dirty: true,
         })
