@@ -243,6 +243,9 @@ pub struct TokenRecord {
     /// Hash of the request that used it: the same request may be repeated when its answer was lost.
     #[serde(default)]
     pub used_by: Option<String>,
+    /// What that request was given: it gets the same again.
+    #[serde(default)]
+    pub lease: Option<Block>,
     #[serde(default)]
     pub wrong_secrets: u32,
 }
@@ -386,6 +389,9 @@ impl Record for ImportRecord {
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct ShiftRecord {
     pub sidecar: String,
+    /// Of the sidecar: replicas share an identity, and each counts for itself.
+    #[serde(default)]
+    pub block: Option<Block>,
     pub sequence: u64,
     pub at_unix_ms: u64,
     pub service: String,
@@ -455,12 +461,20 @@ impl Facts {
         })
     }
 
-    /// Where a peer's gateways are, as last said.
+    /// Where a peer's gateways are, as last said. Those that were named when the link was made are bound by ranges that
+    /// were set later, too.
     pub fn peer_gateways(&self, link: &Link) -> Vec<PeerGateway> {
         let announced = self.imports.get(&link.peer).map(|import| &import.gateways);
         match announced {
             Some(gateways) if !gateways.is_empty() => gateways.clone(),
-            _ => link.first_gateways.clone(),
+            _ => {
+                let AllowedRanges { ranges, .. } = self.allowed_ranges(&link.peer);
+                let allowed = |address: SocketAddr| {
+                    ranges.is_empty()
+                        || ranges.iter().any(|range| range.contains(&address.ip().to_canonical()))
+                };
+                link.first_gateways.iter().filter(|gateway| allowed(gateway.address)).cloned().collect()
+            }
         }
     }
 

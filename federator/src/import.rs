@@ -25,6 +25,8 @@ const MAX_PORTS: usize = 100;
 const MAX_GATEWAYS: usize = 64;
 const MAX_PROPERTIES: usize = 64;
 const MAX_TEXT: usize = 256;
+/// Refusals that are kept for `status`.
+const MAX_REFUSALS: usize = 1000;
 
 /// Key of an export's record.
 pub fn export_key(service: &ServiceKey) -> String {
@@ -53,20 +55,32 @@ impl PeerScope {
 pub fn put(import: &mut Import, scope: &PeerScope, record: &v1::Record) {
     match read(import, scope, record) {
         Ok(()) => {
-            import.rejected.remove(&record.key);
+            import.rejected.remove(&shown(&record.key));
         }
-        Err(error) => {
-            // What was good before stays until it is replaced by something good, or deleted.
-            import.rejected.insert(record.key.chars().take(MAX_TEXT).collect(), error.to_string());
-        }
+        // What was good before stays until it is replaced by something good, or deleted.
+        Err(error) => refuse(import, &record.key, error.to_string()),
     }
 }
 
-/// A record is no more.
+/// Notes that a record is refused, and why.
+pub fn refuse(import: &mut Import, key: &str, reason: String) {
+    let key = shown(key);
+    if import.rejected.len() < MAX_REFUSALS || import.rejected.contains_key(&key) {
+        import.rejected.insert(key, reason);
+    }
+}
+
+/// A key as it is shown: cut to what a terminal bears.
+fn shown(key: &str) -> String {
+    key.chars().take(MAX_TEXT).collect()
+}
+
+/// A record is no more. That there are no gateways at all is not believed: a federator that has lost its store says so
+/// until its gateways are back.
 pub fn remove(import: &mut Import, key: &str) {
-    import.rejected.remove(key);
+    import.rejected.remove(&shown(key));
     match key {
-        GATEWAYS => import.gateways.clear(),
+        GATEWAYS => {}
         PROPERTIES => import.properties.clear(),
         key => {
             if let Some(service) = key.strip_prefix("export/").and_then(|s| s.parse::<ServiceKey>().ok()) {
@@ -85,7 +99,10 @@ fn read(import: &mut Import, scope: &PeerScope, record: &v1::Record) -> Result<(
         }
         Some(v1::record::Value::Gateways(gateways)) => {
             expect_key(&record.key, GATEWAYS)?;
-            import.gateways = gateways_of(scope, &gateways.gateways)?;
+            let gateways = gateways_of(scope, &gateways.gateways)?;
+            if !gateways.is_empty() {
+                import.gateways = gateways;
+            }
         }
         Some(v1::record::Value::Properties(properties)) => {
             expect_key(&record.key, PROPERTIES)?;

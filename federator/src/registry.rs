@@ -404,7 +404,7 @@ impl Registry {
         changed
     }
 
-    /// Forgets a member whose lease has ended.
+    /// Forgets a member.
     pub fn forget(&mut self, block: Block) {
         let Some(member) = self.members.remove(&block) else { return };
         for service in member.services.keys() {
@@ -415,6 +415,13 @@ impl Registry {
                 }
             }
         }
+    }
+
+    /// Forgets gateways whose block's lease has ended; whether there were any.
+    pub fn forget_gateways(&mut self, ended: impl Fn(Block) -> bool) -> bool {
+        let before = self.gateways.len();
+        self.gateways.retain(|_, gateway| gateway.endpoint.is_none_or(|(id, _)| !ended(id.block())));
+        before != self.gateways.len()
     }
 
     /// Every service that somebody serves, in rotation or not.

@@ -9,7 +9,7 @@ use std::collections::HashMap;
 use std::io::{self, IoSliceMut};
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::pin::Pin;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, Waker};
 use std::time::Instant;
@@ -109,7 +109,11 @@ pub(crate) struct OverlaySocket {
     pub routes: ArcSwap<RouteState>,
     /// How often the route to an endpoint was asked to use another replica (kicks). Bounded by [`MAX_ROTATIONS`].
     rotations: ArcSwap<HashMap<(u32, EndpointId), u64>>,
-    learned: Option<Mutex<Learned>>,
+    /// What was learned comes before routes.
+    learns: bool,
+    learned: Mutex<Learned>,
+    /// Nothing learned costs the byte path no lock.
+    any_learned: AtomicBool,
     control: mpsc::Sender<ControlPacket>,
     receiver: Mutex<Option<Waker>>,
     pub counters: SocketCounters,
@@ -119,13 +123,14 @@ pub(crate) struct OverlaySocket {
 const MAX_ROTATIONS: usize = 4096;
 
 impl OverlaySocket {
-    /// `learn`: answer long-header packets of the own cluster to where they came from (federators, and joiners that
-    /// dial one directly and can't know its endpoint id yet).
+    /// `learns`: answer long-header packets of the own cluster to where they came from (federators, and joiners that
+    /// dial one directly and can't know its endpoint id yet). Everybody else learns only of federators at addresses that
+    /// the routes name: one that lost its store, or has started 16 times, answers with a block that nobody was told of.
     pub fn new(
         tag: ClusterTag,
         slot: Slot,
         routes: RouteState,
-        learn: bool,
+        learns: bool,
         control: mpsc::Sender<ControlPacket>,
     ) -> Self {
         Self {
@@ -133,7 +138,9 @@ impl OverlaySocket {
             slots: ArcSwap::from_pointee(vec![Arc::new(slot)]),
             routes: ArcSwap::from_pointee(routes),
             rotations: ArcSwap::from_pointee(HashMap::new()),
-            learned: learn.then(Mutex::default),
+            learns,
+            learned: Mutex::default(),
+            any_learned: AtomicBool::new(false),
             control,
             receiver: Mutex::new(None),
             counters: SocketCounters::default(),
@@ -165,11 +172,13 @@ impl OverlaySocket {
     /// Where a packet for `dcid` leaves now.
     pub fn exit(&self, dcid: &Cid) -> Option<Exit> {
         let own = dcid.tag_value() == self.tag.value();
-        if own && matches!(dcid.kind(), Kind::Join | Kind::Endpoint) {
-            let learned = self.learned.as_ref().and_then(|learned| {
-                learned.lock().unwrap_or_else(PoisonError::into_inner).address(dcid.target(), Instant::now())
-            });
-            if let Some(address) = learned {
+        if own
+            && matches!(dcid.kind(), Kind::Join | Kind::Endpoint)
+            && self.any_learned.load(Relaxed)
+            && (self.learns || self.routes.load().direct(dcid).is_none())
+        {
+            let learned = self.learned.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(address) = learned.address(dcid.target(), Instant::now()) {
                 return Some(Exit { address, slot: 0 });
             }
         }
@@ -225,15 +234,20 @@ impl OverlaySocket {
     }
 
     fn learn(&self, scid: &[u8], source: SocketAddr) {
-        let Some(learned) = &self.learned else { return };
         let Some(scid) = Cid::from_bytes(scid) else { return };
+        let routes = self.routes.load();
+        let federator = || routes.routes.control.iter().any(|(_, address)| *address == source);
+        if !self.learns && !federator() {
+            return;
+        }
         // What a gateway passed on has no address of its own: routes know the gateways, and which of them live.
-        if self.routes.load().paths.iter().any(|path| path.address == source) {
+        if routes.paths.iter().any(|path| path.address == source) {
             return;
         }
         if scid.tag_value() == self.tag.value() && matches!(scid.kind(), Kind::Join | Kind::Endpoint) {
-            let mut learned = learned.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut learned = self.learned.lock().unwrap_or_else(PoisonError::into_inner);
             learned.learn(scid.target(), source, Instant::now());
+            self.any_learned.store(true, Relaxed);
         }
     }
 }

@@ -35,14 +35,15 @@ impl Core {
             })
     }
 
+    fn is_free(&self, handle: Handle, taken: &BTreeSet<Handle>) -> bool {
+        !handle.is_reserved()
+            && !taken.contains(&handle)
+            && !self.released.contains_key(&handle)
+            && !self.in_use.contains(&handle)
+    }
+
     fn draw_handle(&self, taken: &BTreeSet<Handle>) -> Option<Handle> {
-        let free = |handle: &Handle| {
-            !handle.is_reserved()
-                && !taken.contains(handle)
-                && !self.released.contains_key(handle)
-                && !self.in_use.contains(handle)
-        };
-        (0..DRAWS).map(|_| Handle::from_u32(rand::random())).find(free)
+        (0..DRAWS).map(|_| Handle::from_u32(rand::random())).find(|handle| self.is_free(*handle, taken))
     }
 
     /// A fresh record for an importer and a service, not stored yet.
@@ -53,13 +54,24 @@ impl Core {
         taken: &BTreeSet<Handle>,
     ) -> Result<HandleRecord, CoreError> {
         let none = || CoreError::Exhausted("no free handle was found; try again".to_owned());
-        Ok(HandleRecord {
-            importer: importer.clone(),
-            service: service.to_owned(),
-            handle: self.draw_handle(taken).ok_or_else(none)?,
-            export_uid: rand::random(),
-            released: None,
-        })
+        let derived = self.own_control(importer, service).filter(|(handle, _)| self.is_free(*handle, taken));
+        let (handle, export_uid) = match derived {
+            Some(derived) => derived,
+            None => (self.draw_handle(taken).ok_or_else(none)?, rand::random()),
+        };
+        let (importer, service) = (importer.clone(), service.to_owned());
+        Ok(HandleRecord { importer, service, handle, export_uid, released: None })
+    }
+
+    /// The handle by which members dial their own federators is the same after a lost store: else nobody could come
+    /// back to show a lease.
+    fn own_control(&self, importer: &ClusterName, service: &str) -> Option<(Handle, [u8; 16])> {
+        if *importer != self.facts.cluster.name || service != CONTROL {
+            return None;
+        }
+        let secret = super::boot::derived(&self.issuer.material, "control handle").ok()?;
+        let (handle, rest) = secret.split_first_chunk::<4>()?;
+        Some((Handle::from_u32(u32::from_be_bytes(*handle)), *rest.first_chunk::<16>()?))
     }
 
     pub(super) fn put_handle(transaction: Transaction, record: &HandleRecord) -> Transaction {

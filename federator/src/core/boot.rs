@@ -1,12 +1,16 @@
 //! From the store to the facts: what a federator knows when it starts.
 //!
-//! A store of another cluster is refused. An empty one gets a new epoch and new keys: members show their leases and are
-//! adopted ([`super::leases`]), links must be made anew.
+//! A store of another cluster is refused. An empty one gets a new epoch, and keys that derive from the CA's: after a lost
+//! store they are those that members and gateways still hold, so that members come back by the control handle they know,
+//! show their leases and are adopted ([`super::leases`]). Links must be made anew.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
+use aws_lc_rs::hmac;
+use rustls::pki_types::PrivateKeyDer;
+use rustls::pki_types::pem::PemObject;
 use tombolo_identity::authority::ClusterMaterial;
 use tombolo_identity::bundle::fingerprint;
 use tombolo_identity::issuer::{IssueError, LeafIssuer};
@@ -100,8 +104,10 @@ impl Core {
             store_writable: true,
         };
         let released = handles(&*store, &mut facts)?;
-        leases(&*store, &mut facts)?;
+        leases(&*store, &mut facts, unix.as_secs())?;
         let views = imports(&*store, &mut facts)?;
+        let heard = |(peer, import): (&ClusterName, &Arc<Import>)| Some((peer.clone(), import.heard?));
+        let saved_heard = facts.imports.iter().filter_map(heard).collect();
         Ok(Self {
             in_use: facts.handles.values().map(|record| record.handle).collect(),
             handles_stale: true,
@@ -113,6 +119,7 @@ impl Core {
             sessions: HashMap::new(),
             next_watch: 1,
             unsaved_imports: BTreeSet::new(),
+            saved_heard,
             last_save: Duration::ZERO,
             dirty: true,
         })
@@ -132,19 +139,33 @@ fn meta(store: &dyn Store, material: &ClusterMaterial) -> Result<MetaRecord, Boo
         }
         Some(meta) => MetaRecord { starts: meta.starts + 1, ..meta },
         None => {
-            tracing::info!(cluster = %material.cluster, "a new store: new epoch and keys");
+            tracing::info!(cluster = %material.cluster, "a new store: new epoch");
+            let derived = |label| Ok::<_, BootError>(hex::encode(derived(material, label)?));
             MetaRecord {
                 cluster: material.cluster.clone(),
                 tag: material.tag,
                 epoch: Epoch(rand::random()),
                 starts: 1,
-                cluster_key: hex::encode(rand::random::<[u8; 32]>()),
-                self_link_key: hex::encode(rand::random::<[u8; 32]>()),
+                cluster_key: derived("cluster key")?,
+                self_link_key: derived("self link key")?,
             }
         }
     };
     store.commit(&Transaction::new().put(META, &meta))?;
     Ok(meta)
+}
+
+/// A secret that the cluster's CA key determines (HMAC-SHA256 under it over a label): known again after a lost store.
+pub(super) fn derived(material: &ClusterMaterial, label: &str) -> Result<[u8; 32], BootError> {
+    let key = PrivateKeyDer::from_pem_slice(material.key_pem.as_bytes())
+        .map_err(|e| BootError::Trust(format!("ca.key: {e}")))?;
+    let key = hmac::Key::new(hmac::HMAC_SHA256, key.secret_der());
+    let mut context = hmac::Context::with_key(&key);
+    context.update(b"tombolo derived from the CA 1\0");
+    context.update(label.as_bytes());
+    let mut out = [0; 32];
+    out.copy_from_slice(context.sign().as_ref());
+    Ok(out)
 }
 
 fn key(field: &'static str, text: &str) -> Result<[u8; 32], StoreError> {
@@ -187,14 +208,19 @@ fn handles(store: &dyn Store, facts: &mut Facts) -> Result<BTreeMap<Handle, u64>
     Ok(released)
 }
 
-fn leases(store: &dyn Store, facts: &mut Facts) -> Result<(), StoreError> {
-    for (key, lease) in all::<LeaseRecord>(store)? {
+/// Members are there again from the start, but for those whose lease has ended.
+fn leases(store: &dyn Store, facts: &mut Facts, unix: u64) -> Result<(), StoreError> {
+    let mut found = all::<LeaseRecord>(store)?;
+    // A gateway that joined anew has an older lease under its name: the newest is entered last, and stays.
+    found.sort_by_key(|(_, lease)| lease.not_after);
+    for (key, lease) in found {
         let id: SpiffeId = lease.spiffe_id.parse().map_err(|e| StoreError::Value {
             table: Table::Leases,
             key,
             reason: format!("spiffe_id: {e}"),
         })?;
         match (lease.role, &lease.gateway) {
+            _ if lease.not_after < unix => {}
             (Role::Sidecar | Role::Vm, _) if !lease.ids.is_empty() => {
                 facts.registry.restore(&lease, id, Duration::ZERO);
             }

@@ -1,9 +1,11 @@
 //! What peers export to us: applied as it comes, aged with the clock, saved at leisure.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tombolo_model::ids::Epoch;
+use prost::Message;
+use tombolo_model::ids::{Epoch, Revision};
 use tombolo_model::names::ClusterName;
 use tombolo_model::sync::{Freshness, PeerView, Quota, SyncError, Update};
 use tombolo_proto::v1;
@@ -18,6 +20,10 @@ pub type View = PeerView<v1::Record>;
 
 /// What one peer may fill: 10,000 exports of a kilobyte are 10 MB.
 pub const QUOTA: Quota = Quota { records: 10_000 };
+/// An export with 64 identities and 100 ports has 20 KB.
+const MAX_RECORD_BYTES: usize = 64 * 1024;
+/// How much of [`IMPORT_LEASE`] a restart may cost a peer of which nothing changes.
+const HEARD_SAVED_EVERY: Duration = Duration::from_secs(3600);
 /// Heartbeats come every second.
 const STALE_AFTER: Duration = Duration::from_secs(3);
 /// As long as the keys that were handed out reach (protocol.md section 1): beyond, nobody could dial anyway.
@@ -34,7 +40,7 @@ fn freshness(heard: Option<Duration>, unix: Duration) -> Freshness {
 
 impl Core {
     /// Where to resume watching a peer.
-    pub fn import_position(&self, peer: &ClusterName) -> (Epoch, tombolo_model::ids::Revision) {
+    pub fn import_position(&self, peer: &ClusterName) -> (Epoch, Revision) {
         self.views.get(peer).map_or((Epoch(0), Default::default()), View::position)
     }
 
@@ -50,31 +56,34 @@ impl Core {
             return Err(CoreError::Precondition(format!("{peer} is not linked")));
         }
         let view = self.views.entry(peer.clone()).or_insert_with(|| View::new(QUOTA));
-        let touched: Option<Vec<String>> = match &update {
-            Update::Snapshot { .. } => None,
-            Update::Delta { upserts, deletes, .. } => {
-                Some(upserts.iter().map(|(key, _)| key).chain(deletes).cloned().collect())
-            }
-        };
+        let whole = matches!(update, Update::Snapshot { .. });
+        let (update, sent, deleted) = within_size(update);
         view.apply(epoch, update, moment.unix).map_err(|error: SyncError| {
             CoreError::Invalid(format!("{peer} sent an update that does not fit: {error}"))
         })?;
         let scope = import::PeerScope::of(&self.facts, peer);
         let import = Arc::make_mut(self.facts.imports.entry(peer.clone()).or_default());
-        match touched {
-            None => {
-                import.exports.clear();
-                import.rejected.clear();
-                // An empty list of gateways is not believed: the last known ones stay.
+        if whole {
+            // Absence is removal; what is there but bad leaves the good one that was there before.
+            import.rejected.clear();
+            import.exports.retain(|service, _| sent.contains_key(&import::export_key(service)));
+            if !sent.contains_key(import::PROPERTIES) {
                 import.properties.clear();
-                view.records().for_each(|(_, record)| import::put(import, &scope, record));
             }
-            Some(keys) => {
-                for key in keys {
-                    match view.get(&key) {
-                        Some(record) => import::put(import, &scope, record),
-                        None => import::remove(import, &key),
-                    }
+        }
+        deleted.iter().filter(|key| view.get(key).is_none()).for_each(|key| import::remove(import, key));
+        for (key, bytes) in sent {
+            match view.get(&key) {
+                _ if bytes > MAX_RECORD_BYTES => {
+                    import::refuse(import, &key, format!("{bytes} bytes, at most {MAX_RECORD_BYTES}"));
+                }
+                Some(record) => import::put(import, &scope, record),
+                None => {
+                    import::refuse(
+                        import,
+                        &key,
+                        format!("{peer} may have at most {} records", QUOTA.records),
+                    );
                 }
             }
         }
@@ -94,6 +103,10 @@ impl Core {
     pub fn heard_peer(&mut self, peer: &ClusterName, moment: Moment) {
         let Some(import) = self.facts.imports.get_mut(peer) else { return };
         let before = (import.connected, import.freshness);
+        let saved = self.saved_heard.get(peer).copied().unwrap_or_default();
+        if moment.unix.saturating_sub(saved) >= HEARD_SAVED_EVERY {
+            self.unsaved_imports.insert(peer.clone());
+        }
         let import = Arc::make_mut(import);
         import.heard = Some(moment.unix);
         import.freshness = Freshness::Fresh;
@@ -133,6 +146,10 @@ impl Core {
                 continue;
             };
             let (epoch, revision) = view.position();
+            if epoch == Epoch(0) {
+                // Watched anew and nothing has come yet: what is on the disk is better.
+                continue;
+            }
             let record = ImportRecord {
                 epoch,
                 revision,
@@ -142,7 +159,12 @@ impl Core {
             transaction = transaction.put(peer.as_str(), &record);
         }
         match self.store.commit(&transaction) {
-            Ok(()) => self.unsaved_imports.clear(),
+            Ok(()) => {
+                for peer in std::mem::take(&mut self.unsaved_imports) {
+                    let heard = self.facts.imports.get(&peer).and_then(|import| import.heard);
+                    self.saved_heard.insert(peer, heard.unwrap_or_default());
+                }
+            }
             Err(error) => {
                 tracing::warn!(%error, "the peers' records can't be saved; tried again in a second")
             }
@@ -158,7 +180,31 @@ impl Core {
     pub(super) fn drop_import(&mut self, peer: &ClusterName) -> Option<Arc<Import>> {
         self.views.remove(peer);
         self.unsaved_imports.remove(peer);
+        self.saved_heard.remove(peer);
         self.dirty = true;
         self.facts.imports.remove(peer)
+    }
+}
+
+/// An update without the records that are too large, the size of each that was sent, and the keys that are gone.
+fn within_size(update: Update<v1::Record>) -> (Update<v1::Record>, BTreeMap<String, usize>, Vec<String>) {
+    let mut sent = BTreeMap::new();
+    let mut small = |records: Vec<(String, v1::Record)>| -> Vec<(String, v1::Record)> {
+        let fits = |(key, record): &(String, v1::Record)| {
+            let bytes = record.encoded_len();
+            sent.insert(key.clone(), bytes);
+            bytes <= MAX_RECORD_BYTES
+        };
+        records.into_iter().filter(fits).collect()
+    };
+    match update {
+        Update::Snapshot { epoch, revision, records } => {
+            let update = Update::Snapshot { epoch, revision, records: small(records) };
+            (update, sent, Vec::new())
+        }
+        Update::Delta { revision, upserts, deletes } => {
+            let update = Update::Delta { revision, upserts: small(upserts), deletes: deletes.clone() };
+            (update, sent, deletes)
+        }
     }
 }

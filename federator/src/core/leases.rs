@@ -212,14 +212,15 @@ impl Core {
     pub fn own_endpoint(&mut self, moment: Moment) -> Result<(FederatorEndpoint, KeyRing), CoreError> {
         let unix = moment.unix.as_secs();
         let id = self.facts.cluster.federator_id.to_string();
-        let own = self.facts.leases.values().filter(|l| l.role == Role::Federator && l.not_after > unix);
-        let next = own.into_iter().find_map(|lease| {
+        let mut own = self.facts.leases.values().filter(|l| l.role == Role::Federator && l.not_after > unix);
+        // A block of which all 16 were used rests beside the one that came after it.
+        let next = own.find_map(|lease| {
             let last = lease.ids.last()?.incarnation().value();
             Some(((**lease).clone(), Incarnation::new(last + 1)?))
         });
         let (mut record, incarnation) = match next {
             Some(next) => next,
-            // A first start, or all 16 were used: then the old block rests.
+            // All 16 of every block were used: another one.
             None => {
                 let record = self.new_lease(&id, Role::Federator, unix + LEASE_LIFE.as_secs())?;
                 (record, Incarnation::new(0).ok_or_else(|| CoreError::Invalid("no incarnation".to_owned()))?)
@@ -309,16 +310,17 @@ impl Core {
         self.dirty = true;
     }
 
-    /// A member whose lease has ended, or that has been away for long, is not shown, counted or sent to any more. Its
-    /// block stays its own.
+    /// A member whose lease has ended, or that has been away for long, is not shown, counted or sent to any more; a
+    /// gateway whose lease has ended neither. Blocks stay their holders'.
     fn forget_members(&mut self, unix: u64, monotonic: Duration) {
         let leases = &self.facts.leases;
-        let ended = |block: &Block| leases.get(block).is_none_or(|lease| lease.not_after < unix);
+        let ended = |block: Block| leases.get(&block).is_none_or(|lease| lease.not_after < unix);
         let members = self.facts.registry.members.values();
         let over: Vec<Block> = members
-            .filter(|member| ended(&member.block) || member.absent_for(monotonic) > patience(member))
+            .filter(|member| ended(member.block) || member.absent_for(monotonic) > patience(member))
             .map(|member| member.block)
             .collect();
+        self.dirty |= self.facts.registry.forget_gateways(ended);
         for block in over {
             self.facts.registry.forget(block);
             self.handles_stale = true;

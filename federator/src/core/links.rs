@@ -173,7 +173,7 @@ impl Core {
         let link = self.link_of(joiner, &key, moment);
         let transaction = transaction.put(peer.as_str(), &link);
         let peer = peer.clone();
-        self.store.commit(&Self::use_token(transaction, &request.token_id, &record, &hash))?;
+        self.store.commit(&Self::use_token(transaction, &request.token_id, &record, &hash, None))?;
         self.install_handle(control.clone());
         self.install_link(link);
         tracing::info!(%peer, tag = %joiner.tag, "linked");

@@ -1,6 +1,6 @@
 //! What gateways and sidecars say about themselves: checked, entered into the registry, kept for the next start.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::net::SocketAddr;
 
 use tombolo_identity::{PeerIdentity, SpiffeId};
@@ -21,6 +21,8 @@ use crate::store::{Table, Transaction};
 /// One process serves a handful of services.
 const MAX_SERVICES: usize = 256;
 const MAX_REPORTED_SHIFTS: usize = 100;
+/// Kept of one sidecar over all services: one that invents services can't fill the store.
+const MAX_SHIFTS_OF_ONE: usize = 500;
 
 /// Services with their ports and weights.
 type Services = BTreeMap<ServiceKey, (Vec<Port>, u32)>;
@@ -83,7 +85,7 @@ impl Core {
             let new = services.keys().filter(|key| !record.pinned.contains(key)).cloned().collect::<Vec<_>>();
             record.pinned.extend(new);
         }
-        let record = self.keep_lease(record, moment)?;
+        let record = self.keep_what_it_said(record, moment)?;
         let watch = self.draw_watch();
         let event = Event::Sidecar(SidecarHello {
             block: record.block,
@@ -134,7 +136,7 @@ impl Core {
             zone: hello.zone.chars().take(64).collect(),
             start_number: hello.start_number,
         });
-        let record = self.keep_lease(record, moment)?;
+        let record = self.keep_what_it_said(record, moment)?;
         let watch = self.draw_watch();
         let event = Event::Gateway(GatewayHello {
             name: hello.name.clone(),
@@ -164,7 +166,10 @@ impl Core {
         let session = session.ok_or_else(|| {
             CoreError::Precondition("open the configuration stream before reporting".to_owned())
         })?;
-        let acknowledged = self.record_shifts(caller, &report.shifts)?;
+        let acknowledged = match &session {
+            Session::Sidecar { id, block, .. } => self.record_shifts(id, *block, &report.shifts),
+            Session::Gateway { .. } => 0,
+        };
         let event = match session {
             Session::Sidecar { block, .. } => Event::SidecarReport { block, report: Box::new(report) },
             Session::Gateway { name, .. } => Event::GatewayReport { name, report: Box::new(report) },
@@ -175,6 +180,19 @@ impl Core {
             self.remember_health(*block);
         }
         Ok(v1::ReportAck { acknowledged_shift: acknowledged })
+    }
+
+    /// Stores what a holder says in its hello. On a full disk a known one is let in all the same, and what it says holds
+    /// for this process; a lease or a right that is new here waits for the disk.
+    fn keep_what_it_said(&mut self, record: LeaseRecord, moment: Moment) -> Result<LeaseRecord, CoreError> {
+        let known = self.facts.leases.get(&record.block).is_some_and(|known| known.pinned == record.pinned);
+        match self.keep_lease(record.clone(), moment) {
+            Err(CoreError::Store(error)) if known && error.is_retryable() => {
+                tracing::warn!(%error, block = %record.block, "what a member says is not kept for the next start");
+                Ok(record)
+            }
+            kept => kept,
+        }
     }
 
     /// A configuration stream has ended.
@@ -274,7 +292,8 @@ impl Core {
         let mut record = record;
         for served in &mut record.services {
             if let Some(now) = member.services.get(&served.service) {
-                served.healthy = now.healthy;
+                // One that said farewell is not in rotation after a restart either.
+                served.healthy = now.healthy && !member.leaving;
             }
         }
         if self.facts.leases.get(&block).is_some_and(|known| **known == record) {
@@ -308,14 +327,20 @@ impl Core {
         }
     }
 
-    /// Stores failover decisions; the highest sequence that is safely stored.
-    fn record_shifts(&mut self, caller: &PeerIdentity, shifts: &[v1::Shift]) -> Result<u64, CoreError> {
+    /// Stores failover decisions; the highest sequence that is safely stored, 0 when the store can't be written: the
+    /// sidecar sends them again. What does not read is left out and never stops a heartbeat.
+    fn record_shifts(&mut self, id: &SpiffeId, block: Block, shifts: &[v1::Shift]) -> u64 {
+        let sent = || shifts.iter().take(MAX_REPORTED_SHIFTS);
         let mut transaction = Transaction::new();
-        let mut new = Vec::new();
-        for shift in shifts.iter().take(MAX_REPORTED_SHIFTS) {
-            let service: ServiceKey = convert::parse("shifts.service", &shift.service)?;
+        let mut updated = self.facts.shifts.clone();
+        for shift in sent() {
+            let Ok(service) = shift.service.parse::<ServiceKey>() else {
+                tracing::debug!(spiffe_id = %id, sequence = shift.sequence, "a shift names no service");
+                continue;
+            };
             let record = ShiftRecord {
-                sidecar: caller.spiffe_id.to_string(),
+                sidecar: id.to_string(),
+                block: Some(block),
                 sequence: shift.sequence,
                 at_unix_ms: u64::try_from(shift.at_unix_ms).unwrap_or(0),
                 service: service.to_string(),
@@ -324,34 +349,66 @@ impl Core {
                 clusters: shift.clusters.iter().filter_map(|c| c.parse().ok()).take(100).collect(),
                 reason: shift.reason.chars().take(500).collect(),
             };
-            transaction = transaction.put(shift_key(&record), &record);
-            new.push(record);
-        }
-        if new.is_empty() {
-            return Ok(0);
-        }
-        let mut updated = self.facts.shifts.clone();
-        for record in &new {
+            let key = shift_key(&record);
             let kept = updated.entry(record.service.clone()).or_default();
-            if kept.iter().any(|k| (&k.sidecar, k.sequence) == (&record.sidecar, record.sequence)) {
+            if kept.iter().any(|known| shift_key(known) == key) {
                 continue;
             }
-            kept.push_front(record.clone());
+            transaction = transaction.put(key, &record);
+            kept.push_front(record);
             while kept.len() > SHIFTS_KEPT {
                 if let Some(oldest) = kept.pop_back() {
                     transaction = transaction.delete(Table::Shifts, shift_key(&oldest));
                 }
             }
         }
-        self.store.commit(&transaction)?;
-        self.facts.shifts = updated;
-        self.dirty = true;
-        Ok(new.iter().map(|record| record.sequence).max().unwrap_or(0))
+        if !transaction.is_empty() {
+            transaction = trim_shifts(&mut updated, id, block, transaction);
+            if let Err(error) = self.store.commit(&transaction) {
+                tracing::warn!(%error, spiffe_id = %id, "failover decisions can't be stored yet");
+                return 0;
+            }
+            self.facts.shifts = updated;
+            self.dirty = true;
+        }
+        sent().map(|shift| shift.sequence).max().unwrap_or(0)
     }
 }
 
 fn shift_key(record: &ShiftRecord) -> String {
-    format!("{}/{:020}", record.sidecar, record.sequence)
+    match record.block {
+        Some(block) => {
+            format!("{}/{}/{:020}", record.sidecar, super::allot::block_key(block), record.sequence)
+        }
+        None => format!("{}/{:020}", record.sidecar, record.sequence),
+    }
+}
+
+/// Drops the oldest shifts of one sidecar beyond [`MAX_SHIFTS_OF_ONE`].
+fn trim_shifts(
+    shifts: &mut BTreeMap<String, VecDeque<ShiftRecord>>,
+    id: &SpiffeId,
+    block: Block,
+    mut transaction: Transaction,
+) -> Transaction {
+    let own = |record: &ShiftRecord| record.block == Some(block) && record.sidecar == id.as_str();
+    let mut sequences: Vec<u64> = shifts.values().flatten().filter(|r| own(r)).map(|r| r.sequence).collect();
+    if sequences.len() <= MAX_SHIFTS_OF_ONE {
+        return transaction;
+    }
+    sequences.sort_unstable();
+    let first_kept = sequences.get(sequences.len() - MAX_SHIFTS_OF_ONE).copied().unwrap_or(u64::MAX);
+    for kept in shifts.values_mut() {
+        kept.retain(|record| {
+            let stays = !own(record) || record.sequence >= first_kept;
+            if !stays {
+                transaction = std::mem::take(&mut transaction).delete(Table::Shifts, shift_key(record));
+            }
+            stays
+        });
+    }
+    shifts.retain(|_, kept| !kept.is_empty());
+    transaction
 }
 
 /// The endpoint ids of this start: of the lease's block, at least one.

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use sha2::{Digest, Sha256};
 use tombolo_identity::SpiffeId;
+use tombolo_model::ids::Block;
 use tombolo_model::names::{ClusterName, Namespace, ObjectName};
 use tombolo_proto::{token, v1};
 
@@ -156,6 +157,7 @@ impl Core {
             not_after,
             provisional: provisional.as_ref().map(|lease| lease.block),
             used_by: None,
+            lease: None,
             wrong_secrets: 0,
         };
         self.store.commit(&transaction.absent(Table::Tokens, id.as_str()).put(id.as_str(), &record))?;
@@ -208,14 +210,15 @@ impl Core {
         }
     }
 
-    /// Marks a checked token as used, within `transaction`.
+    /// Marks a checked token as used, within `transaction`; `lease` is what the request is given.
     pub(super) fn use_token(
         transaction: Transaction,
         id: &str,
         record: &TokenRecord,
         request_hash: &str,
+        lease: Option<Block>,
     ) -> Transaction {
-        let used = TokenRecord { used_by: Some(request_hash.to_owned()), ..record.clone() };
+        let used = TokenRecord { used_by: Some(request_hash.to_owned()), lease, ..record.clone() };
         transaction.unchanged(Table::Tokens, id, record::encode(record)).put(id, &used)
     }
 
@@ -233,16 +236,27 @@ impl Core {
             ));
         };
         if request.name != *name {
-            return Err(CoreError::Denied(format!("the token is for {name:?}, not for {:?}", request.name)));
+            let given: String = request.name.chars().take(64).collect();
+            return Err(CoreError::Denied(format!("the token is for {name:?}, not for {given:?}")));
         }
         let id = self.identity_of(*role, name, namespace)?;
         let (svid, transaction, identity) =
             self.issue(&request.csr_der, &id, *role, moment, Transaction::new())?;
-        let lease = self.new_lease(id.as_str(), *role, moment.unix.as_secs() + LEASE_LIFE.as_secs())?;
-        let key = block_key(lease.block);
-        let transaction = transaction.absent(Table::Leases, key.as_str()).put(key, &lease);
+        let given = record.lease.and_then(|block| self.facts.leases.get(&block));
+        let (lease, transaction) = match given.filter(|lease| lease.spiffe_id == id.as_str()) {
+            // The same request again: whoever sends it a thousand times holds one block.
+            Some(lease) => ((**lease).clone(), transaction),
+            None => {
+                let end = moment.unix.as_secs() + LEASE_LIFE.as_secs();
+                let lease = self.new_lease(id.as_str(), *role, end)?;
+                let key = block_key(lease.block);
+                let transaction = transaction.absent(Table::Leases, key.as_str()).put(key, &lease);
+                (lease, transaction)
+            }
+        };
         let wire = self.lease_to_wire(&lease, moment)?;
-        self.store.commit(&Self::use_token(transaction, &request.token_id, &record, &hash))?;
+        let transaction = Self::use_token(transaction, &request.token_id, &record, &hash, Some(lease.block));
+        self.store.commit(&transaction)?;
         self.facts.identities.insert(identity.0, identity.1);
         tracing::info!(spiffe_id = %id, block = %lease.block, "joined");
         let role = *role;

@@ -10,9 +10,10 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError, RwLock};
 
+use redb::backends::InMemoryBackend;
 use redb::{
-    CommitError, Database, DatabaseError, Durability, ReadableDatabase, ReadableTable, StorageError,
-    TableDefinition, TableError, TransactionError,
+    CommitError, Database, DatabaseError, Durability, ReadableDatabase, ReadableTable, StorageBackend,
+    StorageError, TableDefinition, TableError, TransactionError,
 };
 
 use super::{Store, StoreError, Table, Transaction, Write};
@@ -126,15 +127,44 @@ fn open(path: &Path) -> Result<Database, StoreError> {
     let mut builder = Database::builder();
     builder.set_cache_size(CACHE_BYTES);
     // A file cut short or overwritten trips assertions inside redb in some places: a damaged file must not be a crash.
-    let opened = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| builder.create(path)));
-    let database = match opened {
-        Ok(result) => result.map_err(|error| database_error(path, error))?,
-        Err(_) => return Err(damaged(path, "its pages are torn")),
-    };
+    let opened = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        verify(path, &builder)?;
+        builder.create(path).map_err(|error| database_error(path, error))
+    }));
+    let database = opened.unwrap_or_else(|_| Err(damaged(path, "its pages are torn")))?;
     // Keys and hashed secrets: for the owner alone.
     let private = std::os::unix::fs::PermissionsExt::from_mode(0o600);
     std::fs::set_permissions(path, private).map_err(|e| io_error(path, &e))?;
     Ok(database)
+}
+
+/// Whether every page of an existing file is as it was written: redb alone would read other values from flipped bytes, or
+/// go back to an earlier commit without a word. On a copy in memory, because looking repairs, and what is damaged is left
+/// as it is; a few megabytes, once per start.
+fn verify(path: &Path, builder: &redb::Builder) -> Result<(), StoreError> {
+    match std::fs::metadata(path) {
+        Ok(metadata) if metadata.len() > 0 => {}
+        Ok(_) => return Ok(()),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(io_error(path, &error)),
+    }
+    // Only to see whether another process is writing: then what is read below may be half of a commit.
+    if let Err(DatabaseError::DatabaseAlreadyOpen) = builder.open_read_only(path) {
+        return Err(StoreError::InUse { path: path.to_owned() });
+    }
+    let bytes = std::fs::read(path).map_err(|e| io_error(path, &e))?;
+    let copy = InMemoryBackend::new();
+    copy.set_len(bytes.len() as u64)
+        .and_then(|()| copy.write(0, &bytes))
+        .map_err(|error| io_text(path, error.to_string()))?;
+    drop(bytes);
+    // Memory does not fail: what can't be read here is not in the file.
+    let mut database = builder.create_with_backend(copy).map_err(|error| damaged(path, error))?;
+    match database.check_integrity() {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(damaged(path, "its checksums do not hold")),
+        Err(error) => Err(damaged(path, error)),
+    }
 }
 
 fn load(path: &Path, database: &Database) -> Result<Mirror, StoreError> {

@@ -199,6 +199,7 @@ fn shifts(view: &View<'_>, service: &ServiceKey) -> Vec<ShiftStatus> {
     shown
         .map(|record| {
             let ShiftRecord {
+                block: _,
                 sidecar,
                 sequence: _,
                 at_unix_ms,

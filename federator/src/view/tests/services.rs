@@ -127,6 +127,7 @@ fn the_last_ten_shifts_are_shown_newest_first() {
     let mut facts = east();
     facts.export("web", None);
     let shift = |sequence: u64| ShiftRecord {
+        block: None,
         sidecar: "client".into(),
         sequence,
         at_unix_ms: (UNIX - 100 + sequence) * 1000,
