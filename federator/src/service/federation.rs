@@ -11,6 +11,7 @@ use std::time::Duration;
 use futures::Stream;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
+use tombolo_identity::PeerIdentity;
 use tombolo_model::ids::{Epoch, Revision};
 use tombolo_model::names::ClusterName;
 use tombolo_model::sync::{RecordLog, Update};
@@ -61,13 +62,12 @@ pub struct FederationService {
     pub tasks: TaskGroup,
 }
 
-#[tonic::async_trait]
-impl Federation for FederationService {
-    type WatchStream = Pin<Box<dyn Stream<Item = Result<v1::WatchResponse, Status>> + Send>>;
+type Watched = Pin<Box<dyn Stream<Item = Result<v1::WatchResponse, Status>> + Send>>;
 
-    async fn watch(&self, request: Request<v1::WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
-        let caller = caller(&request)?.identity;
-        let v1::WatchRequest { cluster, epoch, revision, protocol } = request.into_inner();
+impl FederationService {
+    /// Lets an authenticated caller watch, if it is a federator of a linked peer.
+    fn watch_as(&self, caller: &PeerIdentity, request: v1::WatchRequest) -> Result<Watched, Status> {
+        let v1::WatchRequest { cluster, epoch, revision, protocol } = request;
         let peer: ClusterName = convert::parse("cluster", &cluster).map_err(CoreError::from)?;
         if protocol < PROTOCOL {
             let text = format!(
@@ -92,7 +92,17 @@ impl Federation for FederationService {
             sender,
         );
         self.tasks.spawn("federation watch", task);
-        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+        Ok(Box::pin(ReceiverStream::new(receiver)))
+    }
+}
+
+#[tonic::async_trait]
+impl Federation for FederationService {
+    type WatchStream = Watched;
+
+    async fn watch(&self, request: Request<v1::WatchRequest>) -> Result<Response<Watched>, Status> {
+        let caller = caller(&request)?.identity;
+        self.watch_as(&caller, request.into_inner()).map(Response::new)
     }
 }
 

@@ -1,7 +1,5 @@
 //! A peer's watch, called without a network: what it is sent, and who is refused.
 
-use tombolo_overlay::HandleClass;
-use tombolo_overlay::grpc::PeerInfo;
 use tonic::Code;
 
 use super::*;
@@ -32,11 +30,10 @@ impl Watched {
         request: v1::WatchRequest,
         identity: Option<tombolo_identity::PeerIdentity>,
     ) -> Result<<FederationService as Federation>::WatchStream, Status> {
-        let mut request = Request::new(request);
-        let class = HandleClass::Control;
-        let info = PeerInfo { identity, class, importer: Some(name("west")), endpoint: None, connection: 1 };
-        request.extensions_mut().insert(info);
-        self.service.watch(request).await.map(Response::into_inner)
+        match identity {
+            Some(identity) => self.service.watch_as(&identity, request),
+            None => self.service.watch(Request::new(request)).await.map(Response::into_inner),
+        }
     }
 
     async fn from(&self, epoch: u64, revision: u64) -> <FederationService as Federation>::WatchStream {
