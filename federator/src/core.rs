@@ -15,7 +15,7 @@ pub mod links;
 pub mod members;
 pub mod objects;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 pub mod tokens;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -151,13 +151,21 @@ impl Core {
                 let Ok(job) = jobs.try_recv() else { break };
                 job(&mut self, moment(origin));
             }
-            if std::mem::take(&mut self.dirty) {
-                self.settle(moment(origin));
-                self.dirty = false;
-                self.facts.revision += 1;
+            if self.publish(moment(origin)) {
                 publisher.send_replace(Arc::new(self.facts.clone()));
             }
         }
+    }
+
+    /// Makes the facts ready to be published; false when they have not changed.
+    fn publish(&mut self, moment: Moment) -> bool {
+        if !self.dirty {
+            return false;
+        }
+        self.settle(moment);
+        self.dirty = false;
+        self.facts.revision += 1;
+        true
     }
 
     /// What follows from the facts, after any change: handles are allotted and released.

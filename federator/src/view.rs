@@ -69,4 +69,4 @@ impl<'a> View<'a> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

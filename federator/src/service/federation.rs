@@ -167,3 +167,6 @@ fn to_wire(epoch: Epoch, update: Update<v1::Record>) -> ((Epoch, Revision), Even
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
