@@ -55,7 +55,10 @@ pub(crate) struct World {
 
 impl World {
     fn new() -> Self {
-        let dir = tempfile::tempdir().unwrap();
+        Self::in_dir(tempfile::tempdir().unwrap())
+    }
+
+    fn in_dir(dir: TempDir) -> Self {
         let domain = "acme.example".parse().unwrap();
         let root = RootAuthority::init(&dir.path().join("root"), domain, at(0).unix).unwrap();
         Self { dir, root }

@@ -34,7 +34,7 @@ async fn join_across(offset_seconds: i64) -> Result<(), String> {
     let result = async {
         let member = Member::join(&token, &home.path("web"), Some("web"), local()).await;
         let web = Sidecar::of(member.map_err(|error| error.to_string())?);
-        web.watch(&["shop/web"]).await;
+        let _snapshots = web.watch(&["shop/web"]).await;
         web.report("shop/web", true).await.map_err(|status| status.message().to_owned())?;
         web.member.renew(&web.overlay).await.map_err(|error| error.to_string())
     }
