@@ -2,8 +2,8 @@
 //! use it, lets a QUIC client of its own speak through it, and drops everything else.
 
 use std::net::{SocketAddr, UdpSocket};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -21,48 +21,74 @@ use crate::stolen::Stolen;
 const POLL: Duration = Duration::from_millis(50);
 const MESH: &[u8] = b"tombolo/1";
 /// Longest time a forged connection may take to fail.
-const FORGED: Duration = Duration::from_secs(4);
+const FORGED: Duration = Duration::from_millis(1500);
 
 /// What the impostor did.
 #[derive(Debug, Default)]
 pub struct Doings {
     pub probes_answered: AtomicU64,
-    pub packets_dropped: AtomicU64,
+    /// Packets for its own client, or for anybody else whose packets came this way: those end here.
+    pub packets_taken: AtomicU64,
 }
 
 /// Runs until dropped.
 pub struct HostileGateway {
     pub doings: Arc<Doings>,
+    /// Where its own QUIC client sends to: what arrives leaves from the border, and what comes back is handed over.
+    pub relay: SocketAddr,
     border: UdpSocket,
     stop: Arc<AtomicBool>,
-    thread: Option<JoinHandle<()>>,
+    threads: Vec<JoinHandle<()>>,
 }
 
 impl HostileGateway {
-    /// Takes over the border address of a gateway that has ended. `client`: where its own QUIC client sends from.
-    pub fn start(namespace: &Namespace, border: SocketAddr, stolen: Stolen, peer: &str) -> Result<Self> {
-        let socket = namespace.run(|| UdpSocket::bind(border))??;
-        socket.set_read_timeout(Some(POLL))?;
-        let link = stolen.link(peer)?;
+    /// Takes over the border address of a gateway that has ended, and attacks `victim`, a gateway of `peer`.
+    pub fn start(
+        namespace: &Namespace,
+        border: SocketAddr,
+        stolen: Stolen,
+        peer: &str,
+        victim: SocketAddr,
+    ) -> Result<Self> {
+        let bind = |address: SocketAddr| -> Result<UdpSocket> {
+            let socket = namespace.run(|| UdpSocket::bind(address))??;
+            socket.set_read_timeout(Some(POLL))?;
+            Ok(socket)
+        };
+        let (socket, relay_socket) = (bind(border)?, bind((border.ip(), 0).into())?);
+        let (link, relay) = (stolen.link(peer)?, relay_socket.local_addr()?);
         let (doings, stop) = (Arc::new(Doings::default()), Arc::new(AtomicBool::new(false)));
-        let (own, stopped, receiver) = (Arc::clone(&doings), Arc::clone(&stop), socket.try_clone()?);
-        let thread = std::thread::spawn(move || {
+        let client = Arc::new(Mutex::new(None));
+        let mut threads = Vec::new();
+
+        let (own, stopped, client_of) = (Arc::clone(&doings), Arc::clone(&stop), Arc::clone(&client));
+        let (receiver, to_client) = (socket.try_clone()?, relay_socket.try_clone()?);
+        threads.push(std::thread::spawn(move || {
             let mut buffer = vec![0; 1 << 16];
             while !stopped.load(Ordering::Relaxed) {
                 let Ok((bytes, from)) = receiver.recv_from(&mut buffer) else { continue };
                 let packet = buffer.get(..bytes).unwrap_or_default();
-                match stolen.probe_ack(&link, packet, from) {
-                    Some(ack) => {
-                        let _ = receiver.send_to(&ack, from);
-                        own.probes_answered.fetch_add(1, Ordering::Relaxed);
-                    }
-                    None => {
-                        own.packets_dropped.fetch_add(1, Ordering::Relaxed);
-                    }
+                if let Some(ack) = stolen.probe_ack(&link, packet, from) {
+                    let _ = receiver.send_to(&ack, from);
+                    own.probes_answered.fetch_add(1, Ordering::Relaxed);
+                    continue;
+                }
+                own.packets_taken.fetch_add(1, Ordering::Relaxed);
+                if let Some(client) = *client_of.lock().unwrap_or_else(PoisonError::into_inner) {
+                    let _ = to_client.send_to(packet, client);
                 }
             }
-        });
-        Ok(Self { doings, border: socket, stop, thread: Some(thread) })
+        }));
+        let (stopped, out) = (Arc::clone(&stop), socket.try_clone()?);
+        threads.push(std::thread::spawn(move || {
+            let mut buffer = vec![0; 1 << 16];
+            while !stopped.load(Ordering::Relaxed) {
+                let Ok((bytes, from)) = relay_socket.recv_from(&mut buffer) else { continue };
+                *client.lock().unwrap_or_else(PoisonError::into_inner) = Some(from);
+                let _ = out.send_to(buffer.get(..bytes).unwrap_or_default(), victim);
+            }
+        }));
+        Ok(Self { doings, relay, border: socket, stop, threads })
     }
 
     /// Sends from the border address that peers know.
@@ -74,7 +100,7 @@ impl HostileGateway {
 impl Drop for HostileGateway {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
-        if let Some(thread) = self.thread.take() {
+        for thread in self.threads.drain(..) {
             let _ = thread.join();
         }
     }

@@ -74,6 +74,8 @@ fn nothing_but_one_udp_port_crosses_and_no_packet_tells_what_who_or_which_servic
                 ports.insert((datagram.from.port(), datagram.to.port()));
                 reader.read(datagram.payload)?;
             }
+            // The kernel's own neighbour discovery on the device; the clusters have no IPv6 address.
+            None if packet.bytes.first().is_some_and(|byte| byte >> 4 == 6) => {}
             // An ICMP error quotes a packet that was looked at already; its quote is searched below all the same.
             None if packet.bytes.get(9) == Some(&IPPROTO_ICMP) => icmp += 1,
             None => foreign += 1,

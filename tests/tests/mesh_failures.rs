@@ -41,8 +41,14 @@ impl Harm {
                 let (cluster, address) = place(mesh, gateway)?;
                 mesh.cluster(cluster)?.namespace.nft(&format!(
                     "table ip tombolo_dropped {{
-                        chain in {{ type filter hook input priority 0; ip daddr {address} udp dport 7440-7441 drop; }}
-                        chain out {{ type filter hook output priority 0; ip saddr {address} udp sport 7440-7441 drop; }}
+                        chain in {{
+                            type filter hook input priority 0; policy accept;
+                            ip daddr {address} udp dport 7440-7441 counter drop
+                        }}
+                        chain out {{
+                            type filter hook output priority 0; policy accept;
+                            ip saddr {address} udp sport 7440-7441 counter drop
+                        }}
                     }}"
                 ))
             }

@@ -119,8 +119,12 @@ fn a_machine_behind_masquerade_joins_serves_calls_and_keeps_streams_when_its_add
     let outside = Outside::start()?;
     // It has nothing but its own outbound UDP: everything else is refused at its router, and it goes on.
     outside.router()?.nft(
-        "table inet only_udp { chain forward { type filter hook forward priority -5; policy accept;
-            iifname \"inside\" meta l4proto != udp counter drop; } }",
+        "table inet only_udp {
+            chain forward {
+                type filter hook forward priority -5; policy accept;
+                iifname \"inside\" meta l4proto != udp counter drop
+            }
+        }",
     )?;
     let endpoint = outside.endpoint()?;
     ensure!(endpoint["address"] == "registers" && endpoint["healthy"] == true, "{endpoint}");
@@ -142,7 +146,8 @@ fn a_machine_behind_masquerade_joins_serves_calls_and_keeps_streams_when_its_add
     // What the operator sees: both gateways hold the registration, and the identity of a machine.
     let status = outside.mesh.status("west")?;
     for gateway in status["gateways"].as_array().into_iter().flatten() {
-        ensure!(gateway["registeredEndpoints"] == 1, "{gateway}");
+        // Its own, and for a while the provisional one of its token.
+        ensure!(gateway["registeredEndpoints"].as_u64().is_some_and(|count| count >= 1), "{gateway}");
     }
     entry(&status, "identities", "spiffeId", &format!("spiffe://acme.example/cluster/west/vm/{VM}"))?;
     Ok(())
