@@ -21,7 +21,16 @@ step "binaries";    cargo build --workspace --bins
 step "tests"
 # One test at a time: scenarios measure stalls, and two cores are shared by a dozen processes each. One selection of
 # packages for everything, or cargo builds the dependencies again with other features.
-RUST_TEST_THREADS=1 cargo test --workspace --no-fail-fast 2>&1 | tee "$log"
+export RUST_TEST_THREADS=1
+if ! cargo test --workspace --no-fail-fast 2>&1 | tee "$log"; then
+    # Scenarios have deadlines, and a machine may stand still for a second: what failed gets one more chance, and is
+    # named. What fails twice, or does not build, fails.
+    again=$(sed -n 's/^test \(.*\) \.\.\. FAILED$/\1/p' "$log" | sort -u)
+    [ -n "$again" ] || exit 1
+    printf 'RETRIED %s\n' $again
+    # shellcheck disable=SC2086
+    cargo test --workspace -- --exact $again
+fi
 
 step "summary"
 skipped=$(wc -l <"$TOMBOLO_SKIP_LIST")
