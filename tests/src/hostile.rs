@@ -1,6 +1,7 @@
 //! A hostile gateway: it stands where a real one was, at its addresses and with its keys, answers probes so that peers
 //! use it, lets a QUIC client of its own speak through it, and drops everything else.
 
+use std::collections::BTreeSet;
 use std::net::{SocketAddr, UdpSocket};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -58,7 +59,8 @@ impl HostileGateway {
         let (socket, relay_socket) = (bind(border)?, bind((border.ip(), 0).into())?);
         let (link, relay) = (stolen.link(peer)?, relay_socket.local_addr()?);
         let (doings, stop) = (Arc::new(Doings::default()), Arc::new(AtomicBool::new(false)));
-        let client = Arc::new(Mutex::new(None));
+        // Each of its clients sees every packet, and knows its own by the connection ID.
+        let client = Arc::new(Mutex::new(BTreeSet::new()));
         let mut threads = Vec::new();
 
         let (own, stopped, client_of) = (Arc::clone(&doings), Arc::clone(&stop), Arc::clone(&client));
@@ -74,8 +76,8 @@ impl HostileGateway {
                     continue;
                 }
                 own.packets_taken.fetch_add(1, Ordering::Relaxed);
-                if let Some(client) = *client_of.lock().unwrap_or_else(PoisonError::into_inner) {
-                    let _ = to_client.send_to(packet, client);
+                for client in client_of.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+                    let _ = to_client.send_to(packet, *client);
                 }
             }
         }));
@@ -84,7 +86,7 @@ impl HostileGateway {
             let mut buffer = vec![0; 1 << 16];
             while !stopped.load(Ordering::Relaxed) {
                 let Ok((bytes, from)) = relay_socket.recv_from(&mut buffer) else { continue };
-                *client.lock().unwrap_or_else(PoisonError::into_inner) = Some(from);
+                client.lock().unwrap_or_else(PoisonError::into_inner).insert(from);
                 let _ = out.send_to(buffer.get(..bytes).unwrap_or_default(), victim);
             }
         }));
@@ -142,12 +144,15 @@ impl ServerCertVerifier for AnyServer {
     }
 }
 
-/// Names its own packets with an ID that the peer's gateways route to the forger's gateway.
+/// Names its own packets with IDs of one endpoint of the forger's cluster, by another nonce each. The peer's gateways can't
+/// check their MAC: that key is the cluster's own.
 struct Named(Cid);
 
 impl ConnectionIdGenerator for Named {
     fn generate_cid(&mut self) -> ConnectionId {
-        ConnectionId::new(self.0.as_bytes())
+        let mut id = *self.0.as_bytes();
+        id[8..15].copy_from_slice(&rand::random::<[u8; 7]>());
+        ConnectionId::new(&id)
     }
     fn cid_len(&self) -> usize {
         CID_LEN
