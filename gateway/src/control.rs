@@ -104,7 +104,8 @@ impl ControlThread {
     ) {
         let shared = Arc::clone(&self.shared);
         let mut notices = Vec::new();
-        for _ in 0..BATCHES {
+        let mut done = false;
+        for batch in 0..BATCHES {
             let view = shared.view.load();
             let now = self.forwarder.now();
             let forwarder = &mut self.forwarder;
@@ -116,7 +117,18 @@ impl ControlThread {
             });
             match received {
                 Ok(true) => {}
-                Ok(false) => break,
+                // Woken with nothing to read: an ICMP error whose code a send has taken already. It must come off the queue, or
+                // the socket would be ready for ever.
+                Ok(false) => {
+                    done = true;
+                    match &*view {
+                        _ if batch > 0 => {}
+                        Some(view) => {
+                            self.forwarder.drain(view, port, &mut |notice| notices.push(notice));
+                        }
+                        None => port.drain_errors(|_, _| {}),
+                    }
+                }
                 Err(_) => {
                     if let Some(view) = &*view {
                         self.forwarder.drain(view, port, &mut |notice| notices.push(notice));
@@ -128,6 +140,9 @@ impl ControlThread {
                 let mut effects = Vec::new();
                 notices.drain(..).for_each(|notice| self.on_notice(notice, now, &mut effects));
                 self.perform(effects, ports, now);
+            }
+            if done {
+                return;
             }
         }
     }

@@ -103,7 +103,7 @@ impl Worker {
     /// True while there may be more.
     fn receive(&mut self, via: Via, port: &Port, buffers: &mut Buffers) -> bool {
         let Self { forwarder, shared, control, .. } = self;
-        for _ in 0..ROUNDS {
+        for round in 0..ROUNDS {
             let view = shared.view.load();
             let now = forwarder.now();
             let received = buffers.receive(port, |buffer, meta| match &*view {
@@ -114,7 +114,18 @@ impl Worker {
             });
             match received {
                 Ok(true) => {}
-                Ok(false) => return false,
+                Ok(false) => {
+                    // Woken with nothing to read: an ICMP error whose code a send has taken already. It must come off the
+                    // queue, or the socket would be ready for ever.
+                    match &*view {
+                        _ if round > 0 => {}
+                        Some(view) => {
+                            forwarder.drain(view, port, &mut |notice| control.push(notice));
+                        }
+                        None => port.drain_errors(|_, _| {}),
+                    }
+                    return false;
+                }
                 // Of an earlier packet; taken off the queue, it is no reason to stop reading.
                 Err(_) => {
                     if let Some(view) = &*view {
