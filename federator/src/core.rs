@@ -69,6 +69,8 @@ pub struct Core {
     /// When each peer was last heard, as far as it is on the disk.
     saved_heard: BTreeMap<ClusterName, Duration>,
     last_save: Duration,
+    /// This federator closes its connections: whoever was on them has not gone.
+    ending: bool,
     /// The facts differ from what was published.
     dirty: bool,
 }
@@ -179,6 +181,11 @@ impl Core {
             tracing::warn!(%error, "handles can't be allotted now");
         }
         self.facts.store_writable = self.store.is_writable();
+    }
+
+    /// From now on nobody is blamed for a connection that ends.
+    pub fn end(&mut self) {
+        self.ending = true;
     }
 
     /// Every 250 ms: silence, freshness, leases, and what is written at leisure.

@@ -238,6 +238,7 @@ impl Bound {
         let server = Server::builder().add_service(JoinServer::new(joins));
         tasks.spawn("join service", served("join", server.serve_with_incoming(join_incoming)));
         tasks.spawn("connections", accept(overlay.clone(), control, join));
+        let ending = core.clone();
         let service = AdminService { core, svid, bind, tasks: tasks.clone() };
         let server = Server::builder().add_service(AdminServer::with_interceptor(service, check_operator));
         let operators = server.serve_with_incoming(UnixListenerStream::new(operators));
@@ -250,6 +251,7 @@ impl Bound {
         };
         tracing::info!("ending; members and peers keep what they know");
         let _ = std::fs::remove_file(&socket);
+        let _ = ending.call(|core, _| core.end()).await;
         overlay.close().await;
         tasks.shutdown(END_PATIENCE).await;
         result

@@ -121,6 +121,7 @@ impl Core {
             unsaved_imports: BTreeSet::new(),
             saved_heard,
             last_save: Duration::ZERO,
+            ending: false,
             dirty: true,
         })
     }

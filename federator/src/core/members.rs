@@ -198,7 +198,9 @@ impl Core {
     /// A configuration stream has ended.
     pub fn closed(&mut self, watch: u64, moment: Moment) {
         self.sessions.retain(|_, session| session.watch() != watch);
-        self.step(Event::Closed { watch }, moment);
+        if !self.ending {
+            self.step(Event::Closed { watch }, moment);
+        }
     }
 
     fn step(&mut self, event: Event, moment: Moment) -> bool {

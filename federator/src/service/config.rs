@@ -20,7 +20,7 @@ use tonic::{Request, Response, Status};
 
 use super::member;
 use crate::core::members::Welcome;
-use crate::core::{CoreError, CoreHandle, Moment};
+use crate::core::{Core, CoreError, CoreHandle, Moment};
 use crate::facts::Facts;
 use crate::metrics::Metrics;
 use crate::snapshot::rings::Rings;
@@ -61,8 +61,14 @@ struct Watch {
 
 impl Drop for Watch {
     fn drop(&mut self) {
-        let id = self.id;
-        self.core.post(move |core, moment| core.closed(id, moment));
+        let (core, id) = (self.core.clone(), self.id);
+        let closed = move |core: &mut Core, moment| core.closed(id, moment);
+        // With a full queue it is said when there is room: an end that gets lost leaves a member in rotation for 2 s.
+        if !core.post(closed)
+            && let Ok(runtime) = tokio::runtime::Handle::try_current()
+        {
+            runtime.spawn(async move { core.call(closed).await });
+        }
     }
 }
 
