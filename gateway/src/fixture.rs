@@ -87,6 +87,7 @@ pub fn snapshot() -> v1::GatewaySnapshot {
         ..Default::default()
     };
     v1::GatewaySnapshot {
+        epoch: 1,
         revision: 1,
         cluster: "east".into(),
         tag: east().value(),

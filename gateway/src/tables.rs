@@ -1,9 +1,9 @@
 //! A snapshot of the federator, parsed once into what packets are judged by. Pure.
 //!
 //! Records are refused one by one, with the field and the value; the rest of the snapshot counts. A snapshot of another
-//! cluster, and an empty one, is refused whole: a federator that lost its store must not delete what is known. A snapshot with another
-//! cluster key says that the store was lost and made anew: what was known is then [carried](Tables::carried) along for as
-//! long as keys are handed out ahead, and consulted where the new snapshot knows nothing.
+//! cluster, and an empty one, is refused whole: a federator that lost its store must not delete what is known. A snapshot
+//! of another epoch says that the store was lost and made anew: what was known is then [carried](Tables::carried) along for
+//! as long as keys are handed out ahead, and consulted where the new snapshot knows nothing.
 
 mod parse;
 #[cfg(test)]
@@ -29,6 +29,7 @@ pub const DEFAULT_INITIALS_PER_SECOND: u32 = 1000;
 #[derive(Debug)]
 pub struct Tables {
     pub revision: u64,
+    epoch: u64,
     pub cluster: ClusterName,
     pub tag: ClusterTag,
     pub cluster_key: ClusterKey,

@@ -20,6 +20,7 @@ use tombolo_proto::v1::config_client::ConfigClient;
 use tombolo_runtime::clock;
 use tombolo_runtime::drain::Drain;
 
+use crate::carry::Carry;
 use crate::failover::{Routes, ShiftLog};
 use crate::health::Verdict;
 use crate::metrics::{Metrics, RejectLabels, UpstreamLabels};
@@ -59,13 +60,15 @@ pub struct ControlTask {
     pub hello: v1::SidecarHello,
     pub tables: watch::Sender<Option<Arc<Tables>>>,
     pub metrics: Metrics,
+    pub carry: Carry,
 }
 
 impl ControlTask {
     /// Publishes the snapshot that an earlier process left. True when there was one that could be used.
-    pub fn restore(&self) -> bool {
+    pub fn restore(&mut self) -> bool {
         let Some(snapshot) = last_snapshot(self.member.dir()) else { return false };
         let restored = self.apply(&snapshot, false);
+        self.carry.over(&snapshot, clock::since_unix_epoch());
         if restored {
             tracing::info!(
                 revision = snapshot.revision,
@@ -75,7 +78,7 @@ impl ControlTask {
         restored
     }
 
-    pub async fn run(self) {
+    pub async fn run(mut self) {
         let mut stored: Option<PathBuf> = None;
         loop {
             if let Err(error) = self.watch(&mut stored).await {
@@ -88,7 +91,7 @@ impl ControlTask {
     }
 
     async fn watch(
-        &self,
+        &mut self,
         stored: &mut Option<PathBuf>,
     ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
         let channel = self.member.connect(&self.overlay).await?;
@@ -105,8 +108,9 @@ impl ControlTask {
             if last.as_ref() == Some(&snapshot) {
                 continue;
             }
-            if self.apply(&snapshot, true) {
-                self.store(&snapshot, stored).await;
+            let known = self.carry.over(&snapshot, clock::since_unix_epoch());
+            if self.apply(&known, true) {
+                self.store(&known, stored).await;
             }
             last = Some(snapshot);
         }

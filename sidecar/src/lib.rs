@@ -7,6 +7,7 @@
 //! configuration, parsed once; [`access`] says who may open streams here; [`copy`] is the byte path.
 
 pub mod access;
+pub mod carry;
 pub mod client;
 pub mod codes;
 pub mod config;

@@ -26,6 +26,7 @@ use tombolo_runtime::readiness::{BlockReady, Readiness};
 use tombolo_runtime::tasks::TaskGroup;
 
 use crate::access::Admission;
+use crate::carry::Carry;
 use crate::client::{ControlTask, ReportTask};
 use crate::config::{ConfigError, ServiceConfig, SidecarConfig};
 use crate::failover::{Router, ShiftLog};
@@ -168,12 +169,13 @@ impl Bound {
         let log = ShiftLog::open(member.dir());
         let (tables, received) = watch::channel(None);
 
-        let control = ControlTask {
+        let mut control = ControlTask {
             hello: hello(&config, &overlay),
             member: member.clone(),
             overlay: overlay.clone(),
             tables,
             metrics: metrics.clone(),
+            carry: Carry::default(),
         };
         control.restore();
         tasks.spawn("ready once configured", ready_once_configured(received.clone(), configured));

@@ -93,8 +93,11 @@ fn wrong_manifests_are_refused_with_field_and_value_and_change_nothing() -> Resu
     // What the operator sees: no object, and a federator that goes on.
     ensure!(mesh.operate("east", &["get", "serviceexports", "-A", "-o", "name"])?.trim().is_empty());
     mesh.apply("east", &good)?;
-    let metrics = mesh.metrics("east", FEDERATOR)?;
-    ensure!(metric(&metrics, "tombolo_federator_objects", &[]) == 1.0, "{metrics}");
+    mesh.eventually("the metrics count one object", Duration::from_secs(5), |mesh| {
+        let metrics = mesh.metrics("east", FEDERATOR)?;
+        ensure!(metric(&metrics, "tombolo_federator_objects", &[]) == 1.0, "{metrics}");
+        Ok(())
+    })?;
     Ok(())
 }
 

@@ -25,6 +25,8 @@ const MAX_TTL: Duration = Duration::from_secs(24 * 3600);
 const WRONG_SECRETS: u32 = 5;
 /// Ended tokens are kept this long, so that a late joiner is told what happened.
 const ENDED_KEPT: Duration = Duration::from_secs(24 * 3600);
+/// The lease of a token from outside outlives it: whoever comes too late is told so, and not left without an answer.
+const REFUSED_FOR: Duration = Duration::from_secs(15 * 60);
 /// Tokens that may be open at a time.
 const MAX_TOKENS: usize = 10_000;
 
@@ -145,7 +147,7 @@ impl Core {
             }
             // Its holder is nobody yet: an identity that no certificate has.
             let holder = format!("{}/token/{id}", self.facts.cluster.federator_id);
-            let lease = self.new_lease(&holder, Role::Provisional, not_after)?;
+            let lease = self.new_lease(&holder, Role::Provisional, not_after + REFUSED_FOR.as_secs())?;
             token.provisional = Some(self.lease_to_wire(&lease, moment)?);
             transaction =
                 transaction.absent(Table::Leases, block_key(lease.block)).put(block_key(lease.block), &lease);
@@ -322,7 +324,7 @@ pub(super) fn request_hash<M: prost::Message>(request: &M) -> String {
     sha256(&request.encode_to_vec())
 }
 
-/// Whether a lease belongs to a token that may still be used.
+/// Whether a lease belongs to a token whose joiner still gets an answer.
 pub fn is_open_provisional(lease: &LeaseRecord, unix: u64) -> bool {
     lease.role == Role::Provisional && lease.not_after >= unix
 }

@@ -24,6 +24,7 @@ pub fn snapshot(facts: &Facts, name: &str, monotonic: Duration, unix: Duration) 
     let cluster = &facts.cluster;
     v1::GatewaySnapshot {
         revision: 0,
+        epoch: cluster.epoch.0,
         cluster: cluster.name.to_string(),
         tag: cluster.tag.value(),
         cluster_key: cluster.cluster_key.as_bytes().to_vec(),

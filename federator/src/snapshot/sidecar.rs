@@ -30,6 +30,7 @@ pub fn snapshot(
     let access_policies = access_policies(facts, block);
     v1::SidecarSnapshot {
         revision: 0,
+        epoch: cluster.epoch.0,
         cluster: cluster.name.to_string(),
         tag: cluster.tag.value(),
         gateways: gateways_for(facts, role),

@@ -360,6 +360,7 @@ fn a_registered_endpoint_outside_may_send_outward_by_the_border() {
 fn what_was_known_before_the_store_was_lost_is_still_admitted() {
     let mut wire = snapshot();
     let mut anew = snapshot();
+    anew.epoch = 2;
     anew.cluster_key = vec![9; 32];
     anew.handles.clear();
     anew.links.retain(|link| link.self_);

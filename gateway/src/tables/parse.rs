@@ -84,9 +84,10 @@ impl Tables {
 
         let tables = Self {
             revision: wire.revision,
+            epoch: wire.epoch,
             cluster: own.clone(),
             tag,
-            carried: carried(&cluster_key, previous, unix),
+            carried: carried(wire.epoch, previous, unix),
             key_names: KeyNames::of(&cluster_key),
             cluster_key,
             endpoints,
@@ -104,14 +105,12 @@ impl Tables {
 }
 
 /// What stays known beside a snapshot: the old tables for a day after the store was made anew.
-fn carried(key: &ClusterKey, previous: Option<&Arc<Tables>>, unix: Duration) -> Option<(Arc<Tables>, u64)> {
+fn carried(epoch: u64, previous: Option<&Arc<Tables>>, unix: Duration) -> Option<(Arc<Tables>, u64)> {
     let previous = previous?;
-    if previous.cluster_key == *key {
+    if previous.epoch == epoch {
         return previous.carried.clone().filter(|(_, until)| unix.as_secs() < *until);
     }
-    tracing::warn!(
-        "the cluster key has changed: the federator's store was made anew; what was known is kept for a day"
-    );
+    tracing::warn!("the federator's store was made anew; what was known is kept for a day");
     // What the old ones carried themselves is given up: two losses within a day.
     let until = unix.as_secs().saturating_add(HOURS_AHEAD as u64 * 3600);
     Some((Arc::new(previous.without_carried()), until))
@@ -131,6 +130,7 @@ impl Tables {
         };
         Self {
             revision: self.revision,
+            epoch: self.epoch,
             cluster: self.cluster.clone(),
             tag: self.tag,
             cluster_key: self.cluster_key.clone(),

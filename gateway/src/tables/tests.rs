@@ -116,8 +116,8 @@ fn a_handle_keeps_its_bucket_unless_it_was_given_out_again() {
 #[test]
 fn generations_do_not_pile_up() {
     let mut tables = tables();
-    for key in 10..20u8 {
-        let wire = v1::GatewaySnapshot { cluster_key: vec![key; 32], ..snapshot() };
+    for key in 10..20u32 {
+        let wire = v1::GatewaySnapshot { epoch: key.into(), ..snapshot() };
         tables = parse(&wire, Some(&tables));
     }
     assert_eq!(tables.generations(UNIX).count(), 2);

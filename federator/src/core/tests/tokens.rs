@@ -145,7 +145,7 @@ fn what_can_not_be_made_is_refused_with_the_field() {
 }
 
 #[test]
-fn a_token_from_outside_holds_a_provisional_lease_that_ends_with_it() {
+fn a_token_from_outside_holds_a_provisional_lease_that_outlives_it_by_a_quarter_of_an_hour() {
     let (_world, mut east) = east();
     east.gateway("gw-1", at(0));
     let request = v1::CreateJoinTokenRequest {
@@ -163,12 +163,13 @@ fn a_token_from_outside_holds_a_provisional_lease_that_ends_with_it() {
             crate::snapshot::gateway::snapshot(&east.core.facts, "gw-1", moment.monotonic, moment.unix);
         snapshot.provisional.iter().any(|lease| lease.block == block)
     };
-    assert!(open(at(60), &east));
-    assert!(!open(at(61), &east));
+    let end = 60 + 15 * 60;
+    assert!(open(at(end), &east), "whoever comes late is told so");
+    assert!(!open(at(end + 1), &east));
     let kept = |east: &Cluster| east.core.facts.leases.keys().any(|b| b.value() == block);
-    east.core.tick(at(60 + DAY));
+    east.core.tick(at(end + DAY));
     assert!(kept(&east), "its keys may still be around");
-    east.core.tick(at(62 + DAY));
+    east.core.tick(at(end + 2 + DAY));
     assert!(!kept(&east), "a day later nobody remembers it");
 }
 
