@@ -5,6 +5,7 @@
 //! endpoint, the next cluster of the tier, the next tier. The bytes sent so far are kept for that until the first answer
 //! or 64 KiB ([`Replay`]). Tasks: one per listener, one per application connection.
 
+use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -21,7 +22,7 @@ use crate::copy::{self, BiStream, End, IdleLimits, Meter, Replay};
 use crate::failover::{Route, Routes};
 use crate::header;
 use crate::metrics::{Held, Metrics, ServiceMetrics, UpstreamLabels};
-use crate::pool::{Pool, StreamLease};
+use crate::pool::{PASSING, Pool, StreamLease};
 
 /// Endpoints tried for one connection: a rolling restart refuses at two of them at most.
 const MAX_ATTEMPTS: u32 = 6;
@@ -152,6 +153,16 @@ enum Attempt {
     Unavailable(&'static str),
 }
 
+/// What one application connection's attempts have in common.
+#[derive(Default)]
+struct Tries {
+    replay: Replay,
+    /// Connections whose endpoint has refused it.
+    refused_by: Vec<usize>,
+    /// There is no other cluster: a slow dial or a stalled connection is better than none.
+    patient: bool,
+}
+
 async fn carry(
     tcp: &TcpStream,
     upstream: &UpstreamPort,
@@ -160,13 +171,18 @@ async fn carry(
 ) -> &'static str {
     let Some(route) = context.routes.of(&upstream.service) else { return "no_route" };
     let order = route.order(rand::random);
-    let replay = Replay::default();
+    let mut tries = Tries::default();
     let deadline = Instant::now() + PATIENCE;
-    let mut refused_by = Vec::new();
     let mut last = "no_backend";
-    for cluster in order {
+    let mut slow = VecDeque::new();
+    let mut clusters: VecDeque<_> = order.into();
+    // Where nobody else serves, an outage is waited out: connections outlive it.
+    while let Some(cluster) = clusters.pop_front().or_else(|| {
+        tries.patient = true;
+        slow.pop_front()
+    }) {
         let Some(pool) = route.pools.get(&cluster) else { continue };
-        carried.cluster = Some(cluster);
+        carried.cluster = Some(cluster.clone());
         for _ in 0..MAX_PER_CLUSTER {
             if carried.attempts >= MAX_ATTEMPTS || Instant::now() >= deadline {
                 return last;
@@ -176,14 +192,17 @@ async fn carry(
                 context.metrics.retries.get_or_create(&labels).inc();
             }
             carried.attempts += 1;
-            match attempt(tcp, upstream, context, pool, &refused_by, &replay, carried).await {
+            match attempt(tcp, upstream, context, pool, &tries, carried).await {
                 Attempt::Over(reason) => return reason,
                 Attempt::Refused(reason, connection) => {
                     last = reason;
-                    refused_by.push(connection);
+                    tries.refused_by.push(connection);
                 }
                 Attempt::Unavailable(reason) => {
                     last = reason;
+                    if PASSING.contains(&reason) {
+                        slow.push_back(cluster);
+                    }
                     break;
                 }
             }
@@ -202,11 +221,11 @@ async fn attempt(
     upstream: &UpstreamPort,
     context: &OutboundContext,
     pool: &Pool,
-    refused_by: &[usize],
-    replay: &Replay,
+    tries: &Tries,
     carried: &mut Carried,
 ) -> Attempt {
-    let (mut stream, lease) = match pool.stream(refused_by).await {
+    let Tries { replay, refused_by, patient } = tries;
+    let (mut stream, lease) = match pool.stream(refused_by, *patient).await {
         Ok(opened) => opened,
         Err(error) => return Attempt::Unavailable(error.kind()),
     };

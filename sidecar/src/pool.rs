@@ -30,6 +30,10 @@ pub use connection::{Pooled, StreamLease};
 
 /// Waiting for a stream longer than a dial and one retry helps nobody: another cluster may do better.
 const ACQUIRE_TIMEOUT: Duration = DIAL_TIMEOUT.saturating_add(Duration::from_millis(500));
+/// While there may be another cluster that serves: five round trips of the longest paths there are.
+const IMPATIENT: Duration = Duration::from_secs(1);
+/// How often a stream that waits for a stalled connection looks again.
+const STALLED_RETRY: Duration = Duration::from_millis(10);
 /// A peer raises the stream limit of a busy connection within a round trip; then another connection is better.
 const OPEN_TIMEOUT: Duration = Duration::from_millis(200);
 /// After the first failed dial; handshakes are what a recovering server can bear least.
@@ -64,6 +68,9 @@ impl Default for PoolLimits {
     }
 }
 
+/// Kinds of errors that time may heal: [`PoolError::Stalled`] and [`PoolError::Timeout`].
+pub const PASSING: [&str; 2] = ["stalled", "no_connection"];
+
 /// Why there is no stream.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PoolError {
@@ -71,8 +78,10 @@ pub enum PoolError {
     Backoff(&'static str),
     #[error("the dial failed ({0})")]
     Dial(&'static str),
-    #[error("no connection within {}ms", ACQUIRE_TIMEOUT.as_millis())]
+    #[error("no connection within {} to {} ms", IMPATIENT.as_millis(), ACQUIRE_TIMEOUT.as_millis())]
     Timeout,
+    #[error("no packet has been acknowledged for over a second")]
+    Stalled,
     #[error("the identity can't be used for TLS")]
     Tls,
     #[error("the pool is closed")]
@@ -85,7 +94,8 @@ impl PoolError {
         match self {
             Self::Backoff(_) => "backoff",
             Self::Dial(kind) => kind,
-            Self::Timeout => "no_connection",
+            Self::Timeout => PASSING[1],
+            Self::Stalled => PASSING[0],
             Self::Tls => "tls",
             Self::Closed => "closed",
         }
@@ -201,9 +211,10 @@ impl Pool {
     }
 
     /// Opens a stream on the best connection, dialling one if need be. `avoid`: connections whose endpoint has just
-    /// refused this very stream.
-    pub async fn stream(&self, avoid: &[usize]) -> Result<(BiStream, StreamLease), PoolError> {
-        let deadline = tokio::time::Instant::now() + ACQUIRE_TIMEOUT;
+    /// refused this very stream. `patient`: there is no other cluster to try, so a dial may take its time, and a connection
+    /// whose packets have not been acknowledged for long will do.
+    pub async fn stream(&self, avoid: &[usize], patient: bool) -> Result<(BiStream, StreamLease), PoolError> {
+        let deadline = tokio::time::Instant::now() + if patient { ACQUIRE_TIMEOUT } else { IMPATIENT };
         let mut changes = self.0.changes.subscribe();
         let mut asked = false;
         loop {
@@ -215,6 +226,16 @@ impl Pool {
                     Err(_) => return Err(PoolError::Timeout),
                 }
             };
+            // Whether anybody is there is being found out: what is not sent yet can still be given to another endpoint.
+            match pooled.connection().unanswered_kicks() {
+                0 => {}
+                _ if patient => {}
+                1..STALLED_KICKS if tokio::time::Instant::now() < deadline => {
+                    tokio::time::sleep(STALLED_RETRY).await;
+                    continue;
+                }
+                _ => return Err(PoolError::Stalled),
+            }
             // Taken before the await: streams that are being opened count as load.
             let lease = StreamLease::new(Arc::clone(&pooled));
             match tokio::time::timeout(OPEN_TIMEOUT, pooled.connection().quic().open_bi()).await {

@@ -345,7 +345,8 @@ impl Drop for Mesh {
 pub fn http_get(namespace: &Namespace, address: SocketAddr, path: &str) -> Result<String> {
     namespace.run(|| {
         let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(2))?;
-        stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+        // Shorter than what callers wait: one that hangs is tried again.
+        stream.set_read_timeout(Some(Duration::from_secs(3)))?;
         write!(stream, "GET {path} HTTP/1.1\r\nHost: mesh\r\nConnection: close\r\n\r\n")?;
         let mut answer = Vec::new();
         stream.read_to_end(&mut answer)?;

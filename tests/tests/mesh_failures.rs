@@ -90,6 +90,9 @@ fn paths_alive(mesh: &Mesh) -> Result<()> {
     Ok(())
 }
 
+/// A peer that is silent is noticed within 200 ms and a tick; the rest is a slow machine's.
+const NOTICED: Duration = Duration::from_millis(400);
+
 #[test]
 fn a_gateway_killed_stopped_or_silent_breaks_no_stream() -> Result<()> {
     let test = "a_gateway_killed_stopped_or_silent_breaks_no_stream";
@@ -227,23 +230,24 @@ fn a_dead_service_moves_traffic_to_the_next_tier_and_back() -> Result<()> {
         let before = answers.iter().filter(|a| a.at + a.took < killed);
         ensure!(before.into_iter().all(|a| !east(a)), "{what}: west served before");
         let first = answers.iter().find(|a| east(a)).with_context(|| format!("{what}: nothing moved"))?;
-        let settled = answers
-            .iter()
-            .filter(|a| a.body.is_err() || !east(a))
-            .map(|a| a.at + a.took)
-            .max()
-            .unwrap_or(killed);
+        let settled =
+            answers.iter().filter(|a| a.body.is_err() || !east(a)).map(|a| a.at).max().unwrap_or(killed);
+        let waited = answers.iter().filter(|a| a.body.is_ok()).map(|a| a.took).max().unwrap_or_default();
+        ensure!(waited <= Duration::from_secs(3), "{what}: somebody waited {waited:?}");
         let failures = failed(&answers);
         println!(
-            "{what} killed: first answer of the next tier after {:?}, all from it after {:?}, {} of {} failed",
+            "{what} killed: first answer of the next tier after {:?}, all requests made after {:?} served by it, longest wait {waited:?}, {} of {} failed",
             (first.at + first.took).saturating_duration_since(killed),
             settled.saturating_duration_since(killed),
             failures.len(),
             answers.len()
         );
         ensure!(settled.saturating_duration_since(killed) <= Duration::from_secs(3), "{what}: too late");
-        // Beside 1 %: the request that the application had already taken when it was killed can't be given to another.
-        ensure!(failures.len() <= 1 + answers.len() / 100, "{what}: {failures:?}");
+        // Only requests that had left already when the silence was noticed (kicks begin after 200 ms): nobody may give
+        // them to another. Later ones wait until it is known who answers.
+        let late = failures.iter().find(|a| a.at.saturating_duration_since(killed) > NOTICED);
+        ensure!(late.is_none(), "{what}: {late:?}");
+        ensure!(failures.len() <= answers.len() / 10, "{what}: {failures:?}");
 
         for victim in victims.iter().rev() {
             world.mesh.restart(victim)?;

@@ -68,9 +68,9 @@ impl KickState {
         self.gone.is_some()
     }
 
-    /// How many kicks have gone unanswered.
+    /// How many kicks have gone unanswered, those that check a GONE hint included.
     pub fn unanswered(&self) -> u32 {
-        self.kicks
+        self.kicks.max(self.gone.as_ref().map_or(0, |check| check.kicks))
     }
 
     /// Decides for one tick.
