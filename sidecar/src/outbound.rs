@@ -22,7 +22,7 @@ use crate::copy::{self, BiStream, End, IdleLimits, Meter, Replay};
 use crate::failover::{Route, Routes};
 use crate::header;
 use crate::metrics::{Held, Metrics, ServiceMetrics, UpstreamLabels};
-use crate::pool::{PASSING, Pool, StreamLease};
+use crate::pool::{Pool, PoolError, StreamLease};
 
 /// Endpoints tried for one connection: a rolling restart refuses at two of them at most.
 const MAX_ATTEMPTS: u32 = 6;
@@ -150,7 +150,7 @@ enum Attempt {
     /// Nothing reached an application: try again elsewhere. The connection refused this stream.
     Refused(&'static str, usize),
     /// Nothing can be reached in this cluster.
-    Unavailable(&'static str),
+    Unavailable(PoolError),
 }
 
 /// What one application connection's attempts have in common.
@@ -198,9 +198,9 @@ async fn carry(
                     last = reason;
                     tries.refused_by.push(connection);
                 }
-                Attempt::Unavailable(reason) => {
-                    last = reason;
-                    if PASSING.contains(&reason) {
+                Attempt::Unavailable(error) => {
+                    last = error.kind();
+                    if error.is_passing() {
                         slow.push_back(cluster);
                     }
                     break;
@@ -227,7 +227,7 @@ async fn attempt(
     let Tries { replay, refused_by, patient } = tries;
     let (mut stream, lease) = match pool.stream(refused_by, *patient).await {
         Ok(opened) => opened,
-        Err(error) => return Attempt::Unavailable(error.kind()),
+        Err(error) => return Attempt::Unavailable(error),
     };
     let connection = lease.pooled().connection();
     carried.peer = connection.identity().map(|id| id.spiffe_id.to_string()).unwrap_or_default();

@@ -30,10 +30,8 @@ pub use connection::{Pooled, StreamLease};
 
 /// Waiting for a stream longer than a dial and one retry helps nobody: another cluster may do better.
 const ACQUIRE_TIMEOUT: Duration = DIAL_TIMEOUT.saturating_add(Duration::from_millis(500));
-/// While there may be another cluster that serves: five round trips of the longest paths there are.
+/// While there may be another cluster that serves: three round trips of the longest paths there are.
 const IMPATIENT: Duration = Duration::from_secs(1);
-/// How often a stream that waits for a stalled connection looks again.
-const STALLED_RETRY: Duration = Duration::from_millis(10);
 /// A peer raises the stream limit of a busy connection within a round trip; then another connection is better.
 const OPEN_TIMEOUT: Duration = Duration::from_millis(200);
 /// After the first failed dial; handshakes are what a recovering server can bear least.
@@ -68,9 +66,6 @@ impl Default for PoolLimits {
     }
 }
 
-/// Kinds of errors that time may heal: [`PoolError::Stalled`] and [`PoolError::Timeout`].
-pub const PASSING: [&str; 2] = ["stalled", "no_connection"];
-
 /// Why there is no stream.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PoolError {
@@ -78,7 +73,7 @@ pub enum PoolError {
     Backoff(&'static str),
     #[error("the dial failed ({0})")]
     Dial(&'static str),
-    #[error("no connection within {} to {} ms", IMPATIENT.as_millis(), ACQUIRE_TIMEOUT.as_millis())]
+    #[error("no connection in time")]
     Timeout,
     #[error("no packet has been acknowledged for over a second")]
     Stalled,
@@ -89,13 +84,17 @@ pub enum PoolError {
 }
 
 impl PoolError {
+    /// Whether waiting longer may help.
+    pub fn is_passing(&self) -> bool {
+        matches!(self, Self::Timeout | Self::Stalled)
+    }
     /// A metric label.
     pub fn kind(&self) -> &'static str {
         match self {
             Self::Backoff(_) => "backoff",
             Self::Dial(kind) => kind,
-            Self::Timeout => PASSING[1],
-            Self::Stalled => PASSING[0],
+            Self::Timeout => "no_connection",
+            Self::Stalled => "stalled",
             Self::Tls => "tls",
             Self::Closed => "closed",
         }
@@ -227,14 +226,19 @@ impl Pool {
                 }
             };
             // Whether anybody is there is being found out: what is not sent yet can still be given to another endpoint.
-            match pooled.connection().unanswered_kicks() {
-                0 => {}
-                _ if patient => {}
-                1..STALLED_KICKS if tokio::time::Instant::now() < deadline => {
-                    tokio::time::sleep(STALLED_RETRY).await;
-                    continue;
+            let kicks = pooled.connection().unanswered_kicks();
+            if kicks > 0 && !patient {
+                if kicks >= STALLED_KICKS {
+                    return Err(PoolError::Stalled);
                 }
-                _ => return Err(PoolError::Stalled),
+                tokio::select! {
+                    () = pooled.connection().stall_changed(kicks) => continue,
+                    changed = changes.changed() => match changed {
+                        Ok(()) => continue,
+                        Err(_) => return Err(PoolError::Closed),
+                    },
+                    () = tokio::time::sleep_until(deadline) => return Err(PoolError::Stalled),
+                }
             }
             // Taken before the await: streams that are being opened count as load.
             let lease = StreamLease::new(Arc::clone(&pooled));

@@ -78,6 +78,37 @@ fn a_killed_federator_and_a_lost_store_do_not_touch_the_data_plane_and_the_link_
 }
 
 #[test]
+fn where_nobody_else_serves_a_new_connection_waits_an_outage_out() -> Result<()> {
+    let test = "where_nobody_else_serves_a_new_connection_waits_an_outage_out";
+    let Some(_) = require_netns(test) else { return Ok(()) };
+    let mut world = World::start(&Layout { shape: RATE, ..Layout::default() })?;
+    world.mesh.process_mut("east/web")?.kill()?;
+    world.mesh.eventually("east's own endpoint is out of rotation", Duration::from_secs(10), |mesh| {
+        let status = mesh.status("east")?;
+        let import = entry(&status, "imports", "service", "shop/web")?;
+        let own = import["clusters"].as_array().into_iter().flatten().find(|c| c["cluster"] == "east");
+        ensure!(own.is_none_or(|own| own["healthy"] == 0), "{import}");
+        Ok(())
+    })?;
+    world.answered_by("west", Duration::from_secs(5))?;
+    // A stream under way shows the outage to the connection; requests come in while it is seen, and after.
+    let readers = world.readers(1)?;
+    flowing(&readers, 100_000, Duration::from_secs(10))?;
+    world.mesh.wire("east", "west")?.set_black_hole(true);
+    std::thread::sleep(Duration::from_millis(500));
+    let load = RequestLoad::start(&world.mesh.cluster("east")?.namespace, world.web, "/", 10);
+    std::thread::sleep(Duration::from_millis(1500));
+    world.mesh.wire("east", "west")?.set_black_hole(false);
+    std::thread::sleep(Duration::from_secs(1));
+    let answers = load.finish()?;
+    let longest = answers.iter().map(|answer| answer.took).max().unwrap_or_default();
+    println!("{} requests during an outage of 2 s: longest wait {longest:?}", answers.len());
+    ensure!(failed(&answers).is_empty(), "{:?}", failed(&answers));
+    ensure!(longest > Duration::from_secs(1), "no request met the outage: {longest:?}");
+    readers.into_iter().try_for_each(|reader| reader.finish().map(drop))
+}
+
+#[test]
 fn a_path_whose_mtu_shrinks_from_9000_to_1420_carries_on() -> Result<()> {
     let test = "a_path_whose_mtu_shrinks_from_9000_to_1420_carries_on";
     let Some(_) = require_netns(test) else { return Ok(()) };

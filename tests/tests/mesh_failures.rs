@@ -230,13 +230,15 @@ fn a_dead_service_moves_traffic_to_the_next_tier_and_back() -> Result<()> {
         let before = answers.iter().filter(|a| a.at + a.took < killed);
         ensure!(before.into_iter().all(|a| !east(a)), "{what}: west served before");
         let first = answers.iter().find(|a| east(a)).with_context(|| format!("{what}: nothing moved"))?;
-        let settled =
-            answers.iter().filter(|a| a.body.is_err() || !east(a)).map(|a| a.at).max().unwrap_or(killed);
+        // What had left for a cluster that is dead as a whole ends by the client's own limit: there the start counts.
+        let silent = what == "whole cluster";
+        let end = |a: &Answer| if silent { a.at } else { a.at + a.took };
+        let settled = answers.iter().filter(|a| a.body.is_err() || !east(a)).map(end).max().unwrap_or(killed);
         let waited = answers.iter().filter(|a| a.body.is_ok()).map(|a| a.took).max().unwrap_or_default();
         ensure!(waited <= Duration::from_secs(3), "{what}: somebody waited {waited:?}");
         let failures = failed(&answers);
         println!(
-            "{what} killed: first answer of the next tier after {:?}, all requests made after {:?} served by it, longest wait {waited:?}, {} of {} failed",
+            "{what} killed: first answer of the next tier after {:?}, all served by it after {:?}, longest wait {waited:?}, {} of {} failed",
             (first.at + first.took).saturating_duration_since(killed),
             settled.saturating_duration_since(killed),
             failures.len(),
@@ -247,7 +249,9 @@ fn a_dead_service_moves_traffic_to_the_next_tier_and_back() -> Result<()> {
         // them to another. Later ones wait until it is known who answers.
         let late = failures.iter().find(|a| a.at.saturating_duration_since(killed) > NOTICED);
         ensure!(late.is_none(), "{what}: {late:?}");
-        ensure!(failures.len() <= answers.len() / 10, "{what}: {failures:?}");
+        // Beside 1 %: the request that the application had already taken when it was killed can't be given to another.
+        let bound = if silent { answers.len() / 10 } else { 1 + answers.len() / 100 };
+        ensure!(failures.len() <= bound, "{what}: {failures:?}");
 
         for victim in victims.iter().rev() {
             world.mesh.restart(victim)?;

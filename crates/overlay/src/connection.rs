@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwapOption;
 use quinn::{Connection, ConnectionError, Side, VarInt};
+use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use tombolo_identity::PeerIdentity;
 use tombolo_identity::verify::Usage;
@@ -71,6 +72,7 @@ struct Inner {
     congestion: Option<Arc<ControllerState>>,
     /// Unanswered kicks.
     stall: AtomicU32,
+    stall_changed: Notify,
     opened: Instant,
 }
 
@@ -97,6 +99,7 @@ impl PeerConnection {
             peer_endpoint: OnceLock::new(),
             congestion,
             stall: AtomicU32::new(0),
+            stall_changed: Notify::new(),
             opened: Instant::now(),
         }))
     }
@@ -147,8 +150,19 @@ impl PeerConnection {
     pub fn unanswered_kicks(&self) -> u32 {
         self.0.stall.load(Relaxed)
     }
+    /// Waits until [`unanswered_kicks`](Self::unanswered_kicks) is not `known` any more. A connection that is closed
+    /// meanwhile says nothing here.
+    pub async fn stall_changed(&self, known: u32) {
+        let mut changed = std::pin::pin!(self.0.stall_changed.notified());
+        changed.as_mut().enable();
+        if self.unanswered_kicks() == known {
+            changed.await;
+        }
+    }
     pub(crate) fn note_stall(&self, kicks: u32) {
-        self.0.stall.store(kicks, Relaxed);
+        if self.0.stall.swap(kicks, Relaxed) != kicks {
+            self.0.stall_changed.notify_waiters();
+        }
     }
     pub(crate) fn congestion(&self) -> Option<&Arc<ControllerState>> {
         self.0.congestion.as_ref()

@@ -166,6 +166,19 @@ mod tests {
     }
 
     #[test]
+    fn a_gone_hint_counts_as_silence_until_it_is_answered() {
+        let start = Instant::now();
+        let mut state = KickState::default();
+        let progress = |last_ack| Progress { in_flight: true, last_ack: Some(last_ack), srtt: RTT };
+        state.hint_gone(progress(start), start);
+        assert_eq!(state.step(progress(start), start), Verdict::Kick);
+        assert_eq!(state.unanswered(), 1);
+        let answered = start + RTT;
+        assert_eq!(state.step(progress(answered), answered), Verdict::Nothing);
+        assert_eq!(state.unanswered(), 0);
+    }
+
+    #[test]
     fn a_true_gone_hint_closes_after_three_kicks_and_a_false_one_does_not() {
         let start = Instant::now();
         let silent = |_| Progress { in_flight: false, last_ack: Some(start), srtt: RTT };
