@@ -23,6 +23,12 @@ impl FieldError {
     }
 }
 
+/// Whether a snapshot of epoch `now` after one of epoch `before` says that the federator's store was lost and made anew.
+/// 0: the sender's version knows no epochs.
+pub fn store_is_new(before: u64, now: u64) -> bool {
+    before != 0 && now != 0 && before != now
+}
+
 /// Parses a name or key newtype out of a string field.
 pub fn parse<T: std::str::FromStr>(field: &'static str, value: &str) -> Result<T, FieldError>
 where

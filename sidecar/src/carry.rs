@@ -9,7 +9,7 @@ use std::hash::Hash;
 use std::time::Duration;
 
 use tombolo_overlay::keys::HOURS_AHEAD;
-use tombolo_proto::v1;
+use tombolo_proto::{convert, v1};
 
 /// For so long: callers hold keys for it.
 const KEPT: Duration = Duration::from_secs(HOURS_AHEAD as u64 * 3600);
@@ -25,7 +25,10 @@ pub struct Carry {
 impl Carry {
     /// The snapshot with what is carried along at `unix`, the time since the Unix epoch.
     pub fn over(&mut self, snapshot: &v1::SidecarSnapshot, unix: Duration) -> v1::SidecarSnapshot {
-        if let Some(last) = self.last.take().filter(|last| last.epoch != snapshot.epoch) {
+        let same_cluster =
+            |last: &v1::SidecarSnapshot| last.cluster == snapshot.cluster && last.tag == snapshot.tag;
+        let anew = |last: &v1::SidecarSnapshot| convert::store_is_new(last.epoch, snapshot.epoch);
+        if let Some(last) = self.last.take().filter(|last| same_cluster(last) && anew(last)) {
             tracing::warn!("the federator's store was made anew; what was known is kept for a day");
             self.lost = Some((last, unix + KEPT));
         }
@@ -35,6 +38,11 @@ impl Carry {
             Some((old, _)) => merge(snapshot, old),
             None => snapshot.clone(),
         }
+    }
+
+    /// Whether what is carried along has to be given up at `unix`, though no other snapshot has come.
+    pub fn is_over(&self, unix: Duration) -> bool {
+        self.lost.as_ref().is_some_and(|(_, until)| unix >= *until)
     }
 }
 
@@ -119,7 +127,21 @@ mod tests {
             assert_eq!(merged.upstreams[0].policy_name, "shop/web");
             assert_eq!(merged.access_policies, before.access_policies, "who was denied stays denied");
         }
+        assert!(!carry.is_over(NOW + KEPT - Duration::from_secs(1)));
+        assert!(carry.is_over(NOW + KEPT));
         assert_eq!(carry.over(&after, NOW + KEPT), after);
+        assert!(!carry.is_over(NOW + KEPT));
+    }
+
+    #[test]
+    fn an_older_versions_snapshot_and_one_of_another_cluster_are_no_loss() {
+        let foreign = v1::SidecarSnapshot { cluster: "west".into(), ..snapshot(7, &[300], &[]) };
+        for before in [snapshot(0, &[300], &[]), foreign] {
+            let mut carry = Carry::default();
+            carry.over(&before, NOW);
+            let next = snapshot(1, &[301], &[]);
+            assert_eq!(carry.over(&next, NOW), next);
+        }
     }
 
     #[test]

@@ -104,11 +104,12 @@ impl ControlTask {
             let next = tokio::time::timeout(SILENCE, snapshots.message()).await?;
             let Some(snapshot) = next.map_err(|status| status.message().to_owned())? else { return Ok(()) };
             self.metrics.control_connected.set(1);
+            let unix = clock::since_unix_epoch();
             // Unchanged ones are heartbeats.
-            if last.as_ref() == Some(&snapshot) {
+            if last.as_ref() == Some(&snapshot) && !self.carry.is_over(unix) {
                 continue;
             }
-            let known = self.carry.over(&snapshot, clock::since_unix_epoch());
+            let known = self.carry.over(&snapshot, unix);
             if self.apply(&known, true) {
                 self.store(&known, stored).await;
             }

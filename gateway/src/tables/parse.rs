@@ -107,7 +107,7 @@ impl Tables {
 /// What stays known beside a snapshot: the old tables for a day after the store was made anew.
 fn carried(epoch: u64, previous: Option<&Arc<Tables>>, unix: Duration) -> Option<(Arc<Tables>, u64)> {
     let previous = previous?;
-    if previous.epoch == epoch {
+    if !convert::store_is_new(previous.epoch, epoch) {
         return previous.carried.clone().filter(|(_, until)| unix.as_secs() < *until);
     }
     tracing::warn!("the federator's store was made anew; what was known is kept for a day");
