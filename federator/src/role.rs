@@ -251,7 +251,7 @@ impl Bound {
         };
         tracing::info!("ending; members and peers keep what they know");
         let _ = std::fs::remove_file(&socket);
-        let _ = ending.call(|core, _| core.end()).await;
+        let _ = tokio::time::timeout(END_PATIENCE, ending.call(|core, _| core.end())).await;
         overlay.close().await;
         tasks.shutdown(END_PATIENCE).await;
         result

@@ -141,11 +141,13 @@ fn cluster(name: &str, out: Option<PathBuf>, existing: Existing, dir: &Path) -> 
     let name: ClusterName = name.parse().map_err(Failure::usage)?;
     let mut root = load(dir)?;
     let out = out.unwrap_or_else(|| cluster_dir(dir, name.as_str()));
+    let made = !out.exists();
     // Before signing: a name is not used up by a directory that can't be written.
     dirs::ensure_private(&out).map_err(Failure::new)?;
     let material = root.sign_cluster(&name, existing, clock::since_unix_epoch()).map_err(|refusal| {
-        // Only an empty one goes.
-        let _ = std::fs::remove_dir(&out);
+        if made {
+            let _ = std::fs::remove_dir(&out);
+        }
         Failure::new(refusal)
     })?;
     material.save(&out).map_err(Failure::new)?;
