@@ -24,7 +24,7 @@ use crate::forward::{Arrival, Exits, Forwarder, Notice};
 use crate::port::{Outgoing, Port};
 use crate::sys;
 use crate::view::{PortId, Side, Via};
-use crate::worker::Buffers;
+use crate::worker::{Buffers, Received};
 pub use state::{Effect, HopStatus, Send, State, Status};
 
 /// Drain flag, lost wake-ups and expiries are seen within this.
@@ -116,10 +116,11 @@ impl ControlThread {
                 None => forwarder.discard(meta),
             });
             match received {
-                Ok(true) => {}
+                Ok(Received::Full) => {}
+                Ok(Received::All) => done = true,
                 // Woken with nothing to read: an ICMP error whose code a send has taken already. It must come off the queue, or
                 // the socket would be ready for ever.
-                Ok(false) => {
+                Ok(Received::Nothing) => {
                     done = true;
                     match &*view {
                         _ if batch > 0 => {}

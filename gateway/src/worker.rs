@@ -31,13 +31,27 @@ pub struct Buffers {
     metas: Vec<RecvMeta>,
 }
 
+/// What one receive call brought.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Received {
+    Nothing,
+    /// All that was there.
+    All,
+    /// Every buffer is filled: there may be more.
+    Full,
+}
+
 impl Buffers {
     pub fn new() -> Self {
         Self { bytes: vec![0; BUFFERS * BUFFER_BYTES], metas: vec![RecvMeta::default(); BUFFERS] }
     }
 
-    /// One receive call: `each` gets every batch with its buffer. `Ok(false)`: nothing is there.
-    pub fn receive(&mut self, port: &Port, mut each: impl FnMut(&mut [u8], &RecvMeta)) -> io::Result<bool> {
+    /// One receive call: `each` gets every batch with its buffer.
+    pub fn receive(
+        &mut self,
+        port: &Port,
+        mut each: impl FnMut(&mut [u8], &RecvMeta),
+    ) -> io::Result<Received> {
         let count = {
             let mut rest = self.bytes.as_mut_slice();
             let mut slices: [IoSliceMut<'_>; BUFFERS] = std::array::from_fn(|_| {
@@ -47,14 +61,18 @@ impl Buffers {
             });
             match port.receive(&mut slices, &mut self.metas) {
                 Ok(count) => count,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Received::Nothing),
                 Err(error) => return Err(error),
             }
         };
         for (buffer, meta) in self.bytes.chunks_exact_mut(BUFFER_BYTES).zip(&self.metas).take(count) {
             each(buffer, meta);
         }
-        Ok(count > 0)
+        Ok(match count {
+            0 => Received::Nothing,
+            BUFFERS => Received::Full,
+            _ => Received::All,
+        })
     }
 }
 
@@ -89,7 +107,9 @@ impl Worker {
                 tracing::error!(%error, "waiting for packets failed");
                 std::thread::sleep(LONGEST_WAIT);
             }
-            self.wakeup.clear();
+            if ready.first().copied().unwrap_or(false) {
+                self.wakeup.clear();
+            }
             // Once awake, both sockets in turn until both are empty: one wait for many batches.
             let mut open: [bool; 2] = std::array::from_fn(|i| ready.get(i + 1).copied().unwrap_or(false));
             while open.contains(&true) && !self.shared.stop.load(Relaxed) {
@@ -113,8 +133,10 @@ impl Worker {
                 None => forwarder.discard(meta),
             });
             match received {
-                Ok(true) => {}
-                Ok(false) => {
+                Ok(Received::Full) => {}
+                // Asking again would most often find nothing; if not, the next wait returns at once.
+                Ok(Received::All) => return false,
+                Ok(Received::Nothing) => {
                     // Woken with nothing to read: an ICMP error whose code a send has taken already. It must come off the
                     // queue, or the socket would be ready for ever.
                     match &*view {

@@ -33,8 +33,8 @@ use crate::codes;
 const FIRST_READ_BYTES: usize = 4 * 1024;
 /// More costs cache misses and gains nothing measurable: quinn cuts it into packets anyway.
 const MAX_READ_BYTES: usize = 64 * 1024;
-/// Chunks taken from the stream per write: about 23 KB of full packets in one `writev`.
-const CHUNKS_PER_WRITE: usize = 16;
+/// Chunks taken from the stream per write: about 46 KB of full packets in one `writev`.
+const CHUNKS_PER_WRITE: usize = 32;
 /// Bytes that one direction moves before other streams of the thread get their turn.
 const TURN_BYTES: usize = 256 * 1024;
 /// After the receiver of one direction is gone, the other direction may still deliver what it has, for this long.

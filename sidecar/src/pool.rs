@@ -19,7 +19,7 @@ use tokio::sync::watch;
 use tombolo_identity::{ExpectedPeer, SvidHandle, tls};
 use tombolo_model::names::ServiceKey;
 use tombolo_overlay::member::backoff::Backoff;
-use tombolo_overlay::{DIAL_TIMEOUT, DialTarget, Overlay, cid::Kind, close_code};
+use tombolo_overlay::{DIAL_TIMEOUT, DialTarget, Overlay, Stall, cid::Kind, close_code};
 use tombolo_runtime::tasks::TaskGroup;
 
 use crate::copy::BiStream;
@@ -226,13 +226,13 @@ impl Pool {
                 }
             };
             // Whether anybody is there is being found out: what is not sent yet can still be given to another endpoint.
-            let kicks = pooled.connection().unanswered_kicks();
-            if kicks > 0 && !patient {
-                if kicks >= STALLED_KICKS {
+            let stall = pooled.connection().stall();
+            if stall != Stall::NONE && !patient {
+                if stall.unanswered_kicks() >= STALLED_KICKS {
                     return Err(PoolError::Stalled);
                 }
                 tokio::select! {
-                    () = pooled.connection().stall_changed(kicks) => continue,
+                    () = pooled.connection().stall_changed(stall) => continue,
                     changed = changes.changed() => match changed {
                         Ok(()) => continue,
                         Err(_) => return Err(PoolError::Closed),
@@ -296,7 +296,7 @@ impl Pool {
         if state.connections.is_empty() {
             return state.backoff.failures() >= failed_dials;
         }
-        state.connections.iter().all(|c| c.connection().unanswered_kicks() >= STALLED_KICKS)
+        state.connections.iter().all(|c| c.connection().stall().unanswered_kicks() >= STALLED_KICKS)
     }
 
     /// Live connections and streams open on them.

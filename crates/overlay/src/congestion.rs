@@ -68,6 +68,8 @@ pub struct ControllerState {
     /// Nanoseconds since `origin`, plus 1; 0 for never.
     last_ack: AtomicU64,
     last_send: AtomicU64,
+    /// When something was sent while nothing was in flight.
+    busy_since: AtomicU64,
     in_flight: AtomicU64,
     mtu: AtomicU16,
     lifted: AtomicBool,
@@ -83,6 +85,7 @@ impl ControllerState {
             origin,
             last_ack: AtomicU64::new(0),
             last_send: AtomicU64::new(0),
+            busy_since: AtomicU64::new(0),
             in_flight: AtomicU64::new(0),
             mtu: AtomicU16::new(mtu),
             lifted: AtomicBool::new(false),
@@ -99,6 +102,14 @@ impl ControllerState {
     /// When something that demands an acknowledgement was last sent.
     pub fn last_send(&self) -> Option<Instant> {
         self.instant(&self.last_send)
+    }
+    /// How long something has been in flight without any acknowledgement; zero while nothing is.
+    pub fn silence(&self, now: Instant) -> Duration {
+        if self.bytes_in_flight() == 0 {
+            return Duration::ZERO;
+        }
+        let since = self.last_ack().max(self.instant(&self.busy_since));
+        since.map_or(Duration::ZERO, |since| now.saturating_duration_since(since))
     }
     /// Unacknowledged bytes: exact after each acknowledgement, plus what was sent and minus what was lost since.
     pub fn bytes_in_flight(&self) -> u64 {
@@ -163,6 +174,9 @@ impl ModelController {
             self.state.lifted.store(false, Relaxed);
             self.state.stamp(&self.state.last_send, now);
             let before = self.state.in_flight.fetch_add(bytes, Relaxed);
+            if before == 0 {
+                self.state.stamp(&self.state.busy_since, now);
+            }
             self.model.on_sent(now, before);
         }
     }

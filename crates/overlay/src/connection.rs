@@ -60,6 +60,25 @@ pub struct Pinned {
     pub service: Arc<str>,
 }
 
+/// An acknowledgement may be held back for 25 ms (RFC 9000, max_ack_delay), and a busy machine needs some time too.
+const SILENT_AFTER: Duration = Duration::from_millis(35);
+/// A lost packet's retransmission is acknowledged by then.
+const SILENT_RTTS: u32 = 3;
+
+/// How long a connection has heard nothing although it should: silent at first, then kick after kick unanswered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stall(u32);
+
+impl Stall {
+    pub const NONE: Self = Self(0);
+    /// An acknowledgement is overdue: nothing was kicked yet.
+    pub const SILENT: Self = Self(1);
+
+    pub fn unanswered_kicks(self) -> u32 {
+        self.0.saturating_sub(Self::SILENT.0)
+    }
+}
+
 #[derive(Debug)]
 struct Inner {
     quic: Connection,
@@ -70,7 +89,7 @@ struct Inner {
     class: HandleClass,
     peer_endpoint: OnceLock<(ClusterTag, EndpointId)>,
     congestion: Option<Arc<ControllerState>>,
-    /// Unanswered kicks.
+    /// A [`Stall`].
     stall: AtomicU32,
     stall_changed: Notify,
     opened: Instant,
@@ -146,23 +165,40 @@ impl PeerConnection {
     pub fn close(&self, code: u32, reason: &str) {
         self.0.quic.close(VarInt::from_u32(code), reason.as_bytes());
     }
-    /// Unanswered kicks: 0 while packets get through. Prefer another connection above that.
-    pub fn unanswered_kicks(&self) -> u32 {
-        self.0.stall.load(Relaxed)
+    /// Whether packets get through, as known at this moment.
+    pub fn stall(&self) -> Stall {
+        let known = Stall(self.0.stall.load(Relaxed));
+        if known == Stall::NONE && self.is_silent(Instant::now()) {
+            self.note_stall(Stall::SILENT);
+            return Stall::SILENT;
+        }
+        known
     }
-    /// Waits until [`unanswered_kicks`](Self::unanswered_kicks) is not `known` any more. A connection that is closed
-    /// meanwhile says nothing here.
-    pub async fn stall_changed(&self, known: u32) {
+    /// Waits until [`stall`](Self::stall) is not `known` any more. A connection that is closed meanwhile says nothing here.
+    pub async fn stall_changed(&self, known: Stall) {
         let mut changed = std::pin::pin!(self.0.stall_changed.notified());
         changed.as_mut().enable();
-        if self.unanswered_kicks() == known {
+        if Stall(self.0.stall.load(Relaxed)) == known {
             changed.await;
         }
     }
-    pub(crate) fn note_stall(&self, kicks: u32) {
-        if self.0.stall.swap(kicks, Relaxed) != kicks {
+    /// What the liveness task sees; it also ends a silence that [`stall`](Self::stall) has noticed.
+    pub(crate) fn note_kicks(&self, unanswered: u32, now: Instant) {
+        self.note_stall(match unanswered {
+            0 if self.is_silent(now) => Stall::SILENT,
+            0 => Stall::NONE,
+            kicks => Stall(Stall::SILENT.0.saturating_add(kicks)),
+        });
+    }
+    fn note_stall(&self, stall: Stall) {
+        if self.0.stall.swap(stall.0, Relaxed) != stall.0 {
             self.0.stall_changed.notify_waiters();
         }
+    }
+    fn is_silent(&self, now: Instant) -> bool {
+        let Some(silence) = self.congestion().map(|c| c.silence(now)) else { return false };
+        // Reading the RTT takes the connection's lock.
+        silence >= SILENT_AFTER && silence >= SILENT_AFTER + SILENT_RTTS * self.rtt()
     }
     pub(crate) fn congestion(&self) -> Option<&Arc<ControllerState>> {
         self.0.congestion.as_ref()

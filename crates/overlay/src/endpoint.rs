@@ -13,6 +13,7 @@ use std::time::Duration;
 use arc_swap::ArcSwap;
 use quinn::{Incoming, TokioRuntime, TransportConfig};
 use tokio::sync::{mpsc, watch};
+use tokio_util::sync::{CancellationToken, DropGuard};
 use tombolo_identity::{Svid, SvidHandle};
 use tombolo_model::ids::{ClusterTag, EndpointId};
 use tombolo_runtime::tasks::TaskGroup;
@@ -128,6 +129,8 @@ struct Inner {
     counters: OverlayCounters,
     tasks: TaskGroup,
     local_addr: SocketAddr,
+    /// Ends the flusher.
+    _flusher: DropGuard,
     /// Smoothed handshake-to-RTT knowledge for dial timing, in microseconds; 0 = unknown.
     rtt_micros: Mutex<std::collections::HashMap<ClusterTag, Duration>>,
 }
@@ -162,6 +165,8 @@ impl Overlay {
         )
         .map_err(socket_error)?;
 
+        let flusher = CancellationToken::new();
+        tasks.spawn("overlay flush", Arc::clone(&socket).flush(flusher.clone()));
         let liveness = liveness::spawn(Arc::clone(&socket), tasks);
         let hops = hops::spawn(
             hops::HopsConfig { tag, endpoint, keys: Arc::clone(&keys), registers, bind, kind },
@@ -192,6 +197,7 @@ impl Overlay {
             counters: OverlayCounters::default(),
             tasks: tasks.clone(),
             local_addr,
+            _flusher: flusher.drop_guard(),
             rtt_micros: Mutex::default(),
         }));
         if let Some(servers) = servers {

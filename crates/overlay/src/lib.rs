@@ -31,7 +31,7 @@ mod transport;
 
 pub use admission::{Inbound, InboundHandle, Refusal};
 pub use attestation::task::RefusalCounts;
-pub use connection::{HandleClass, PeerConnection, Pinned, close_code};
+pub use connection::{HandleClass, PeerConnection, Pinned, Stall, close_code};
 pub use dial::{DIAL_TIMEOUT, DialError, DialTarget};
 pub use endpoint::{BindError, Overlay, OverlayConfig, OverlayStats, ServerTls};
 pub use hops::{DRAINING, HopReport};

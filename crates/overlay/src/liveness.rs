@@ -104,16 +104,13 @@ fn step(socket: &OverlaySocket, watched: &mut Watched, now: Instant) {
                 congestion.lift_for_one_packet();
             }
             let _ = watched.connection.quic().send_datagram(Bytes::from_static(&[0]));
-            watched.connection.note_stall(watched.kick.unanswered());
         }
         Verdict::Gone => {
             tracing::debug!(peer = ?watched.connection.peer_endpoint(), "peer endpoint is gone");
             watched.connection.close(close_code::GONE, "the endpoint is gone");
         }
     }
-    if watched.kick.unanswered() == 0 {
-        watched.connection.note_stall(0);
-    }
+    watched.connection.note_kicks(watched.kick.unanswered(), now);
 }
 
 /// A new connection that authenticates as the same SPIFFE ID and block with another incarnation proves that the old

@@ -2,8 +2,10 @@
 //!
 //! quinn never sees a path change: whatever gateway replica carries a packet, it seems to come from
 //! [`VIRTUAL_PEER`]. Several source ports (slots) are kept where a balancer hides several replicas behind one
-//! address. Control datagrams that arrive on the same port are taken out and handed to the hops task; when that
+//! address. Bulk leaves in larger sends than quinn's ([`gather`]). Control datagrams that arrive on the same port are taken out and handed to the hops task; when that
 //! falls behind they are dropped with a counter. Nothing here ever returns an error that would end quinn's driver.
+
+mod gather;
 
 use std::collections::HashMap;
 use std::io::{self, IoSliceMut};
@@ -21,11 +23,13 @@ use quinn::{AsyncUdpSocket, UdpPoller};
 use tokio::io::Interest;
 use tokio::net::UdpSocket;
 use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
 use tombolo_model::ids::{ClusterTag, EndpointId};
 
 use crate::cid::{Cid, Kind, Packet, classify};
 use crate::learned::Learned;
 use crate::routes::{Exit, RouteState};
+use gather::{Gather, Leaving};
 
 /// The one peer address quinn knows, for every peer (TEST-NET range of RFC 2544: never on a real wire).
 pub(crate) const VIRTUAL_PEER: SocketAddr =
@@ -86,6 +90,11 @@ impl Slot {
         self.io.try_send_to(contents, to).map(drop)
     }
 
+    /// How many packets the kernel takes in one call.
+    fn max_segments(&self) -> usize {
+        self.state.max_gso_segments()
+    }
+
     fn send(&self, to: SocketAddr, transmit: &Transmit<'_>) -> io::Result<()> {
         let send = |contents, segment_size| {
             let part = Transmit { destination: to, ecn: transmit.ecn, contents, segment_size, src_ip: None };
@@ -114,6 +123,7 @@ pub(crate) struct OverlaySocket {
     learned: Mutex<Learned>,
     /// Nothing learned costs the byte path no lock.
     any_learned: AtomicBool,
+    gather: Mutex<Gather>,
     control: mpsc::Sender<ControlPacket>,
     receiver: Mutex<Option<Waker>>,
     pub counters: SocketCounters,
@@ -141,6 +151,7 @@ impl OverlaySocket {
             learns,
             learned: Mutex::default(),
             any_learned: AtomicBool::new(false),
+            gather: Mutex::default(),
             control,
             receiver: Mutex::new(None),
             counters: SocketCounters::default(),
@@ -189,6 +200,31 @@ impl OverlaySocket {
             rotations.get(&(dcid.tag_value(), dcid.endpoint())).copied().unwrap_or(0)
         };
         self.routes.load().exit(dcid, rotation)
+    }
+
+    fn gather(&self) -> std::sync::MutexGuard<'_, Gather> {
+        self.gather.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Sends what is held back for a larger send, until `ended`. Bulk is held only while somebody does.
+    pub async fn flush(self: Arc<Self>, ended: CancellationToken) {
+        loop {
+            let error = tokio::select! {
+                error = std::future::poll_fn(|cx| self.gather().poll_flush(cx)) => error,
+                () = ended.cancelled() => break,
+            };
+            self.lost(&error);
+        }
+        if let Err(error) = self.gather().end() {
+            self.lost(&error);
+        }
+    }
+
+    /// Over-size MTU probes, unreachable networks, full extra slots: the same as a lost packet.
+    fn lost(&self, error: &io::Error) {
+        if error.raw_os_error() != Some(libc::EMSGSIZE) {
+            self.counters.send_errors.fetch_add(1, Relaxed);
+        }
     }
 
     /// Takes control datagrams out of one received buffer, learns sources, and returns what is left for quinn.
@@ -269,14 +305,11 @@ impl AsyncUdpSocket for OverlaySocket {
         };
         let slots = self.slots.load();
         let Some(slot) = slots.get(exit.slot).or_else(|| slots.first()) else { return Ok(()) };
-        match slot.send(exit.address, transmit) {
+        match self.gather().send(Leaving { slot, exit }, transmit) {
             Ok(()) => Ok(()),
             Err(e) if e.kind() == io::ErrorKind::WouldBlock && exit.slot == 0 => Err(e),
-            // Over-size MTU probes, unreachable networks, full extra slots: the same as a lost packet.
             Err(e) => {
-                if e.raw_os_error() != Some(libc::EMSGSIZE) {
-                    self.counters.send_errors.fetch_add(1, Relaxed);
-                }
+                self.lost(&e);
                 Ok(())
             }
         }
@@ -321,7 +354,7 @@ impl AsyncUdpSocket for OverlaySocket {
     }
 
     fn max_transmit_segments(&self) -> usize {
-        self.slots.load().first().map_or(1, |slot| slot.state.max_gso_segments())
+        self.slots.load().first().map_or(1, |slot| slot.max_segments())
     }
 
     fn max_receive_segments(&self) -> usize {

@@ -15,7 +15,9 @@ pub struct View {
     pub bulk_streams: u32,
     /// The peer's stream limit is used up.
     pub saturated: bool,
-    /// Packets are not being acknowledged right now.
+    /// An acknowledgement is overdue: a moment's silence is no reason to dial.
+    pub silent: bool,
+    /// Kicks go unanswered as well.
     pub stalled: bool,
     /// Peak-EWMA of the time to the first answer, in seconds.
     pub latency: f64,
@@ -28,7 +30,7 @@ impl View {
     }
     /// Lower is better; only connections of the best rank present compete by cost.
     fn rank(&self) -> u8 {
-        match (self.stalled, self.saturated, self.bulk_streams > 0) {
+        match (self.silent || self.stalled, self.saturated, self.bulk_streams > 0) {
             (false, false, false) => 0,
             (false, false, true) => 1,
             (true, false, _) => 2,
@@ -84,6 +86,7 @@ mod tests {
             open_streams: 0,
             bulk_streams: 0,
             saturated: false,
+            silent: false,
             stalled: false,
             latency: 0.01,
         }
@@ -117,10 +120,12 @@ mod tests {
     #[test]
     fn requests_avoid_bulk_then_stalls_then_saturation() {
         let bulk = View { bulk_streams: 1, ..view() };
+        let silent = View { silent: true, ..view() };
         let stalled = View { stalled: true, ..view() };
         let full = View { saturated: true, ..view() };
         assert_eq!(spread(&[bulk, view()]), [0, 3000]);
         assert_eq!(spread(&[stalled, bulk]), [0, 3000]);
+        assert_eq!(spread(&[silent, bulk]), [0, 3000]);
         assert_eq!(spread(&[full, stalled]), [0, 3000]);
         assert_eq!(pick(&[View { usable: false, ..view() }], 7), None);
         assert_eq!(pick(&[], 7), None);

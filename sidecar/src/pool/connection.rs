@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use tombolo_model::balance::PeakEwma;
-use tombolo_overlay::PeerConnection;
+use tombolo_overlay::{PeerConnection, Stall};
 use tombolo_runtime::clock;
 
 use super::choice::View;
@@ -84,13 +84,15 @@ impl Pooled {
 
     pub fn view(&self, avoid: &[usize]) -> View {
         let counts = !self.connection.is_closed() && !self.is_retired();
+        let stall = self.connection.stall();
         View {
             usable: counts && !avoid.contains(&self.id()),
             counts,
             open_streams: self.open_streams(),
             bulk_streams: self.bulk.load(Relaxed),
             saturated: self.saturated.load(Relaxed),
-            stalled: self.connection.unanswered_kicks() > 0,
+            silent: stall != Stall::NONE,
+            stalled: stall.unanswered_kicks() > 0,
             latency: self.lock().ewma.cost(clock::since_unix_epoch()),
         }
     }

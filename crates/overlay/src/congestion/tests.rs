@@ -208,3 +208,25 @@ fn the_overlay_sees_acknowledgements_and_lifts_the_window_once() {
     controller.on_end_acks(later, 500, false, Some(3));
     assert_eq!((state.last_ack(), state.bytes_in_flight()), (Some(later), 500));
 }
+
+#[test]
+fn silence_counts_from_the_first_unacknowledged_packet_and_ends_with_an_acknowledgement() {
+    let start = Instant::now();
+    let at = |ms| start + Duration::from_millis(ms);
+    let mut controller = ModelController::new(ModelConfig::default(), start, 1200);
+    let state = controller.state();
+    let send = |controller: &mut ModelController, ms| {
+        controller.window();
+        Controller::on_sent(controller, at(ms), 1000, 0);
+    };
+    assert_eq!(state.silence(at(500)), Duration::ZERO, "nothing was sent");
+    send(&mut controller, 1000);
+    send(&mut controller, 1010);
+    assert_eq!(state.silence(at(1040)), Duration::from_millis(40), "from the first one");
+    controller.acks_end(at(1050), 1000, false);
+    assert_eq!(state.silence(at(1060)), Duration::from_millis(10), "one is still out");
+    controller.acks_end(at(1070), 0, false);
+    assert_eq!(state.silence(at(9000)), Duration::ZERO, "idle is not silent");
+    send(&mut controller, 9000);
+    assert_eq!(state.silence(at(9030)), Duration::from_millis(30), "idle time does not count");
+}
