@@ -31,15 +31,16 @@ use model::Model;
 pub struct ModelConfig {
     /// Window at the start, in packets: RFC 9002 recommends 10, large deployments use 32; each hop here is paced.
     pub initial_packets: u64,
-    /// Not less than this while the minimum RTT is below 2 ms and nothing is lost: there the bandwidth is the CPU's and
-    /// acknowledgements come in clumps. 128 KB is 5 Gbit/s at 200 us, and fits the default UDP socket buffer of 208 KB,
-    /// which counts overhead too. Also at least 16 packets (jumbo frames).
+    /// Not less than this while the minimum RTT is below 2 ms and nothing is lost: there the bandwidth is the CPU's,
+    /// acknowledgements come in clumps, and what is in flight is what each hop can take in one go. 512 KB is 1 ms at
+    /// 4 Gbit/s. Losses lower the floor to a quarter, which fits the default UDP socket buffer of 208 KB (it counts
+    /// overhead too). Also at least 16 packets (jumbo frames).
     pub lan_floor_bytes: u64,
 }
 
 impl Default for ModelConfig {
     fn default() -> Self {
-        Self { initial_packets: 20, lan_floor_bytes: 128 * 1024 }
+        Self { initial_packets: 20, lan_floor_bytes: 512 * 1024 }
     }
 }
 
