@@ -87,4 +87,18 @@ mod tests {
             Err(FrameError::Malformed { .. })
         ));
     }
+
+    proptest::proptest! {
+        #[test]
+        fn any_header_comes_back_as_it_was_and_any_bytes_are_read_or_refused(
+            port in 0u32..=65_535, parent in "[ -~]{0,80}", state in "[ -~]{0,80}", noise: Vec<u8>,
+        ) {
+            let header = StreamHeader { port, traceparent: parent, tracestate: state };
+            let mut wire = BytesMut::from(&encode(&header)[..]);
+            wire.extend_from_slice(&noise);
+            proptest::prop_assert_eq!(decode::<StreamHeader>(&mut wire, MAX_HEADER_BYTES), Ok(Some(header)));
+            proptest::prop_assert_eq!(&wire[..], &noise[..]);
+            let _ = decode::<StreamHeader>(&mut wire, MAX_HEADER_BYTES);
+        }
+    }
 }

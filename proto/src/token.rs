@@ -216,4 +216,19 @@ mod tests {
         let nowhere = Token { federators: Vec::new(), ..token() };
         assert_eq!(decode(&encode(&nowhere)).unwrap_err(), TokenError::Incomplete { field: "addresses" });
     }
+
+    proptest::proptest! {
+        #[test]
+        fn any_token_comes_back_as_it_was_and_any_text_is_read_or_refused(
+            secret in proptest::collection::vec(proptest::num::u8::ANY, 16..=64), tag in 1u32..=0xff_ffff,
+            name in "[a-z0-9-]{0,63}", text: String, noise: Vec<u8>,
+        ) {
+            let token = Token { secret, tag, name, ..token() };
+            proptest::prop_assert_eq!(decode(&encode(&token)), Ok(token));
+            let _ = decode(&text);
+            // Behind a right checksum, as one who can compute it would send it.
+            let framed = [&checksum(&noise).to_be_bytes()[..], &noise].concat();
+            let _ = decode(&format!("{PREFIX}{}", URL_SAFE_NO_PAD.encode(framed)));
+        }
+    }
 }
