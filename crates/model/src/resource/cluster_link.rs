@@ -18,13 +18,13 @@ pub struct ClusterLinkSpec {
     /// `host:port` of the peer's gateways; names are resolved again and again.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub gateways: Vec<String>,
-    /// `local`: through our own gateways; `remote`: from each sidecar straight to the peer's.
+    /// `local`: through our own gateways.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub egress: Option<String>,
     /// Ranges inside which the peer may announce gateway addresses; empty: any that is not special.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub allowed_gateway_ranges: Vec<IpNet>,
-    /// Endpoint addresses may cross this link.
+    /// Whether endpoint addresses may cross this link.
     #[serde(default)]
     pub flat: bool,
 }
@@ -36,18 +36,40 @@ impl ClusterLinkSpec {
         {
             errors.push(FieldError::new("spec.cluster", cluster, error));
         }
+        // Known, and refused until they do something: a setting that is taken and ignored is a trap.
         for (index, gateway) in self.gateways.iter().enumerate() {
-            let good = gateway
-                .rsplit_once(':')
-                .is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok());
-            if !good {
-                errors.push(FieldError::new(format!("spec.gateways[{index}]"), gateway, "host:port"));
-            }
+            let expected = "nothing: the peer announces its gateways once `tombolo link join` has run";
+            errors.push(FieldError::new(format!("spec.gateways[{index}]"), gateway, expected));
         }
-        if let Some(egress) = &self.egress
-            && !matches!(egress.as_str(), "local" | "remote")
-        {
-            errors.push(FieldError::new("spec.egress", egress, "local or remote"));
+        if let Some(egress) = self.egress.as_deref().filter(|egress| *egress != "local") {
+            errors.push(FieldError::new(
+                "spec.egress",
+                egress,
+                "local, through our own gateways: the only way so far",
+            ));
         }
+        if self.flat {
+            errors.push(FieldError::new("spec.flat", true, "false: endpoint addresses cross no link so far"));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn settings_that_would_do_nothing_are_refused_by_name() {
+        let spec: ClusterLinkSpec = serde_json::from_str(
+            r#"{"cluster": "west", "gateways": ["192.0.2.1:7440"], "egress": "remote", "flat": true}"#,
+        )
+        .unwrap();
+        let mut errors = Vec::new();
+        spec.validate(&mut errors);
+        let fields: Vec<String> = errors.iter().map(ToString::to_string).collect();
+        for field in ["spec.gateways[0]", "spec.egress", "spec.flat"] {
+            assert!(fields.iter().any(|error| error.contains(field)), "{field}: {fields:?}");
+        }
+        assert_eq!(fields.len(), 3, "{fields:?}");
     }
 }
