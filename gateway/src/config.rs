@@ -29,6 +29,8 @@ pub struct GatewayConfig {
     pub advertise_inner: Option<SocketAddr>,
     /// The border address is a balancer's, shared by several replicas.
     pub balanced: bool,
+    /// As cloud providers name them; empty when unknown. Sidecars of the same zone prefer this replica.
+    pub zone: String,
     pub workers: NonZeroUsize,
     pub admin: SocketAddr,
     pub drain: Duration,
@@ -123,6 +125,7 @@ mod tests {
             advertise_border: None,
             advertise_inner: None,
             balanced: false,
+            zone: String::new(),
             workers: NonZeroUsize::MIN,
             admin: ([127, 0, 0, 1], 0).into(),
             drain: DEFAULT_DRAIN,

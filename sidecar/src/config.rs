@@ -66,6 +66,8 @@ pub struct SidecarConfig {
     /// Where gateways and neighbours reach this sidecar: `None` with an unspecified bind address means that it has none
     /// (a VM behind NAT) and REGISTERs.
     pub announce: Option<SocketAddr>,
+    /// As cloud providers name them; empty when unknown. Gateways of the same zone are preferred.
+    pub zone: String,
     /// Largest UDP payload that is tried on a path; what fits is found out.
     pub max_udp_payload_bytes: u16,
     pub services: Vec<ServiceConfig>,
@@ -225,6 +227,7 @@ mod tests {
             token: None,
             bind: SocketAddr::from(([0, 0, 0, 0], DEFAULT_PORT)),
             announce: None,
+            zone: String::new(),
             max_udp_payload_bytes: DEFAULT_UDP_PAYLOAD,
             services: services_from(parse(services)),
             upstreams: upstreams_from(parse(upstreams)),

@@ -56,6 +56,9 @@ struct Settings {
     /// The advertised border address is a balancer's, shared by several replicas
     #[arg(long, env = "TOMBOLO_BALANCED", num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
     balanced: Option<bool>,
+    /// Where this replica runs, e.g. eu-west-1a: sidecars of the same zone use it first
+    #[arg(long, env = "TOMBOLO_ZONE", value_name = "ZONE")]
+    zone: Option<String>,
     /// Forwarding threads [default: what the CPU quota allows]
     #[arg(long, env = "TOMBOLO_WORKERS", value_name = "N")]
     workers: Option<NonZeroUsize>,
@@ -82,6 +85,7 @@ layered!(Settings {
     advertise_border,
     advertise_inner,
     balanced,
+    zone,
     workers,
     drain,
     admin,
@@ -113,6 +117,7 @@ impl Settings {
             advertise_border,
             advertise_inner,
             balanced,
+            zone,
             workers,
             drain,
             admin,
@@ -132,6 +137,7 @@ impl Settings {
             advertise_border,
             advertise_inner,
             balanced: balanced.unwrap_or(false),
+            zone: zone.unwrap_or_default(),
             workers: rt::threads(workers),
             admin: admin.unwrap_or(admin::DEFAULT_ADDRESS),
             drain: drain.map_or(config::DEFAULT_DRAIN, |Span(drain)| drain),

@@ -58,6 +58,9 @@ struct Settings {
     /// keeps itself registered with the gateways
     #[arg(long, env = "TOMBOLO_ANNOUNCE", value_name = "ADDRESS:PORT")]
     announce: Option<SocketAddr>,
+    /// Where this workload runs, e.g. eu-west-1a: gateways of the same zone are used first
+    #[arg(long, env = "TOMBOLO_ZONE", value_name = "ZONE")]
+    zone: Option<String>,
     /// Largest UDP payload tried on a path, in bytes; 8952 on a network with 9000-byte frames [default: 1452]
     #[arg(long, env = "TOMBOLO_MAX_UDP_PAYLOAD", value_name = "BYTES")]
     max_udp_payload: Option<u16>,
@@ -102,6 +105,7 @@ layered!(Settings {
     state_dir,
     bind,
     announce,
+    zone,
     max_udp_payload,
     services,
     health,
@@ -137,6 +141,7 @@ impl Settings {
             state_dir,
             bind,
             announce,
+            zone,
             max_udp_payload,
             services,
             health,
@@ -171,6 +176,7 @@ impl Settings {
             name,
             bind: bind.unwrap_or_else(|| (Ipv4Addr::UNSPECIFIED, config::DEFAULT_PORT).into()),
             announce,
+            zone: zone.unwrap_or_default(),
             max_udp_payload_bytes: max_udp_payload.unwrap_or(config::DEFAULT_UDP_PAYLOAD),
             services,
             upstreams,

@@ -130,6 +130,11 @@ impl Path {
             unreachable: Arc::from([]),
         }
     }
+    /// Whether this is the path to `hop` from `slot`. What is known of a path survives news of its zone.
+    fn leads_to(&self, hop: &GatewayHop, slot: usize) -> bool {
+        let own = &self.hop;
+        (&own.name, own.address, own.balanced, self.slot) == (&hop.name, hop.address, hop.balanced, slot)
+    }
     fn draining(&self) -> bool {
         self.probe.unreachable_total() == DRAINING
     }
@@ -199,10 +204,11 @@ impl HopsTask {
                 slots.map(move |slot| (hop.clone(), slot))
             })
             .collect();
-        self.paths.retain(|path| wanted.iter().any(|(hop, slot)| path.hop == *hop && path.slot == *slot));
+        self.paths.retain(|path| wanted.iter().any(|(hop, slot)| path.leads_to(hop, *slot)));
         for (hop, slot) in wanted {
-            if !self.paths.iter().any(|path| path.hop == hop && path.slot == slot) {
-                self.paths.push(Path::new(hop, slot, self.config.registers, now));
+            match self.paths.iter_mut().find(|path| path.leads_to(&hop, slot)) {
+                Some(path) => path.hop = hop,
+                None => self.paths.push(Path::new(hop, slot, self.config.registers, now)),
             }
         }
         self.publish(routes);
@@ -368,10 +374,12 @@ impl HopsTask {
             id: path.id,
             // A suspect is left at once: packets then take a replica that answers, and come back with the next ACK.
             alive: !probed || (path.probe.health() == Health::Alive && !path.draining()),
+            near: !routes.zone.is_empty() && path.hop.zone == routes.zone,
             unreachable: Arc::clone(&path.unreachable),
             traffic: Arc::clone(&path.traffic),
         });
-        let state = RouteState { routes, paths: paths.collect() };
+        let paths = paths.collect();
+        let state = RouteState { routes, paths };
         let tags = state.unreachable_tags();
         self.socket.routes.store(Arc::new(state));
         self.unreachable.send_if_modified(|current| {

@@ -287,9 +287,12 @@ pub fn gateway_hops(wire: &[tombolo_proto::v1::GatewayReplica]) -> (Vec<GatewayH
     let mut rejected = Vec::new();
     let hops = wire.iter().filter_map(|replica| {
         match tombolo_proto::convert::address("gateways.address", &replica.address) {
-            Ok(Some(address)) => {
-                Some(GatewayHop { name: replica.name.clone(), address, balanced: replica.balanced })
-            }
+            Ok(Some(address)) => Some(GatewayHop {
+                name: replica.name.clone(),
+                address,
+                balanced: replica.balanced,
+                zone: replica.zone.clone(),
+            }),
             Ok(None) => None,
             Err(error) => {
                 rejected.push(error);

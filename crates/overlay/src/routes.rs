@@ -28,6 +28,8 @@ pub struct Routes {
     pub control: Vec<(EndpointId, SocketAddr)>,
     /// Where everything else goes.
     pub gateways: Vec<GatewayHop>,
+    /// The own zone: gateways of the same one come first. Empty: none is nearer than another.
+    pub zone: String,
 }
 
 impl Routes {
@@ -39,6 +41,7 @@ impl Routes {
             services: HashMap::new(),
             control: Vec::new(),
             gateways: Vec::new(),
+            zone: String::new(),
         }
     }
 }
@@ -50,6 +53,15 @@ pub struct GatewayHop {
     pub address: SocketAddr,
     /// One address stands for several replicas: several source ports are kept, so that several are in use.
     pub balanced: bool,
+    /// Empty when unknown.
+    pub zone: String,
+}
+
+impl GatewayHop {
+    /// A single replica of which nothing but the address is known.
+    pub fn at(address: SocketAddr) -> Self {
+        Self { name: address.to_string(), address, balanced: false, zone: String::new() }
+    }
 }
 
 /// One way to a gateway: its address and the local source port (slot) used for it.
@@ -60,6 +72,8 @@ pub(crate) struct PathView {
     /// Stable for the path's life; feeds the rendezvous hash.
     pub id: u64,
     pub alive: bool,
+    /// In the own zone: no other zone's traffic price, and the shortest way.
+    pub near: bool,
     /// Clusters that this gateway can't reach now, by its own word.
     pub unreachable: Arc<[ClusterTag]>,
     /// Set by each send, cleared by the hops task: paths with traffic are probed faster.
@@ -129,7 +143,8 @@ impl RouteState {
         }
     }
 
-    /// Live replicas that reach the cluster first, then live ones, then any: a dead path may have just come back.
+    /// Live replicas that reach the cluster first, those of the own zone before others, then live ones, then any: a dead
+    /// path may have just come back. A kick asks for another replica, of whatever zone.
     fn gateway(&self, dcid: &Cid, rotation: u64) -> Option<Exit> {
         let tag = dcid.tag_value();
         let key = nonce_of(dcid) ^ (u64::from(dcid.target()) << 8);
@@ -137,9 +152,10 @@ impl RouteState {
             let paths = self.paths.iter().enumerate().filter(|(_, path)| usable(path));
             paths.map(|(index, path)| (hash([key, path.id, rotation]), index)).max()
         };
-        let best = best(&|path| path.alive && !path.unreachable.iter().any(|t| t.value() == tag))
-            .or_else(|| best(&|path| path.alive))
-            .or_else(|| best(&|_| true));
+        let reaches = |path: &PathView| path.alive && !path.unreachable.iter().any(|t| t.value() == tag);
+        let near = if rotation == 0 { best(&|path| path.near && reaches(path)) } else { None };
+        let best =
+            near.or_else(|| best(&reaches)).or_else(|| best(&|path| path.alive)).or_else(|| best(&|_| true));
         let (_, index) = best?;
         let path = self.paths.get(index)?;
         path.traffic.store(true, Relaxed);
@@ -173,6 +189,7 @@ mod tests {
             slot: 0,
             id: u64::from(n),
             alive,
+            near: false,
             unreachable: unreachable.iter().map(|t| tag(*t)).collect(),
             traffic: Arc::default(),
         }
@@ -218,6 +235,20 @@ mod tests {
         assert!(state.unreachable_tags().is_empty());
         let all_dead = RouteState { paths: vec![path(1, false, &[])], ..state };
         assert!(all_dead.exit(&cid(Kind::Service, 5, 300, 0), 0).is_some());
+    }
+
+    #[test]
+    fn the_own_zone_comes_first_while_it_reaches_and_a_kick_may_leave_it() {
+        let near = |n, alive, unreachable: &[u32]| PathView { near: true, ..path(n, alive, unreachable) };
+        let exits = |state: &RouteState, rotation| -> std::collections::BTreeSet<String> {
+            let exit = |n| state.exit(&cid(Kind::Endpoint, 5, 1, n), rotation).unwrap();
+            (0..50).map(|n| exit(n).address.ip().to_string()).collect()
+        };
+        let usual = state(vec![near(1, true, &[]), path(2, true, &[]), near(3, true, &[])]);
+        assert_eq!(exits(&usual, 0), ["127.0.0.1".into(), "127.0.0.3".into()].into());
+        assert_eq!(exits(&usual, 1).len(), 3);
+        let dead = state(vec![near(1, false, &[]), path(2, true, &[]), near(3, true, &[5])]);
+        assert_eq!(exits(&dead, 0), ["127.0.0.2".into()].into());
     }
 
     #[test]

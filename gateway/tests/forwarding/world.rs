@@ -181,7 +181,7 @@ impl Gateway {
     }
 
     pub fn hop(&self) -> GatewayHop {
-        GatewayHop { name: self.name.clone(), address: self.inner, balanced: false }
+        GatewayHop { name: self.name.clone(), ..GatewayHop::at(self.inner) }
     }
     pub fn replica(&self, address: SocketAddr) -> v1::GatewayReplica {
         v1::GatewayReplica {

@@ -62,6 +62,9 @@ impl Mesh {
         let state = text(&self.state(cluster, name));
         let args = ["gateway", "--name", name, "--join-token-file", &token, "--state-dir", &state];
         let args = [&args[..], &["--border", &border, "--inner", &inner, "--admin", &admin]].concat();
+        // One zone per replica: sidecars that name none use all of them.
+        let zone = format!("zone-of-{name}");
+        let args = [&args[..], &["--zone", &zone]].concat();
         let front = c.balancer().to_string();
         let balanced = if c.balanced { vec!["--advertise-border", &front, "--balanced"] } else { Vec::new() };
         self.role(cluster, name, &[args, balanced].concat())?;

@@ -251,12 +251,7 @@ fn open(plan: &JoinPlan, bind: SocketAddr, tasks: &TaskGroup) -> Result<Overlay,
     let mut routes = Routes::empty(plan.tag);
     let (kind, endpoint, keys) = match &plan.provisional {
         Some((block, keys)) if !plan.direct => {
-            let hop = |address: &SocketAddr| GatewayHop {
-                name: address.to_string(),
-                address: *address,
-                balanced: false,
-            };
-            routes.gateways = plan.addresses.iter().map(hop).collect();
+            routes.gateways = plan.addresses.iter().copied().map(GatewayHop::at).collect();
             // The provisional block is ours alone; any incarnation will do.
             let incarnation = Incarnation::new(rand::random::<u8>() % Incarnation::COUNT);
             let endpoint = incarnation.map_or(EndpointId::from_u32(0), |i| block.endpoint(i));
@@ -394,8 +389,7 @@ fn store(
     log_rejected(&rejected);
     if hops.is_empty() && !plan.direct {
         // The gateways that we came through are known to work.
-        let hop = |a: &SocketAddr| GatewayHop { name: a.to_string(), address: *a, balanced: false };
-        hops = plan.addresses.iter().map(hop).collect();
+        hops = plan.addresses.iter().copied().map(GatewayHop::at).collect();
     }
     let control = parse_control(&control, hops)?;
     let state = State::new(name, plan.cluster.clone(), plan.tag, &key.key_der, &svid, &control)?;

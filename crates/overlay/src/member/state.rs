@@ -65,6 +65,8 @@ struct Gateway {
     name: String,
     address: std::net::SocketAddr,
     balanced: bool,
+    #[serde(default)]
+    zone: String,
 }
 
 impl State {
@@ -112,8 +114,12 @@ impl State {
         let federator =
             |(endpoint, address): &(EndpointId, _)| Federator { endpoint: *endpoint, address: *address };
         self.federators = control.federators.iter().map(federator).collect();
-        let gateway =
-            |g: &GatewayHop| Gateway { name: g.name.clone(), address: g.address, balanced: g.balanced };
+        let gateway = |GatewayHop { name, address, balanced, zone }: &GatewayHop| Gateway {
+            name: name.clone(),
+            address: *address,
+            balanced: *balanced,
+            zone: zone.clone(),
+        };
         self.gateways = control.gateways.iter().map(gateway).collect();
     }
 
@@ -127,7 +133,12 @@ impl State {
             gateways: self
                 .gateways
                 .iter()
-                .map(|g| GatewayHop { name: g.name.clone(), address: g.address, balanced: g.balanced })
+                .map(|Gateway { name, address, balanced, zone }| GatewayHop {
+                    name: name.clone(),
+                    address: *address,
+                    balanced: *balanced,
+                    zone: zone.clone(),
+                })
                 .collect(),
         })
     }
