@@ -49,9 +49,17 @@ impl Default for Link {
     }
 }
 
+/// Kicks follow each other every 200 ms: after two seconds of silence a federator that was killed has most often been
+/// started again, and its new process knows nothing of the old one's connections.
+const SILENT_KICKS: u32 = 10;
+
 /// A federator whose identity has ended gets no new calls; those in progress go on until the connection is closed.
 fn usable(connection: &PeerConnection) -> bool {
-    !connection.is_closed() && !connection.expired()
+    !connection.is_closed() && !connection.expired() && !silent(connection)
+}
+
+fn silent(connection: &PeerConnection) -> bool {
+    connection.stall().unanswered_kicks() >= SILENT_KICKS
 }
 
 impl Member {
@@ -64,7 +72,12 @@ impl Member {
         {
             return Ok(channel.clone());
         }
-        link.live = None;
+        if let Some((connection, _)) = link.live.take()
+            && silent(&connection)
+        {
+            // What waits on it for news asks again.
+            connection.close(crate::close_code::DONE, "no answer");
+        }
         if let Some(not_before) = link.not_before {
             tokio::time::sleep_until(not_before).await;
         }
@@ -92,11 +105,13 @@ impl Member {
         self.0.link.0.try_lock().is_ok_and(|link| link.live.as_ref().is_some_and(|(c, _)| usable(c)))
     }
 
-    /// Drops the live connection after a call on it failed in a way that a new one may cure.
-    pub async fn disconnect(&self) {
-        if let Some((connection, _)) = self.0.link.0.lock().await.live.take() {
-            connection.close(crate::close_code::DONE, "another federator is tried");
-        }
+    /// Drops the live connection after a call on it failed in a way that a new one may cure. True: the federator has ended
+    /// it because this member's identity is revoked.
+    pub async fn disconnect(&self) -> bool {
+        let Some((connection, _)) = self.0.link.0.lock().await.live.take() else { return false };
+        let revoked = connection.refused_as_revoked();
+        connection.close(crate::close_code::DONE, "another federator is tried");
+        revoked
     }
 
     async fn dial_federator(&self, overlay: &Overlay) -> Result<PeerConnection, ControlError> {
