@@ -61,6 +61,8 @@ pub enum Command {
     Describe(cmd::describe::DescribeArgs),
     Delete(cmd::delete::DeleteArgs),
     Status(cmd::status::StatusArgs),
+    Revoke(cmd::revoke::RevokeArgs),
+    Unrevoke(cmd::revoke::UnrevokeArgs),
     Completion(cmd::completion::CompletionArgs),
     #[command(hide = true)]
     DemoApp(cmd::demo_app::DemoAppArgs),

@@ -16,6 +16,7 @@ pub mod federator;
 pub mod gateway;
 pub mod get;
 pub mod link;
+pub mod revoke;
 pub mod role;
 pub mod sidecar;
 pub mod status;
@@ -44,6 +45,8 @@ pub fn run(cli: Cli) -> Result<Exit, Failure> {
         Command::Describe(args) => operate(describe::run(args, connect)),
         Command::Delete(args) => operate(delete::run(args, connect)),
         Command::Status(args) => operate(status::run(args, connect)),
+        Command::Revoke(args) => operate(revoke::revoke(args, connect)),
+        Command::Unrevoke(args) => operate(revoke::unrevoke(args, connect)),
     }
 }
 

@@ -16,6 +16,7 @@ use tombolo_model::names::{ClusterName, ServiceKey};
 use tombolo_model::resource::{ClusterLinkSpec, Object, ObjectKey, Spec};
 use tombolo_model::sync::Freshness;
 use tombolo_overlay::keys::{ClusterKey, HandleBinding, LinkKey};
+use tombolo_proto::v1;
 
 use crate::registry::Registry;
 use crate::store::{Record, Table};
@@ -335,6 +336,10 @@ pub struct Import {
     pub exports: BTreeMap<ServiceKey, ImportedExport>,
     pub gateways: Vec<PeerGateway>,
     pub properties: BTreeMap<String, String>,
+    /// Of the peer's own identities, by record key.
+    pub revocations: BTreeMap<String, v1::Revocation>,
+    /// How far our revocations are enforced there, by record key.
+    pub enforced: BTreeMap<String, v1::EnforcedRecord>,
     pub position: (Epoch, Revision),
     /// Records that were refused, by key, with the reason.
     pub rejected: BTreeMap<String, String>,
@@ -351,6 +356,8 @@ impl Default for Import {
             exports: BTreeMap::new(),
             gateways: Vec::new(),
             properties: BTreeMap::new(),
+            revocations: BTreeMap::new(),
+            enforced: BTreeMap::new(),
             position: (Epoch(0), Revision(0)),
             rejected: BTreeMap::new(),
             freshness: Freshness::Expired,

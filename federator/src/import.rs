@@ -10,10 +10,12 @@ use prost::Message;
 use tombolo_identity::{SpiffeId, TrustDomain};
 use tombolo_model::ids::Handle;
 use tombolo_model::names::{ClusterName, ServiceKey};
+use tombolo_overlay::revoking;
 use tombolo_proto::convert::{self, FieldError};
 use tombolo_proto::v1;
 
 use crate::facts::{AllowedRanges, Facts, Import, ImportedExport, PeerGateway, Port};
+use crate::revocations::{MAX_REVOCATIONS, enforced_key, object_of, record_key};
 
 /// Key of the record with a cluster's gateways.
 pub const GATEWAYS: &str = "gateways";
@@ -25,6 +27,7 @@ const MAX_PORTS: usize = 100;
 const MAX_GATEWAYS: usize = 64;
 const MAX_PROPERTIES: usize = 64;
 const MAX_TEXT: usize = 256;
+const MAX_PENDING: usize = 20;
 /// Refusals that are kept for `status`.
 const MAX_REFUSALS: usize = 1000;
 
@@ -83,6 +86,8 @@ pub fn remove(import: &mut Import, key: &str) {
         GATEWAYS => {}
         PROPERTIES => import.properties.clear(),
         key => {
+            import.revocations.remove(key);
+            import.enforced.remove(key);
             if let Some(service) = key.strip_prefix("export/").and_then(|s| s.parse::<ServiceKey>().ok()) {
                 import.exports.remove(&service);
             }
@@ -108,10 +113,44 @@ fn read(import: &mut Import, scope: &PeerScope, record: &v1::Record) -> Result<(
             expect_key(&record.key, PROPERTIES)?;
             import.properties = properties_of(&properties.properties)?;
         }
+        Some(v1::record::Value::Revocation(revocation)) => {
+            revocation_of(scope, &record.key, revocation)?;
+            if import.revocations.len() >= MAX_REVOCATIONS && !import.revocations.contains_key(&record.key) {
+                let expected = format!("at most {MAX_REVOCATIONS} revocations");
+                return Err(FieldError::new("revocation", &record.key, expected));
+            }
+            import.revocations.insert(record.key.clone(), revocation.clone());
+        }
+        Some(v1::record::Value::Enforced(enforced)) => {
+            expect_key(&record.key, &enforced_key(&enforced.revocation))?;
+            if enforced.pending.len() > MAX_PENDING || enforced.pending.iter().any(|p| p.len() > MAX_TEXT * 4)
+            {
+                let expected = format!("at most {MAX_PENDING} names");
+                return Err(FieldError::new("enforced.pending", enforced.pending.len(), expected));
+            }
+            if import.enforced.len() >= MAX_REVOCATIONS && !import.enforced.contains_key(&record.key) {
+                let expected = format!("at most {MAX_REVOCATIONS} of them");
+                return Err(FieldError::new("enforced", &record.key, expected));
+            }
+            import.enforced.insert(record.key.clone(), enforced.clone());
+        }
         // Of a newer version.
         None => return Err(FieldError::new("record.value", "nothing", "a kind of record known here")),
     }
     Ok(())
+}
+
+/// A peer revokes its own identities and nobody else's.
+fn revocation_of(scope: &PeerScope, key: &str, wire: &v1::Revocation) -> Result<(), FieldError> {
+    let (target, _) = revoking::from_wire(wire)?;
+    if target.cluster().as_ref() != Some(&scope.peer) {
+        let expected = format!("identities of cluster {}", scope.peer);
+        return Err(FieldError::new("revocation.cluster", &wire.cluster, expected));
+    }
+    let object = object_of(&scope.peer, &wire.name).ok_or_else(|| {
+        FieldError::new("revocation.name", &wire.name, format!("a name of cluster {}", scope.peer))
+    })?;
+    expect_key(key, &record_key(object))
 }
 
 fn expect_key(found: &str, expected: &str) -> Result<(), FieldError> {

@@ -15,6 +15,7 @@ pub mod peers;
 pub mod policies;
 pub mod records;
 pub mod registry;
+pub mod revocations;
 pub mod role;
 pub mod service;
 pub mod snapshot;

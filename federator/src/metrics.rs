@@ -57,6 +57,7 @@ pub struct Metrics {
     root_expiry: Gauge<f64, AtomicU64>,
     attestations: Family<AttestationLabels, Counter>,
     expired_connections: Counter,
+    revoked_connections: Counter,
 }
 
 impl Metrics {
@@ -79,6 +80,7 @@ impl Metrics {
             root_expiry: Gauge::default(),
             attestations: Family::default(),
             expired_connections: Counter::default(),
+            revoked_connections: Counter::default(),
         };
         registry.register("members", "Sidecars, machines and gateways, by state", metrics.members.clone());
         registry.register(
@@ -118,6 +120,11 @@ impl Metrics {
             "expired_connections",
             "Connections ended because their peer's identity had, and it showed no new one",
             metrics.expired_connections.clone(),
+        );
+        registry.register(
+            "revoked_connections",
+            "Connections cut because their peer is revoked",
+            metrics.revoked_connections.clone(),
         );
         metrics
     }
@@ -177,6 +184,7 @@ impl Metrics {
                 .store(count, Relaxed);
         }
         self.expired_connections.inner().store(stats.expired_closed, Relaxed);
+        self.revoked_connections.inner().store(stats.revoked_closed, Relaxed);
     }
 
     /// Shows the newest facts, once a second: scrapes are seconds apart, changes may be milliseconds.

@@ -1,4 +1,5 @@
-//! What a linked peer is told: this cluster's gateways and properties, and the services that are exported to it. Pure.
+//! What a linked peer is told: this cluster's gateways and properties, its revocations and how far the
+//! peer's are enforced here, and the services that are exported to it. Pure.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -10,6 +11,7 @@ use tombolo_proto::v1::record::Value;
 use crate::exports;
 use crate::facts::{CONTROL, Facts};
 use crate::import::{GATEWAYS, PROPERTIES, export_key};
+use crate::revocations;
 use crate::snapshot::{port_to_wire, usable_gateways};
 
 /// Every record that `peer` may have, by key.
@@ -27,6 +29,12 @@ pub fn records(facts: &Facts, peer: &ClusterName) -> BTreeMap<String, v1::Record
     put(GATEWAYS.to_owned(), Value::Gateways(v1::GatewaysRecord { gateways: gateways.collect() }));
     let properties = facts.cluster.properties.clone().into_iter().collect();
     put(PROPERTIES.to_owned(), Value::Properties(v1::PropertiesRecord { properties }));
+    for (object, revocation) in revocations::for_peers(facts) {
+        put(revocations::record_key(object), Value::Revocation(revocation));
+    }
+    for enforced in revocations::enforced_for(facts, peer) {
+        put(revocations::enforced_key(&enforced.revocation), Value::Enforced(enforced));
+    }
     for (service, export) in exported(facts, peer) {
         put(export_key(&service), Value::Export(export));
     }

@@ -57,6 +57,9 @@ pub struct Served {
     pub reason: String,
 }
 
+/// More revocations than hold in any cluster.
+const MAX_ENFORCED: usize = 100_000;
+
 /// A sidecar.
 #[derive(Clone, Debug)]
 pub struct Member {
@@ -81,6 +84,8 @@ pub struct Member {
     pub version: String,
     pub upstreams: Vec<v1::UpstreamStatus>,
     pub hops: Vec<v1::HopStatus>,
+    /// Revocations by name, and when this process enforced them: milliseconds since the Unix epoch.
+    pub enforced: BTreeMap<String, i64>,
 }
 
 impl Member {
@@ -168,6 +173,8 @@ pub enum Event {
     Closed {
         watch: u64,
     },
+    /// This federator has enforced revocations on its own connections.
+    OwnEnforced(BTreeMap<String, i64>),
     Tick,
 }
 
@@ -180,6 +187,8 @@ pub struct Registry {
     by_service: BTreeMap<ServiceKey, BTreeSet<Block>>,
     last_tick: Option<Duration>,
     patience: Patience,
+    /// As [`Member::enforced`], of this federator.
+    pub own_enforced: BTreeMap<String, i64>,
 }
 
 impl Registry {
@@ -238,6 +247,7 @@ impl Registry {
             version: String::new(),
             upstreams: Vec::new(),
             hops: Vec::new(),
+            enforced: BTreeMap::new(),
         };
         self.enter(member);
     }
@@ -265,6 +275,11 @@ impl Registry {
             Event::SidecarReport { block, report } => self.sidecar_report(block, *report, now, unix),
             Event::GatewayReport { name, report } => self.gateway_report(&name, *report, now, unix),
             Event::Closed { watch } => self.closed(watch),
+            Event::OwnEnforced(enforced) => {
+                let changed = self.own_enforced != enforced;
+                self.own_enforced = enforced;
+                changed
+            }
             Event::Tick => self.tick(now),
         }
     }
@@ -282,6 +297,7 @@ impl Registry {
         });
         let (upstreams, hops) =
             old.as_ref().map(|o| (o.upstreams.clone(), o.hops.clone())).unwrap_or_default();
+        let enforced = old.as_ref().filter(|_| same_start).map(|o| o.enforced.clone()).unwrap_or_default();
         let member = Member {
             block,
             spiffe_id,
@@ -299,6 +315,7 @@ impl Registry {
             version,
             upstreams,
             hops,
+            enforced,
         };
         self.enter(member);
     }
@@ -334,6 +351,13 @@ impl Registry {
             let reason: String = health.reason.chars().take(300).collect();
             changed |= served.healthy != health.healthy;
             (served.healthy, served.reason) = (health.healthy, reason);
+        }
+        if !report.enforcements.is_empty() {
+            // All of them, not only the new ones: what is revoked no more is forgotten with it.
+            let all = report.enforcements.into_iter().take(MAX_ENFORCED);
+            let all: BTreeMap<String, i64> = all.map(|e| (e.revocation, e.at_unix_ms)).collect();
+            changed |= member.enforced != all;
+            member.enforced = all;
         }
         member.upstreams = report.upstreams;
         member.hops = report.hops;

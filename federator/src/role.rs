@@ -23,6 +23,7 @@ use tombolo_model::names::ClusterName;
 use tombolo_overlay::cid::Kind;
 use tombolo_overlay::grpc::{GrpcAcceptor, GrpcIncoming};
 use tombolo_overlay::member::renewal::due_at;
+use tombolo_overlay::revoking::Enforcer;
 use tombolo_overlay::{BindError, HandleClass, Limits, Overlay, OverlayConfig, ServerTls};
 use tombolo_proto::v1;
 use tombolo_proto::v1::admin_server::AdminServer;
@@ -42,6 +43,7 @@ use crate::core::{Core, CoreError, CoreHandle};
 use crate::facts::FederatorEndpoint;
 use crate::metrics::Metrics;
 use crate::peers::PeersTask;
+use crate::revocations;
 use crate::service::admin::{AdminService, check_operator};
 use crate::service::config::ConfigService;
 use crate::service::federation::{FederationService, Logs};
@@ -119,6 +121,7 @@ pub struct Bound {
     core: CoreHandle,
     overlay: Overlay,
     svid: SvidHandle,
+    enforcer: Enforcer,
     admin: Admin,
     operators: UnixListener,
     socket: PathBuf,
@@ -153,6 +156,9 @@ impl Federator {
         let core = Core::load(store, material, properties, clock::since_unix_epoch())?;
         let core = core.start().map_err(BuildError::Thread)?;
         let svid = SvidHandle::new(own_svid(&core).await?);
+        // Before anybody can connect.
+        let enforcer = Enforcer::new(svid.clone());
+        enforcer.learn(&revocations::in_force(&core.facts()));
         let (endpoint, keys) = core.attempt(|core, moment| core.own_endpoint(moment)).await?;
         let tasks = TaskGroup::new();
         let overlay = Overlay::bind(
@@ -182,6 +188,7 @@ impl Federator {
             core,
             overlay,
             svid,
+            enforcer,
             admin,
             operators,
             socket,
@@ -207,10 +214,12 @@ impl Bound {
 
     /// Runs until `shutdown` starts.
     pub async fn run(self, shutdown: Drain) -> Result<(), AdminError> {
-        let Self { core, overlay, svid, admin, operators, socket, metrics, bind, serving, tasks } = self;
+        let Self { core, overlay, svid, enforcer, admin, operators, socket, metrics, bind, serving, tasks } =
+            self;
         tasks.spawn("ticks", tick(core.clone()));
         tasks.spawn("own SVID", renew_own_svid(core.clone(), svid.clone()));
         tasks.spawn("own overlay", wiring::follow(core.clone(), overlay.clone()));
+        tasks.spawn("revocations", wiring::enforce(core.clone(), overlay.clone(), enforcer));
         tasks.spawn("metrics", metrics.clone().follow(core.clone(), overlay.clone()));
         let peers = PeersTask {
             core: core.clone(),

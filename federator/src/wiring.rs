@@ -1,4 +1,4 @@
-//! The federator's own overlay follows the facts: where members are, which handles it serves, its keys.
+//! The federator's own overlay follows the facts: where members are, which handles it serves, its keys, who is revoked.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -6,10 +6,12 @@ use std::time::Duration;
 
 use tombolo_model::ids::Handle;
 use tombolo_overlay::keys::Hour;
+use tombolo_overlay::revoking::Enforcer;
 use tombolo_overlay::{GatewayHop, HandleClass, Inbound, InboundHandle, Overlay, Routes};
 
 use crate::core::CoreHandle;
 use crate::facts::{CONTROL, Facts, JOIN};
+use crate::revocations;
 use crate::snapshot::usable_gateways;
 
 /// Keys are looked at this often: they change with the hour, and two hours back are still accepted.
@@ -25,7 +27,7 @@ pub fn routes(facts: &Facts) -> Routes {
     });
     routes.endpoints = members.chain(gateways).collect();
     routes.gateways = usable_gateways(facts)
-        .map(|gateway| GatewayHop { name: gateway.name.clone(), address: gateway.inner, balanced: false })
+        .map(|gateway| GatewayHop { name: gateway.name.clone(), ..GatewayHop::at(gateway.inner) })
         .collect();
     routes
 }
@@ -44,6 +46,29 @@ pub fn inbound(facts: &Facts) -> Inbound {
     let join = InboundHandle { class: HandleClass::Join, importer: None, service: Arc::from(JOIN) };
     handles.insert(Handle::JOIN, join);
     Inbound { handles }
+}
+
+/// Enforces what is revoked on the own connections, and says when. Until the core is gone.
+pub async fn enforce(core: CoreHandle, overlay: Overlay, enforcer: Enforcer) {
+    let mut facts = core.watch();
+    loop {
+        let current = facts.borrow_and_update().clone();
+        for error in enforcer.learn(&revocations::in_force(&current)) {
+            tracing::warn!(%error, "a revocation can't be enforced");
+        }
+        enforcer.enforce(&overlay, || core.now().unix).await;
+        let enforced = enforcer.untold();
+        if !enforced.is_empty() {
+            let known = enforced.iter().map(|e| (e.revocation.clone(), e.at_unix_ms)).collect();
+            if core.call(|core, moment| core.enforced(known, moment)).await.is_err() {
+                return;
+            }
+            enforcer.told(&enforced);
+        }
+        if facts.changed().await.is_err() {
+            return;
+        }
+    }
 }
 
 /// Until the core is gone.

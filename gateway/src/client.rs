@@ -14,6 +14,7 @@ use tokio::sync::watch;
 use tombolo_identity::files;
 use tombolo_overlay::datagram::StartNumber;
 use tombolo_overlay::member::Member;
+use tombolo_overlay::revoking::Enforcer;
 use tombolo_overlay::routes::Routes;
 use tombolo_overlay::{GatewayHop, Overlay};
 use tombolo_proto::v1;
@@ -67,6 +68,7 @@ pub struct ControlTask {
     pub own_hop: GatewayHop,
     pub tables: watch::Sender<Option<Arc<Tables>>>,
     pub metrics: Metrics,
+    pub enforcer: Enforcer,
 }
 
 impl ControlTask {
@@ -87,7 +89,10 @@ impl ControlTask {
                 tracing::info!(%error, "no configuration from a federator; what is known keeps serving");
             }
             self.metrics.control_connected.set(0);
-            self.member.disconnect().await;
+            if self.member.disconnect().await {
+                tracing::error!(spiffe_id = %self.member.spiffe_id(),
+                    "this gateway's identity is revoked: it is told nothing new until an operator takes the revocation back (`tombolo unrevoke`)");
+            }
             tokio::time::sleep(REOPEN_PAUSE.mul_f64(0.5 + rand::random::<f64>())).await;
         }
     }
@@ -108,6 +113,7 @@ impl ControlTask {
                 continue;
             }
             if self.apply(&snapshot, true) {
+                self.enforcer.enforce(&self.overlay, clock::since_unix_epoch).await;
                 self.store(&snapshot).await;
             }
             last = Some(snapshot);
@@ -131,6 +137,10 @@ impl ControlTask {
             tracing::warn!(record = rejected.record, error = %rejected.error, "a record of the configuration is left out");
             let labels = RejectLabels { record: rejected.record };
             self.metrics.rejected_records.get_or_create(&labels).inc();
+        }
+        for error in self.enforcer.learn(&snapshot.revocations) {
+            tracing::warn!(%error, "a revocation is not understood and not enforced");
+            self.metrics.rejected_records.get_or_create(&RejectLabels { record: "revocation" }).inc();
         }
         if fresh && let Err(error) = self.member.remember(tables.federators(), Vec::new()) {
             tracing::warn!(%error, "a part of the configuration can't be kept for the next start");

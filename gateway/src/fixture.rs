@@ -89,6 +89,7 @@ pub fn snapshot() -> v1::GatewaySnapshot {
     v1::GatewaySnapshot {
         epoch: 1,
         revision: 1,
+        revocations: Vec::new(),
         cluster: "east".into(),
         tag: east().value(),
         cluster_key: CLUSTER_KEY.to_vec(),

@@ -13,6 +13,7 @@ use tombolo_overlay::cid::Kind;
 use tombolo_overlay::datagram::StartNumber;
 use tombolo_overlay::lease::LeaseError;
 use tombolo_overlay::member::{JoinError, Member, MemberError};
+use tombolo_overlay::revoking::Enforcer;
 use tombolo_overlay::{BindError, GatewayHop, Limits, Overlay, OverlayConfig};
 use tombolo_proto::v1;
 use tombolo_runtime::admin::{Admin, AdminError};
@@ -131,7 +132,7 @@ impl Gateway {
             },
             &tasks,
         )?;
-        let own_hop = GatewayHop { name: config.name.clone(), address: own_inner(&plane), balanced: false };
+        let own_hop = GatewayHop { name: config.name.clone(), ..GatewayHop::at(own_inner(&plane)) };
         overlay.set_routes(routes(&member, &own_hop, None));
         let local = overlay.local_addr();
         // A socket on every address is reached where the inner one is.
@@ -143,7 +144,7 @@ impl Gateway {
             inner_address: inner.to_string(),
             start_number: start.0,
             balanced: config.balanced,
-            zone: String::new(),
+            zone: config.zone.clone(),
             endpoint: overlay.endpoint_id().value(),
             endpoint_address: reached.to_string(),
             lease: None,
@@ -191,6 +192,7 @@ impl Bound {
             plane: plane.handle(),
             tables,
             metrics,
+            enforcer: Enforcer::new(member.svid().clone()),
         };
         control.restore();
         tasks.spawn(

@@ -2,7 +2,7 @@
 //!
 //! A snapshot of another epoch knows neither links nor exports. What the last one of the old epoch knew is added to it,
 //! where the new one says nothing, for as long as keys are handed out ahead. Policies are carried too: who was denied
-//! stays denied.
+//! stays denied, who was revoked stays revoked.
 
 use std::collections::HashSet;
 use std::hash::Hash;
@@ -51,6 +51,7 @@ fn merge(new: &v1::SidecarSnapshot, old: &v1::SidecarSnapshot) -> v1::SidecarSna
     let mut merged = new.clone();
     add(&mut merged.endpoints, &old.endpoints, |endpoint| endpoint.block);
     add(&mut merged.inbound, &old.inbound, |inbound| inbound.binding.as_ref().map(|binding| binding.handle));
+    add(&mut merged.revocations, &old.revocations, |revocation| revocation.name.clone());
     add(&mut merged.access_policies, &old.access_policies, |policy| policy.name.clone());
     add(&mut merged.cluster_properties, &old.cluster_properties, |properties| properties.cluster.clone());
     for upstream in &mut merged.upstreams {

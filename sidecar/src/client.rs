@@ -15,6 +15,7 @@ use tombolo_identity::files;
 use tombolo_model::names::ServiceKey;
 use tombolo_overlay::Overlay;
 use tombolo_overlay::member::Member;
+use tombolo_overlay::revoking::Enforcer;
 use tombolo_proto::v1;
 use tombolo_proto::v1::config_client::ConfigClient;
 use tombolo_runtime::clock;
@@ -61,6 +62,9 @@ pub struct ControlTask {
     pub tables: watch::Sender<Option<Arc<Tables>>>,
     pub metrics: Metrics,
     pub carry: Carry,
+    /// The own zone, empty when unknown.
+    pub zone: String,
+    pub enforcer: Enforcer,
 }
 
 impl ControlTask {
@@ -85,7 +89,12 @@ impl ControlTask {
                 tracing::info!(%error, "no configuration from a federator; what is known keeps serving");
             }
             self.metrics.control_connected.set(0);
-            self.member.disconnect().await;
+            if self.member.disconnect().await {
+                // Peers have cut us; their word may not get here any more, since no gateway leads to us.
+                tracing::error!(spiffe_id = %self.member.spiffe_id(),
+                    "this sidecar's identity is revoked: its connections are cut, and it is let in again once an operator takes the revocation back (`tombolo unrevoke`)");
+                self.overlay.cut_all().await;
+            }
             tokio::time::sleep(REOPEN_PAUSE.mul_f64(0.5 + rand::random::<f64>())).await;
         }
     }
@@ -99,6 +108,7 @@ impl ControlTask {
         let hello = v1::SidecarHello { lease: Some(self.member.lease().to_wire()), ..self.hello.clone() };
         let opened = tokio::time::timeout(CALL_TIMEOUT, client.watch_sidecar(hello)).await?;
         let mut snapshots = opened.map_err(|status| status.message().to_owned())?.into_inner();
+        self.enforcer.tell_again();
         let mut last = None;
         loop {
             let next = tokio::time::timeout(SILENCE, snapshots.message()).await?;
@@ -111,6 +121,7 @@ impl ControlTask {
             }
             let known = self.carry.over(&snapshot, unix);
             if self.apply(&known, true) {
+                self.enforcer.enforce(&self.overlay, clock::since_unix_epoch).await;
                 self.store(&known, stored).await;
             }
             last = Some(snapshot);
@@ -134,11 +145,17 @@ impl ControlTask {
         if fresh {
             self.remember(&tables);
         }
+        // First of all: nothing that follows may let in who is revoked.
+        for error in self.enforcer.learn(&snapshot.revocations) {
+            tracing::warn!(%error, "a revocation is not understood and not enforced");
+            self.metrics.rejected_records.get_or_create(&RejectLabels { record: "revocation" }).inc();
+        }
         let mut routes = tables.routes.clone();
         if routes.gateways.is_empty() {
             // Never cut off by a snapshot: the gateways that worked are kept.
             routes.gateways.clone_from(&self.member.control().gateways);
         }
+        routes.zone.clone_from(&self.zone);
         let inbound = (*tables.inbound).clone();
         self.overlay.set_routes(routes);
         self.metrics.config_revision.set(tables.revision);
@@ -183,6 +200,7 @@ pub struct ReportTask {
     pub tables: watch::Receiver<Option<Arc<Tables>>>,
     pub metrics: Metrics,
     pub drain: Drain,
+    pub enforcer: Enforcer,
 }
 
 impl ReportTask {
@@ -198,7 +216,10 @@ impl ReportTask {
                 let changed = futures::future::select_all(
                     changes.map(|c| c as futures::future::BoxFuture<'_, _>).chain([never()]),
                 );
-                let _ = tokio::time::timeout(REPORT_EVERY, changed).await;
+                tokio::select! {
+                    _ = tokio::time::timeout(REPORT_EVERY, changed) => {}
+                    () = self.enforcer.news() => {}
+                }
             }
         };
         tokio::select! {
@@ -212,6 +233,7 @@ impl ReportTask {
 
     async fn report(&self, leaving: bool) -> Result<(), String> {
         let report = self.assemble(leaving);
+        let enforcements = report.enforcements.clone();
         let send = async {
             let channel = self.member.connect(&self.overlay).await.map_err(|e| e.to_string())?;
             let answer = ConfigClient::new(channel).report(report).await;
@@ -219,6 +241,7 @@ impl ReportTask {
         };
         let late = |_| format!("no answer within {}s", CALL_TIMEOUT.as_secs());
         let ack = tokio::time::timeout(CALL_TIMEOUT, send).await.map_err(late)??;
+        self.enforcer.told(&enforcements);
         self.log.acknowledge(ack.into_inner().acknowledged_shift);
         Ok(())
     }
@@ -268,7 +291,7 @@ impl ReportTask {
             upstreams: upstreams.collect(),
             config_revision: self.tables.borrow().as_ref().map_or(0, |t| t.revision),
             gateway: None,
-            enforcements: Vec::new(),
+            enforcements: self.enforcer.untold(),
             leaving,
         }
     }

@@ -90,6 +90,7 @@ pub struct Metrics {
     pub control_connected: Gauge,
     attestations: Family<AttestationLabels, Counter>,
     expired_connections: Counter,
+    revoked_connections: Counter,
 }
 
 impl Metrics {
@@ -116,6 +117,7 @@ impl Metrics {
             control_connected: Gauge::default(),
             attestations: Family::default(),
             expired_connections: Counter::default(),
+            revoked_connections: Counter::default(),
         };
         let m = &metrics;
         registry.register_with_unit(
@@ -183,6 +185,11 @@ impl Metrics {
             "Connections ended because their peer's identity had, and it showed no new one",
             m.expired_connections.clone(),
         );
+        registry.register(
+            "revoked_connections",
+            "Connections cut because their peer is revoked",
+            m.revoked_connections.clone(),
+        );
         metrics
     }
 
@@ -194,6 +201,7 @@ impl Metrics {
             self.attestations.get_or_create(&AttestationLabels { result }).inner().store(count, Relaxed);
         }
         self.expired_connections.inner().store(stats.expired_closed, Relaxed);
+        self.revoked_connections.inner().store(stats.revoked_closed, Relaxed);
     }
 
     pub fn count_access(&self, service: &str, verdict: &'static str, policy: &str) {

@@ -18,7 +18,8 @@ use tombolo_identity::tls;
 use tombolo_overlay::cid::Kind;
 use tombolo_overlay::lease::LeaseError;
 use tombolo_overlay::member::{JoinError, Member, MemberError};
-use tombolo_overlay::{BindError, Limits, Overlay, OverlayConfig, ServerTls};
+use tombolo_overlay::revoking::Enforcer;
+use tombolo_overlay::{BindError, Limits, Overlay, OverlayConfig, Routes, ServerTls};
 use tombolo_proto::v1;
 use tombolo_runtime::admin::{Admin, AdminError};
 use tombolo_runtime::drain::{self, Drain, DrainTrigger};
@@ -143,7 +144,7 @@ impl Sidecar {
             },
             &tasks,
         )?;
-        overlay.set_routes(member.first_routes());
+        overlay.set_routes(Routes { zone: config.zone.clone(), ..member.first_routes() });
         tracing::info!(spiffe_id = %member.spiffe_id(), endpoint = %overlay.endpoint_id(),
             overlay = %overlay.local_addr(), admin = %admin.local_addr(), "sidecar bound");
         Ok(Bound { config, member, overlay, upstreams, admin, metrics, configured, tasks })
@@ -169,6 +170,7 @@ impl Bound {
         let log = ShiftLog::open(member.dir());
         let (tables, received) = watch::channel(None);
 
+        let enforcer = Enforcer::new(member.svid().clone());
         let mut control = ControlTask {
             hello: hello(&config, &overlay),
             member: member.clone(),
@@ -176,6 +178,8 @@ impl Bound {
             tables,
             metrics: metrics.clone(),
             carry: Carry::default(),
+            zone: config.zone.clone(),
+            enforcer: enforcer.clone(),
         };
         control.restore();
         tasks.spawn("ready once configured", ready_once_configured(received.clone(), configured));
@@ -242,6 +246,7 @@ impl Bound {
             tables: received,
             metrics,
             drain: watcher.clone(),
+            enforcer,
         };
         let report = tasks.spawn("report", report.run());
         let slots = [inbound_slots, (Arc::clone(&outbound.slots), config.pool.max_app_connections)];

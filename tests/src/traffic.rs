@@ -104,6 +104,11 @@ impl StreamReader {
         Ok(Self { seen, stop, thread: Some(thread) })
     }
 
+    /// Whether the stream has broken or ended.
+    pub fn has_ended(&self) -> bool {
+        self.thread.as_ref().is_none_or(JoinHandle::is_finished)
+    }
+
     pub fn bytes(&self) -> u64 {
         self.seen.bytes.load(Ordering::Relaxed)
     }

@@ -82,9 +82,23 @@ fn about(object: &Value) -> String {
             )
         }
         "AccessPolicy" => access(object),
+        "Revocation" => revoked(object),
         "ClusterLink" => format!("gateways {}", strings("/spec/gateways")),
         "ClusterProperty" => text(object, "/spec/value").to_owned(),
         _ => String::new(),
+    }
+}
+
+/// Whom a revocation is about, and why.
+fn revoked(object: &Value) -> String {
+    let target = ["spiffeId", "serial", "node", "cluster"].iter().find_map(|field| {
+        let value = text(object, &format!("/spec/{field}"));
+        (!value.is_empty())
+            .then(|| if *field == "spiffeId" { value.to_owned() } else { format!("{field} {value}") })
+    });
+    match (target.unwrap_or_default(), text(object, "/spec/reason")) {
+        (target, "") => target,
+        (target, reason) => format!("{target} ({reason})"),
     }
 }
 

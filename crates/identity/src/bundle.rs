@@ -11,6 +11,7 @@ use rustls_pki_types::CertificateDer;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use crate::revocation::Revocations;
 use crate::spiffe_id::TrustDomain;
 
 /// A document beyond this is hostile: twenty roots fit.
@@ -104,21 +105,32 @@ pub fn fingerprint(certificate: &[u8]) -> String {
     format!("sha256:{}", hex::encode(Sha256::digest(certificate)))
 }
 
-/// Bundles by trust domain.
+/// What peers are judged by: bundles by trust domain, and who is revoked.
 #[derive(Clone, Default, Debug)]
-pub struct BundleSet(BTreeMap<TrustDomain, TrustBundle>);
+pub struct BundleSet {
+    bundles: BTreeMap<TrustDomain, TrustBundle>,
+    revocations: Revocations,
+}
 
 impl BundleSet {
     pub fn of(bundle: TrustBundle) -> Self {
-        Self([(bundle.trust_domain.clone(), bundle)].into())
+        let bundles = [(bundle.trust_domain.clone(), bundle)].into();
+        Self { bundles, revocations: Revocations::default() }
     }
     pub fn insert(&mut self, bundle: TrustBundle) {
-        self.0.insert(bundle.trust_domain.clone(), bundle);
+        self.bundles.insert(bundle.trust_domain.clone(), bundle);
     }
     pub fn get(&self, domain: &TrustDomain) -> Option<&TrustBundle> {
-        self.0.get(domain)
+        self.bundles.get(domain)
     }
     pub fn iter(&self) -> impl Iterator<Item = &TrustBundle> {
-        self.0.values()
+        self.bundles.values()
+    }
+    pub fn revocations(&self) -> &Revocations {
+        &self.revocations
+    }
+    #[must_use]
+    pub fn revoking(self, revocations: Revocations) -> Self {
+        Self { revocations, ..self }
     }
 }

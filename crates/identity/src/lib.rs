@@ -9,11 +9,13 @@ pub mod bundle;
 pub mod cluster_binding;
 pub mod files;
 pub mod issuer;
+pub mod revocation;
 pub mod spiffe_id;
 pub mod tls;
 pub mod verify;
 
 pub use bundle::{BundleSet, TrustBundle};
+pub use revocation::Revocations;
 pub use spiffe_id::{SpiffeId, TrustDomain};
 pub use tls::{ExpectedPeer, Svid, SvidHandle};
 pub use verify::{IdentityError, PeerIdentity, peer_identity_from_certs};

@@ -20,6 +20,7 @@ use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, Server
 use tombolo_model::names::ClusterName;
 
 use crate::bundle::{BundleSet, fingerprint};
+use crate::revocation::Revocations;
 use crate::spiffe_id::SpiffeId;
 use crate::verify::{self, IdentityError, PeerIdentity, Usage};
 
@@ -78,6 +79,18 @@ impl Svid {
         })
     }
 
+    /// The same identity, judging peers by these revocations as well.
+    fn revoking(&self, revocations: Revocations) -> Self {
+        Self {
+            spiffe_id: self.spiffe_id.clone(),
+            not_after: self.not_after,
+            bundles: self.bundles.clone().revoking(revocations),
+            chain_hash: self.chain_hash,
+            certified: Arc::clone(&self.certified),
+            certified_with_root: Arc::clone(&self.certified_with_root),
+        }
+    }
+
     /// Leaf first.
     pub fn chain(&self) -> &[CertificateDer<'static>] {
         &self.certified.cert
@@ -109,9 +122,14 @@ impl SvidHandle {
     pub fn load(&self) -> Arc<Svid> {
         self.0.load_full()
     }
-    /// The next handshake uses `svid`; overlays show it on live connections within a second or so.
+    /// The next handshake uses `svid`; overlays show it on live connections within a second or so. Revocations stay.
     pub fn swap(&self, svid: Svid) {
-        self.0.store(Arc::new(svid));
+        self.0.rcu(|current| svid.revoking(current.bundles.revocations().clone()));
+    }
+    /// Who is refused from the next handshake on. Live connections are the overlays' to cut
+    /// (`Overlay::enforce_revocations`).
+    pub fn set_revocations(&self, revocations: &Revocations) {
+        self.0.rcu(|current| current.revoking(revocations.clone()));
     }
 }
 
@@ -147,6 +165,7 @@ fn refused(error: IdentityError) -> Error {
     Error::InvalidCertificate(match error {
         IdentityError::Expired(_) => CertificateError::Expired,
         IdentityError::NotYetValid(_) => CertificateError::NotValidYet,
+        IdentityError::Revoked { .. } => CertificateError::Revoked,
         error => CertificateError::Other(OtherError(Arc::new(error))),
     })
 }

@@ -2,8 +2,9 @@
 //!
 //! Rules, in order: one URI SAN that is a SPIFFE ID with a path; leaf not a CA, may sign digitally and nothing else;
 //! a path to a root in the bundle of the *peer's own* trust domain; the issuing intermediate carries no SPIFFE ID with
-//! a path and is bound to a cluster, and the leaf lies in that cluster. Authorisation is somebody else's.
+//! a path and is bound to a cluster, and the leaf lies in that cluster; nobody has revoked it. Authorisation is somebody else's.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use rustls_pki_types::{CertificateDer, UnixTime};
@@ -60,6 +61,8 @@ pub enum IdentityError {
     Unbound(SpiffeId),
     #[error("{id} lies outside its issuer's cluster {cluster}")]
     WrongCluster { id: SpiffeId, cluster: ClusterName },
+    #[error("{id} is revoked ({revocation})")]
+    Revoked { id: SpiffeId, revocation: Arc<str> },
 }
 
 impl IdentityError {
@@ -83,6 +86,7 @@ impl IdentityError {
             Self::SignerPath(_) => "signer_path",
             Self::Unbound(_) => "unbound",
             Self::WrongCluster { .. } => "wrong_cluster",
+            Self::Revoked { .. } => "revoked",
         }
     }
 }
@@ -219,7 +223,11 @@ pub fn authenticate(
         return Err(IdentityError::EmptyBundle(domain));
     }
     check_path(chain, &bundle.roots, &id, usage, now)?;
-    peer_identity_from_certs(chain)
+    let identity = peer_identity_from_certs(chain)?;
+    match bundles.revocations().of(&identity) {
+        Some(revocation) => Err(IdentityError::Revoked { id, revocation: Arc::clone(revocation) }),
+        None => Ok(identity),
+    }
 }
 
 /// RFC 5280 path validation by webpki: signatures, validity, CA bits, path lengths, extended key usage.

@@ -9,6 +9,7 @@ pub mod condition;
 pub mod duration;
 pub mod failover_policy;
 pub mod fields;
+pub mod revocation;
 pub mod service_export;
 pub mod service_import;
 pub mod workload;
@@ -26,6 +27,7 @@ pub use condition::Condition;
 pub use duration::DurationText;
 pub use failover_policy::FailoverPolicySpec;
 pub use fields::{FieldError, ObjectError};
+pub use revocation::{RevocationSpec, RevocationTarget};
 pub use service_export::ServiceExportSpec;
 pub use service_import::ServiceImportSpec;
 pub use workload::WorkloadSpec;
@@ -94,6 +96,13 @@ pub const KINDS: &[KindInfo] = &[
         namespaced: false,
         api_versions: TOMBOLO,
     },
+    KindInfo {
+        kind: "Revocation",
+        plural: "revocations",
+        short: &["rev"],
+        namespaced: false,
+        api_versions: TOMBOLO,
+    },
 ];
 
 impl KindInfo {
@@ -149,6 +158,7 @@ pub enum Spec {
     FailoverPolicy(FailoverPolicySpec),
     AccessPolicy(AccessPolicySpec),
     ClusterLink(ClusterLinkSpec),
+    Revocation(RevocationSpec),
 }
 
 /// A validated object. Its status is not read from users: federators fill it in.
@@ -187,6 +197,7 @@ impl Object {
             Spec::FailoverPolicy(_) => "FailoverPolicy",
             Spec::AccessPolicy(_) => "AccessPolicy",
             Spec::ClusterLink(_) => "ClusterLink",
+            Spec::Revocation(_) => "Revocation",
         }
     }
 
@@ -251,6 +262,7 @@ impl Object {
             "ServiceImport" => typed("spec", spec).map(Spec::ServiceImport),
             "FailoverPolicy" => typed("spec", spec).map(Spec::FailoverPolicy),
             "AccessPolicy" => typed("spec", spec).map(Spec::AccessPolicy),
+            "Revocation" => typed("spec", spec).map(Spec::Revocation),
             _ => typed("spec", spec).map(Spec::ClusterLink),
         };
         let spec = match spec {
@@ -269,6 +281,7 @@ impl Object {
                 spec.validate(metadata.namespace.as_deref().unwrap_or_default(), &mut errors);
             }
             Spec::ClusterLink(spec) => spec.validate(&mut errors),
+            Spec::Revocation(spec) => spec.validate(&mut errors),
         }
         if errors.is_empty() { Ok(Self { api_version, metadata, spec }) } else { fail(errors) }
     }
@@ -282,6 +295,7 @@ impl Object {
             Spec::FailoverPolicy(spec) => serde_json::to_value(spec),
             Spec::AccessPolicy(spec) => serde_json::to_value(spec),
             Spec::ClusterLink(spec) => serde_json::to_value(spec),
+            Spec::Revocation(spec) => serde_json::to_value(spec),
         };
         serde_json::json!({
             "apiVersion": self.api_version,

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwapOption;
 use quinn::{Connection, ConnectionError, Side, VarInt};
+use quinn_proto::TransportErrorCode;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use tombolo_identity::PeerIdentity;
@@ -38,6 +39,8 @@ pub mod close_code {
     pub const REPLACED: u32 = 5;
     /// The peer's identity has ended, and it has shown no new one.
     pub const EXPIRED: u32 = 6;
+    /// The peer's identity is revoked.
+    pub const REVOKED: u32 = 7;
 }
 
 /// What the handle of a connection is for.
@@ -60,6 +63,8 @@ pub struct Pinned {
     pub service: Arc<str>,
 }
 
+/// RFC 8446 section 6.
+const CERTIFICATE_REVOKED: u8 = 44;
 /// An acknowledgement may be held back for 25 ms (RFC 9000, max_ack_delay), and a busy machine needs some time too.
 const SILENT_AFTER: Duration = Duration::from_millis(35);
 /// A lost packet's retransmission is acknowledged by then.
@@ -158,6 +163,19 @@ impl PeerConnection {
     }
     pub fn is_closed(&self) -> bool {
         self.0.quic.close_reason().is_some()
+    }
+    /// Whether the peer has ended it because our own identity is revoked.
+    pub fn refused_as_revoked(&self) -> bool {
+        match self.0.quic.close_reason() {
+            Some(ConnectionError::ApplicationClosed(close)) => {
+                close.error_code == VarInt::from_u32(close_code::REVOKED)
+            }
+            // In TLS 1.3 the client is done before it is judged.
+            Some(ConnectionError::ConnectionClosed(close)) => {
+                close.error_code == TransportErrorCode::crypto(CERTIFICATE_REVOKED)
+            }
+            _ => false,
+        }
     }
     pub async fn closed(&self) -> ConnectionError {
         self.0.quic.closed().await

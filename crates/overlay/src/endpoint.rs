@@ -19,7 +19,9 @@ use tombolo_model::ids::{ClusterTag, EndpointId};
 use tombolo_runtime::tasks::TaskGroup;
 
 use crate::admission::Inbound;
-use crate::attestation::task::{self as attestation, AttestationCounters, AttestationHandle, RefusalCounts};
+use crate::attestation::task::{
+    self as attestation, AttestationCounters, AttestationHandle, Cut, RefusalCounts,
+};
 use crate::cid::Kind;
 use crate::connection::{HandleClass, PeerConnection, Pinned, close_code};
 use crate::control_stream::{self, Judge};
@@ -106,6 +108,8 @@ pub struct OverlayStats {
     pub attestations_refused: RefusalCounts,
     /// Connections that ended after their peer's identity had.
     pub expired_closed: u64,
+    /// Connections that were cut because their peer is revoked.
+    pub revoked_closed: u64,
     pub no_route: u64,
     pub send_errors: u64,
     pub control_overflow: u64,
@@ -253,6 +257,17 @@ impl Overlay {
         self.0.accepted.lock().await.recv().await
     }
 
+    /// Cuts every connection whose peer is revoked by now; how many. `None`: this overlay is ending, or has no identity.
+    pub async fn enforce_revocations(&self) -> Option<u64> {
+        self.0.attestation.as_ref()?.cut(Cut::Revoked).await
+    }
+    /// Cuts every connection: the own identity is revoked, and nobody may be able to tell us any more.
+    pub async fn cut_all(&self) {
+        if let Some(attestation) = &self.0.attestation {
+            attestation.cut(Cut::All).await;
+        }
+    }
+
     /// What probing knows of each gateway path.
     pub fn hops(&self) -> Vec<HopReport> {
         self.0.hops.reports()
@@ -276,6 +291,7 @@ impl Overlay {
             attested: attestation.attested.load(Relaxed),
             attestations_refused: attestation.refusals(),
             expired_closed: attestation.expired_closed.load(Relaxed),
+            revoked_closed: attestation.revoked_closed.load(Relaxed),
             no_route: socket.no_route.load(Relaxed),
             send_errors: socket.send_errors.load(Relaxed),
             control_overflow: socket.control_overflow.load(Relaxed),

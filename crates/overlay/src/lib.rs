@@ -2,7 +2,7 @@
 //!
 //! [`cid`] and [`keys`] are the wire and its admission keys, [`datagram`], [`probe`] and [`register`] the small keyed
 //! datagrams beside QUIC, [`routes`] says where a packet for a connection ID leaves, [`Overlay`] binds a socket and a
-//! quinn endpoint that use them, [`attestation`] renews identities on live connections, [`congestion`] is the model-based controller, [`grpc`] carries tonic over streams.
+//! quinn endpoint that use them, [`attestation`] renews identities on live connections, [`revoking`] cuts the revoked, [`congestion`] is the model-based controller, [`grpc`] carries tonic over streams.
 
 mod admission;
 pub mod attestation;
@@ -25,6 +25,7 @@ pub mod member;
 pub mod probe;
 pub mod register;
 pub mod rendezvous;
+pub mod revoking;
 pub mod routes;
 mod socket;
 mod transport;

@@ -13,6 +13,7 @@ use tombolo_identity::authority::{ClusterMaterial, Existing, RootAuthority};
 use tombolo_identity::issuer::{LEAF_LIFE, LeafIssuer};
 use tombolo_identity::verify::Usage;
 use tombolo_identity::{BundleSet, ExpectedPeer, Svid, SvidHandle, TrustBundle, tls};
+use tombolo_overlay::revoking::Enforcer;
 use tombolo_overlay::{Limits, Overlay, PeerConnection, attestation};
 use tombolo_proto::v1::{ControlMessage, Reattest, control_message};
 use tombolo_runtime::clock;
@@ -333,4 +334,63 @@ async fn another_cluster_attests_neither_as_itself_nor_as_the_peer_and_unknown_m
     eventually("both are refused", || refused().total() == 2).await;
     assert_eq!((refused().of("wrong_cluster"), refused().of("other_identity")), (1, 1));
     assert!(pair.is_intact() && pair.works().await);
+}
+
+fn revoked(name: &str, id: tombolo_identity::SpiffeId) -> tombolo_proto::v1::Revocation {
+    tombolo_proto::v1::Revocation {
+        name: name.to_owned(),
+        cluster: "east".into(),
+        target: Some(tombolo_proto::v1::revocation::Target::SpiffeId(id.to_string())),
+        reason: "test".into(),
+    }
+}
+
+#[tokio::test]
+async fn a_revoked_peer_is_cut_on_either_side_refused_anew_and_welcome_once_it_is_taken_back() {
+    let world = World::new();
+    let svid = |account| world.issue(account, LEAF_LIFE, world.bundles());
+    for (victim, caller_revoked) in [("cart", true), ("web", false)] {
+        let pair = Pair::connect(&world, svid("web"), svid("cart")).await;
+        let (handle, overlay, other) = match caller_revoked {
+            true => (&pair.web, &pair.server, &pair.dialled),
+            false => (&pair.cart, &pair.client, &pair.accepted),
+        };
+        let enforcer = Enforcer::new(handle.clone());
+        let now = || Duration::from_millis(1_800_000_000_000);
+
+        // Somebody else's revocation harms nobody.
+        assert!(enforcer.learn(&[revoked("east/other", world.id("other"))]).is_empty());
+        enforcer.enforce(overlay, now).await;
+        assert!(pair.is_intact() && pair.works().await, "{victim}");
+        let told = enforcer.untold();
+        assert_eq!((told.len(), told[0].at_unix_ms), (1, 1_800_000_000_000));
+        enforcer.told(&told);
+        assert!(enforcer.untold().is_empty());
+
+        assert!(enforcer.learn(&[revoked("east/r", world.id(victim))]).is_empty());
+        // A renewed identity of ours forgets nothing.
+        handle.swap(svid(if caller_revoked { "web" } else { "cart" }));
+        enforcer.enforce(overlay, now).await;
+        assert_eq!(overlay.stats().revoked_closed, 1, "{victim}");
+        assert_eq!(enforcer.untold()[0].revocation, "east/r");
+        let why = tokio::time::timeout(Duration::from_secs(1), other.closed()).await.unwrap();
+        assert!(why.to_string().contains("revoked"), "{victim}: {why}");
+
+        let tls =
+            || tls::mesh_client_config(&pair.cart, ExpectedPeer::OneOf([world.id("web")].into())).unwrap();
+        let accepted = tokio::time::timeout(Duration::from_millis(500), pair.server.accept());
+        let target = world.target();
+        let (dialled, accepted) = tokio::join!(pair.client.dial(&target, tls()), accepted);
+        // TLS 1.3's caller is done before it is judged; then it is closed at once.
+        if let Ok(dialled) = dialled {
+            tokio::time::timeout(Duration::from_secs(1), dialled.closed()).await.expect("refused");
+        }
+        assert!(accepted.is_err(), "{victim} is accepted anew");
+
+        assert!(enforcer.learn(&[]).is_empty());
+        let (dialled, accepted) = tokio::join!(pair.client.dial(&target, tls()), pair.server.accept());
+        assert!(dialled.is_ok() && accepted.is_some(), "{victim} is still refused");
+        pair.client.close().await;
+        pair.server.close().await;
+    }
 }

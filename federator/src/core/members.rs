@@ -195,6 +195,11 @@ impl Core {
         }
     }
 
+    /// This federator has enforced these revocations: name to milliseconds since the Unix epoch.
+    pub fn enforced(&mut self, enforced: BTreeMap<String, i64>, moment: Moment) {
+        self.step(Event::OwnEnforced(enforced), moment);
+    }
+
     /// A configuration stream has ended.
     pub fn closed(&mut self, watch: u64, moment: Moment) {
         self.sessions.retain(|_, session| session.watch() != watch);

@@ -9,6 +9,7 @@ use super::{Core, CoreError, Moment};
 use crate::facts::{ObjectRecord, StoredObject};
 use crate::import;
 use crate::policies::access_policy_count;
+use crate::revocations::{self, MAX_REVOCATIONS};
 use crate::store::{Table, Transaction};
 
 /// Objects of one cluster.
@@ -79,6 +80,7 @@ impl Core {
     fn room_for_policy(&self, key: &ObjectKey) -> Result<(), CoreError> {
         let policies = match key.kind {
             "AccessPolicy" => access_policy_count(&self.facts, &key.namespace),
+            "Revocation" => return self.room_for_revocation(),
             _ => return Ok(()),
         };
         if policies < MAX_ACCESS_POLICIES {
@@ -87,6 +89,15 @@ impl Core {
         Err(CoreError::Exhausted(format!(
             "namespace {} has {policies} AccessPolicy objects, as many as it may: give one of them more rules, or delete some first",
             key.namespace
+        )))
+    }
+
+    fn room_for_revocation(&self) -> Result<(), CoreError> {
+        if revocations::own(&self.facts).count() < MAX_REVOCATIONS {
+            return Ok(());
+        }
+        Err(CoreError::Exhausted(format!(
+            "{MAX_REVOCATIONS} revocations are in force, as many as may be: revoke a node or the cluster as a whole, or delete those whose certificates have ended"
         )))
     }
 

@@ -11,6 +11,7 @@ use tombolo_proto::v1;
 use crate::core::tokens::is_open_provisional;
 use crate::facts::{CONTROL, Facts, HandleRecord, JOIN, Link, Role};
 use crate::registry::Gateway;
+use crate::revocations;
 
 /// First packets per second of one handle: a sidecar does some 1,500 handshakes a second on one core.
 const SERVICE_INITIALS: u32 = 1000;
@@ -49,6 +50,7 @@ pub fn snapshot(facts: &Facts, name: &str, monotonic: Duration, unix: Duration) 
             })
             .collect(),
         name: name.to_owned(),
+        revocations: revocations::in_force(facts),
     }
 }
 

@@ -14,6 +14,7 @@ use super::{gateways_for, port_to_wire};
 use crate::exports;
 use crate::facts::{Facts, Role};
 use crate::policies::{self, policy_for};
+use crate::revocations;
 
 /// The snapshot of the member that holds `block` and calls `upstreams`; without its lease, which the caller adds.
 pub fn snapshot(
@@ -48,6 +49,7 @@ pub fn snapshot(
             .collect(),
         trust_bundle_json: cluster.bundle_json.clone(),
         direct,
+        revocations: revocations::in_force(facts),
         cluster_properties: cluster_properties(facts, &access_policies),
         access_policies: access_policies.into_iter().map(|(policy, _)| policy).collect(),
     }

@@ -8,6 +8,7 @@ pub mod export;
 pub mod import;
 pub mod link;
 pub mod policy;
+pub mod revocation;
 pub mod workload;
 
 use tombolo_model::resource::Condition;

@@ -87,6 +87,12 @@ fn document(view: &View<'_>, shown: &Shown, members: &ByWorkload<'_>) -> Value {
             (conditions.unwrap_or_default(), json!({}))
         }
         Spec::AccessPolicy(spec) => conditions::access::of(view, object, spec),
+        Spec::Revocation(spec) => {
+            let stored = view.facts.objects.get(&object.key());
+            stored
+                .map(|s| conditions::revocation::of(view, s, spec))
+                .unwrap_or_else(|| (Vec::new(), json!({})))
+        }
         Spec::Workload(spec) => workloads::status(view, object, spec, members),
     };
     let conditions: Vec<Value> =

@@ -6,6 +6,7 @@ mod exports;
 mod links;
 mod odd;
 mod policies;
+mod revocations;
 mod services;
 mod workloads;
 

@@ -1,5 +1,5 @@
-//! One task that looks after the identities on every live connection of an overlay: shows a swapped SVID, paced, and
-//! drains and closes connections whose peer has not shown a new one.
+//! One task that looks after the identities on every live connection of an overlay: shows a swapped SVID, paced, drains
+//! and closes connections whose peer has not shown a new one, and cuts those whose peer is revoked.
 //!
 //! Owns the table of what was shown where; [`AttestationHandle`] adds to it. What peers show is judged by the task that
 //! reads their control stream ([`crate::control_stream`]). Ends with its task group.
@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tombolo_identity::{Svid, SvidHandle};
 use tombolo_proto::v1::{ControlMessage, control_message};
 use tombolo_runtime::clock;
@@ -30,6 +30,7 @@ const QUEUE: usize = 1024;
 pub(crate) struct AttestationCounters {
     pub attested: AtomicU64,
     pub expired_closed: AtomicU64,
+    pub revoked_closed: AtomicU64,
     refused: [AtomicU64; Refusal::KINDS.len()],
 }
 
@@ -61,17 +62,40 @@ impl RefusalCounts {
     }
 }
 
-/// Adds connections.
+#[derive(Debug)]
+enum Event {
+    Watch(Box<Watched>),
+    /// Answered with how many connections were cut, once they are.
+    Cut(Cut, oneshot::Sender<u64>),
+}
+
+/// Which connections are cut.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Cut {
+    /// Those whose peer the current SVID's bundles call revoked.
+    Revoked,
+    All,
+}
+
+/// Adds connections, and has revocations enforced.
 #[derive(Clone, Debug)]
-pub(crate) struct AttestationHandle(mpsc::Sender<Watched>);
+pub(crate) struct AttestationHandle(mpsc::Sender<Event>);
 
 impl AttestationHandle {
     /// `shown`: the SVID from before the handshake; it may have shown a newer one, never an older one.
     pub async fn watch(&self, connection: PeerConnection, shown: &Svid) {
         // A joiner has no identity, and is gone in seconds.
         if connection.class() != HandleClass::Join {
-            let _ = self.0.send(Watched { connection, sender: Sender::new(shown), expiry: None }).await;
+            let watched = Watched { connection, sender: Sender::new(shown), expiry: None };
+            let _ = self.0.send(Event::Watch(Box::new(watched))).await;
         }
+    }
+
+    /// How many were cut, once they are. `None`: the overlay is ending.
+    pub async fn cut(&self, which: Cut) -> Option<u64> {
+        let (done, cut) = oneshot::channel();
+        self.0.send(Event::Cut(which, done)).await.ok()?;
+        cut.await.ok()
     }
 }
 
@@ -110,7 +134,7 @@ pub(crate) fn spawn(
 }
 
 impl AttestationTask {
-    async fn run(mut self, mut events: mpsc::Receiver<Watched>) {
+    async fn run(mut self, mut events: mpsc::Receiver<Event>) {
         let tick = TICK.min(self.patience / 10).max(Duration::from_millis(10));
         let mut next_tick = Instant::now() + tick;
         let mut wake = next_tick;
@@ -118,7 +142,19 @@ impl AttestationTask {
             tokio::select! {
                 event = events.recv() => match event {
                     None => return,
-                    Some(watched) => self.watched.push(watched),
+                    Some(Event::Watch(watched)) => {
+                        // Authenticated, perhaps, by a list from before.
+                        self.cut_revoked(std::slice::from_ref(&watched.connection));
+                        self.watched.push(*watched);
+                    }
+                    Some(Event::Cut(which, done)) => {
+                        let all: Vec<_> = self.watched.iter().map(|w| w.connection.clone()).collect();
+                        let cut = match which {
+                            Cut::Revoked => self.cut_revoked(&all),
+                            Cut::All => cut_all(&all),
+                        };
+                        let _ = done.send(cut);
+                    }
                 },
                 () = tokio::time::sleep_until(wake.into()) => {
                     let now = Moment { unix: clock::since_unix_epoch(), at: Instant::now() };
@@ -130,6 +166,22 @@ impl AttestationTask {
                 }
             }
         }
+    }
+
+    /// Closes those whose peer is revoked; how many.
+    fn cut_revoked(&self, connections: &[PeerConnection]) -> u64 {
+        let svid = self.svid.load();
+        let revocations = svid.bundles.revocations();
+        let mut cut = 0;
+        for connection in connections.iter().filter(|c| !c.is_closed()) {
+            let Some(identity) = connection.identity() else { continue };
+            let Some(revocation) = revocations.of(&identity) else { continue };
+            tracing::warn!(peer = %identity.spiffe_id, %revocation, "the peer is revoked: its connection is cut");
+            connection.close(close_code::REVOKED, "your identity is revoked");
+            cut += 1;
+        }
+        self.counters.revoked_closed.fetch_add(cut, Relaxed);
+        cut
     }
 
     /// Drains and closes where the peer's identity has ended.
@@ -187,4 +239,9 @@ impl AttestationTask {
         }
         false
     }
+}
+
+fn cut_all(connections: &[PeerConnection]) -> u64 {
+    let open = connections.iter().filter(|c| !c.is_closed());
+    open.map(|c| c.close(close_code::REVOKED, "my identity is revoked")).count() as u64
 }
