@@ -10,7 +10,7 @@
 //! ```
 //! - **Bandwidth** is the highest delivery rate of the last 10 rounds that had data to send; application-limited
 //!   samples only raise it. **Minimum RTT** is the lowest of the last 10 s.
-//! - **Loss** alone says little on a WAN: 1 % at random changes nothing. Over 2 % while the RTT grows, in two rounds running
+//! - **Loss** alone says little on a WAN: 1 % at random changes nothing, nor do one or two packets in a round. Over 2 % while the RTT grows, in two rounds running
 //!   or around Up, over 12 % in one, or an ECN mark lower a cap on the window by 15 %; rounds without raise it again.
 //! - **Crowded.** A loss-based flow fills the buffer and would starve one that keeps out of it. When Down still sees
 //!   1.35 x the minimum RTT the queue is somebody else's, and Cruise holds as many BDP as that RTT is longer, up to 2.
@@ -45,6 +45,8 @@ const CRUISE_ROUNDS: u32 = 5;
 const CROWDED_CRUISE_ROUNDS: u32 = 12;
 /// A longer drain than this means that the queue is not ours.
 const DRAIN_ROUNDS: u32 = 4;
+/// So few lost in a round are chance: at 1 % at random, a round of 20 packets has three in one of 1000.
+const FEW_LOST_PACKETS: u64 = 2;
 const LOSSY: f64 = 0.02;
 const VERY_LOSSY: f64 = 0.12;
 const CAP_STEP: f64 = 0.85;
@@ -291,7 +293,9 @@ impl Model {
 
     fn end_round(&mut self, now: Instant) {
         let delivered = self.delivery.delivered() - self.round.delivered_before;
-        let loss = self.round.lost as f64 / (self.round.lost + delivered).max(1) as f64;
+        // Fewer say nothing of a rate: of four packets a round one lost at random is 25 %.
+        let lost = if self.round.lost > FEW_LOST_PACKETS * self.mtu { self.round.lost } else { 0 };
+        let loss = lost as f64 / (lost + delivered).max(1) as f64;
         let stretch = self.stretch(self.round.min_rtt);
         self.phase_rounds = self.phase_rounds.saturating_add(1);
         self.react_to_loss(now, loss, stretch);

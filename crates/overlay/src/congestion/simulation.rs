@@ -138,6 +138,10 @@ impl Link {
         }
     }
 
+    /// Another course of losses.
+    pub fn seed(&mut self, seed: u64) {
+        self.seed = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    }
     pub fn ours(&mut self) -> usize {
         let controller = ModelController::new(ModelConfig::default(), self.now, MTU as u16);
         self.add(Control::Ours(Box::new(controller)))

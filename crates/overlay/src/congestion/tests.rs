@@ -136,6 +136,28 @@ fn an_application_that_sends_little_does_not_lower_the_estimate() {
 }
 
 #[test]
+fn single_losses_among_few_packets_do_not_hold_a_request_load_down() {
+    // A hundred requests at once are 16 Mbit/s: 70 packets a round trip. From the start, or after one at a time.
+    let mut slow = Vec::new();
+    for (seed, before) in (1..=200).flat_map(|seed| [(seed, None), (seed, Some(0.2)), (seed, Some(2.0))]) {
+        let mut link = Link::new(300.0, RTT, 1.0, 0.01);
+        link.seed(seed);
+        let flow = link.ours();
+        if let Some(megabits) = before {
+            link.offer(flow, Some(megabits));
+            link.run(seconds(5));
+        }
+        link.offer(flow, Some(16.0));
+        link.run(seconds(1));
+        let share = link.run(seconds(2))[flow];
+        if share.megabits < 14.0 {
+            slow.push((seed, before, share.megabits, link.model(flow).window()));
+        }
+    }
+    assert!(slow.is_empty(), "{} of 600: {slow:?}", slow.len());
+}
+
+#[test]
 fn an_outage_restarts_the_model_and_the_flow_comes_back_fast() {
     let mut link = Link::new(300.0, RTT, 1.0, 0.0);
     let flow = link.ours();
