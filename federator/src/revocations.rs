@@ -10,6 +10,7 @@ use std::sync::Arc;
 use tombolo_identity::SpiffeId;
 use tombolo_identity::revocation::Target;
 use tombolo_model::names::ClusterName;
+use tombolo_model::resource::revocation::trimmed_serial;
 use tombolo_model::resource::{RevocationSpec, RevocationTarget, Spec};
 use tombolo_overlay::revoking;
 use tombolo_proto::v1;
@@ -84,7 +85,33 @@ pub fn for_peers(facts: &Facts) -> impl Iterator<Item = (&str, v1::Revocation)> 
 /// All that hold in this cluster.
 pub fn in_force(facts: &Facts) -> Vec<v1::Revocation> {
     let of_peers = facts.imports.values().flat_map(|import| import.revocations.values().cloned());
-    own(facts).map(|(_, revocation)| revocation).chain(of_peers).collect()
+    let own = own(facts).map(|(_, revocation)| revocation).filter(|revocation| holds_here(facts, revocation));
+    own.chain(of_peers).collect()
+}
+
+/// A revocation of the own cluster is for the linked ones: here it would cut the members from the federator that alone
+/// could take it back.
+pub fn holds_here(facts: &Facts, revocation: &v1::Revocation) -> bool {
+    let everything = matches!(revocation.target, Some(v1::revocation::Target::Everything(_)));
+    !(everything && revocation.cluster == facts.cluster.name.as_str())
+}
+
+/// Whether a spec means this cluster's own federator by itself.
+pub fn means_federator(facts: &Facts, spec: &RevocationSpec) -> bool {
+    let federator = facts.cluster.federator_id.as_str();
+    match spec.target() {
+        Some(RevocationTarget::SpiffeId(id)) => id == federator,
+        Some(RevocationTarget::Serial(serial)) => {
+            let mut held = facts.identities.values().filter(|record| record.spiffe_id == federator);
+            held.any(|record| is_serial(&record.serial, &serial))
+        }
+        _ => false,
+    }
+}
+
+/// Whether a stored serial (hex, as in the certificate) is this one (without leading zeros).
+fn is_serial(stored: &str, serial: &[u8]) -> bool {
+    hex::decode(stored).is_ok_and(|stored| trimmed_serial(&stored) == serial)
 }
 
 /// How far one revocation is enforced by one holder of connections.
@@ -118,23 +145,22 @@ pub fn progress(facts: &Facts, revocation: &v1::Revocation) -> Vec<Enforcement> 
     std::iter::once(federator).chain(members.map(member)).collect()
 }
 
+/// The object that revokes an identity of this cluster as such, whatever certificate it shows.
+pub fn of_identity<'a>(facts: &'a Facts, id: &SpiffeId) -> Option<&'a str> {
+    let mut own = own(facts).filter(|(_, revocation)| holds_here(facts, revocation));
+    own.find(|(_, r)| revoking::from_wire(r).is_ok_and(|(target, _)| target.names(id))).map(|(name, _)| name)
+}
+
 /// Whether a member is among those that are revoked.
 fn is_meant(facts: &Facts, target: &Target, member: &Member) -> bool {
     let id = &member.spiffe_id;
     match target {
-        Target::SpiffeId(revoked) => revoked == id,
         Target::Serial { serial, .. } => {
-            let hex = hex::encode(serial);
             let issued = facts.identities.values().filter(|record| record.spiffe_id == id.as_str());
-            issued.max_by_key(|record| record.issued_unix).is_some_and(|record| {
-                record.serial.replace(':', "").to_ascii_lowercase().trim_start_matches('0')
-                    == hex.trim_start_matches('0')
-            })
+            let newest = issued.max_by_key(|record| record.issued_unix);
+            newest.is_some_and(|record| is_serial(&record.serial, serial))
         }
-        Target::Node { cluster, name } => {
-            id.cluster().as_ref() == Some(cluster) && id.within_cluster() == Some(&format!("/vm/{name}"))
-        }
-        Target::Cluster(cluster) => id.cluster().as_ref() == Some(cluster),
+        target => target.names(id),
     }
 }
 

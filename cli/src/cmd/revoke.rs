@@ -27,7 +27,7 @@ TARGET is one of
   spiffe://DOMAIN/cluster/EAST/...   one identity
   serial:HEX                         one certificate of this cluster
   node:NAME                          a machine or gateway of this cluster
-  cluster:NAME                       this whole cluster, or here alone everything of a linked one
+  cluster:NAME                       this whole cluster, for the linked ones; or a linked one, for this one alone
 
 What is about this cluster's identities holds in every linked cluster. `tombolo get revocations` lists what is revoked,
 `tombolo unrevoke TARGET` takes it back.

@@ -17,6 +17,7 @@ use super::allot::block_key;
 use super::{Core, CoreError, Moment};
 use crate::facts::{CONTROL, FederatorEndpoint, IdentityRecord, LeaseRecord, Role};
 use crate::registry::Member;
+use crate::revocations;
 use crate::store::{Table, Transaction};
 
 /// What the CA's signature on a lease is labelled with.
@@ -153,6 +154,11 @@ impl Core {
         moment: Moment,
         transaction: Transaction,
     ) -> Result<(v1::Svid, Transaction, (String, IdentityRecord)), CoreError> {
+        if let Some(object) = revocations::of_identity(&self.facts, id) {
+            return Err(CoreError::Denied(format!(
+                "{id} is revoked (revocation/{object}): nobody gets it before an operator takes that back, with `tombolo unrevoke {object}`"
+            )));
+        }
         let leaf = self.issuer.issue(csr_der, id, LEAF_LIFE, moment.unix)?;
         let serial = hex::encode(&leaf.serial);
         let record = IdentityRecord {

@@ -51,6 +51,13 @@ impl Core {
                 Outcome::Created
             }
         };
+        if let Spec::Revocation(spec) = &object.spec
+            && revocations::means_federator(&self.facts, spec)
+        {
+            return Err(CoreError::Invalid(
+                "this cluster's own federator can't be revoked here: members that refuse it could never be told that it is accepted again; revoke `cluster: NAME` in the linked clusters, or replace the cluster's intermediate".to_owned(),
+            ));
+        }
         if dry_run {
             return Ok(outcome);
         }

@@ -29,6 +29,8 @@ use crate::mesh::tombolo_binary;
 const STREAMS: usize = 1000;
 /// Handshakes under way at a time: what pools of as many sidecars with jittered backoff come to.
 const AT_A_TIME: usize = 64;
+const PATIENCE: Duration = Duration::from_secs(20);
+const REPORT_EVERY: Duration = Duration::from_millis(500);
 /// Memory that is freed lazily has settled by then.
 const SETTLE: Duration = Duration::from_secs(3);
 
@@ -93,7 +95,7 @@ fn caller(place: &mut Place) -> Result<SocketAddr> {
 struct Clients {
     member: Member,
     overlay: Overlay,
-    _tasks: TaskGroup,
+    tasks: TaskGroup,
 }
 
 impl Clients {
@@ -116,7 +118,7 @@ impl Clients {
         };
         let overlay = Overlay::bind(config, &tasks)?;
         overlay.set_routes(member.first_routes());
-        Ok(Self { member, overlay, _tasks: tasks })
+        Ok(Self { member, overlay, tasks })
     }
 
     /// The healthy backend of the service, as the newest snapshot has it.
@@ -129,14 +131,23 @@ impl Clients {
             lease: Some(self.member.lease().to_wire()),
             ..Default::default()
         };
-        let mut snapshots = ConfigClient::new(channel).watch_sidecar(hello).await?.into_inner();
+        let mut client = ConfigClient::new(channel);
+        let mut snapshots = client.watch_sidecar(hello).await?.into_inner();
         loop {
-            let snapshot = snapshots.message().await?.context("the federator ended the stream")?;
+            let next = tokio::time::timeout(PATIENCE, snapshots.message()).await;
+            let snapshot = next.context("no backend in time")??.context("the federator ended the stream")?;
             let tables = Tables::parse(&snapshot, self.member.cluster(), self.member.tag())?;
             let upstream = tables.upstreams.get(&"bench/http".parse()?).cloned();
             let healthy = upstream.and_then(|u| u.backends.iter().find(|b| b.healthy > 0).cloned());
             if let Some(backend) = healthy {
                 self.overlay.set_routes(tables.routes);
+                // A member that closes its stream, or says nothing for two seconds, has left: nobody answers it.
+                self.tasks.spawn("stay", async move {
+                    while client.report(v1::StatusReport::default()).await.is_ok() {
+                        tokio::time::sleep(REPORT_EVERY).await;
+                    }
+                    drop(snapshots);
+                });
                 return Ok(backend);
             }
         }
@@ -157,7 +168,7 @@ impl Clients {
         let (mut open, mut failed) = (Vec::with_capacity(count), 0);
         let mut dials = FuturesUnordered::new();
         while open.len() < count {
-            ensure!(failed <= count, "more dials fail than work");
+            ensure!(failed <= 4 * AT_A_TIME, "{failed} dials have failed, {} connections stand", open.len());
             while dials.len() < AT_A_TIME && open.len() + dials.len() < count {
                 dials.push(self.overlay.dial(&target, Arc::clone(&tls)));
             }

@@ -99,7 +99,8 @@ struct Target {
     /// Full at once, then everything is dropped there.
     _sink: UdpSocket,
     inner: SocketAddr,
-    _tasks: TaskGroup,
+    overlay: Overlay,
+    tasks: TaskGroup,
 }
 
 impl Target {
@@ -149,9 +150,15 @@ impl Target {
                 tokio::time::sleep(Duration::from_millis(500)).await;
             }
         });
-        let target = Self { place, member, endpoint, _sink: sink, inner, _tasks: tasks };
+        let target = Self { place, member, endpoint, _sink: sink, inner, overlay, tasks };
         target.reached().await?;
         Ok(target)
+    }
+
+    /// Lets the addresses go: the next one has the same.
+    async fn down(self) {
+        self.overlay.close().await;
+        self.tasks.shutdown(Duration::from_secs(1)).await;
     }
 
     fn cid(&self) -> Result<Cid> {
@@ -228,6 +235,7 @@ async fn rate(workers: u8, window: Duration) -> Result<f64> {
     let (after, took) = (target.forwarded()?, begun.elapsed());
     stop.store(true, Relaxed);
     sender.join().map_err(|_| anyhow::anyhow!("the sender failed"))??;
+    target.down().await;
     Ok(after.saturating_sub(before) as f64 / took.as_secs_f64())
 }
 
@@ -254,5 +262,7 @@ async fn distinct() -> Result<(f64, f64)> {
     let before = target.place.rss_mb("gateway")?;
     send(DISTINCT)?;
     tokio::time::sleep(Duration::from_secs(1)).await;
-    Ok((before, target.place.rss_mb("gateway")?))
+    let after = target.place.rss_mb("gateway")?;
+    target.down().await;
+    Ok((before, after))
 }

@@ -332,3 +332,41 @@ fn a_gateway_that_joined_anew_is_restored_where_it_is_now() {
         assert_eq!(restored.endpoint.unwrap().0.block(), again.block());
     }
 }
+
+#[test]
+fn a_revoked_identity_is_issued_to_nobody_and_the_federator_can_not_revoke_itself() {
+    let (world, mut east, _web) = one_sidecar();
+    let revoke = |spec: Value| {
+        object(json!({
+            "apiVersion": "tombolo.dev/v1alpha1", "kind": "Revocation", "metadata": { "name": "gone" }, "spec": spec,
+        }))
+    };
+    let web = "spiffe://acme.example/cluster/east/ns/shop/sa/web";
+    east.core.apply(revoke(json!({ "spiffeId": web })), false, at(1)).unwrap();
+    let again = |east: &mut Cluster, seconds| {
+        let token = east.token("sidecar", "web", at(seconds));
+        east.core.join_workload(&request_for(&token), at(seconds))
+    };
+    assert_says(
+        &again(&mut east, 2).unwrap_err().to_string(),
+        &[web, "revocation/gone", "tombolo unrevoke gone"],
+    );
+    east.join("sidecar", "api", at(3));
+
+    // Over a restart too.
+    drop(east);
+    let mut east = world.start("east", at(4));
+    assert!(again(&mut east, 5).is_err());
+    let key = east.core.facts.objects.keys().next().cloned().unwrap();
+    assert!(east.core.delete(&key, false).unwrap());
+    assert!(again(&mut east, 6).is_ok());
+
+    let federator = east.core.facts.cluster.federator_id.to_string();
+    let svid = east.core.own_svid(&csr(), at(7)).unwrap();
+    assert_eq!(svid.spiffe_id, federator);
+    let held = east.core.facts.identities.values().find(|record| record.spiffe_id == federator).unwrap();
+    for spec in [json!({ "spiffeId": federator }), json!({ "serial": held.serial })] {
+        let refused = east.core.apply(revoke(spec), false, at(8)).unwrap_err().to_string();
+        assert_says(&refused, &["own federator", "linked clusters"]);
+    }
+}

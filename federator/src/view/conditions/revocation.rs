@@ -26,7 +26,8 @@ pub fn of(view: &View<'_>, stored: &StoredObject, spec: &RevocationSpec) -> (Vec
         let text = format!("{what} is no identity of a cluster, so nobody holds it");
         return (vec![condition("Enforced", false, "Invalid", text)], json!({}));
     };
-    let shares: Vec<Share> = std::iter::once(own_share(view, &wire)).chain(peers(view, &wire)).collect();
+    let here = revocations::holds_here(view.facts, &wire).then(|| own_share(view, &wire));
+    let shares: Vec<Share> = here.into_iter().chain(peers(view, &wire)).collect();
     let pending: Vec<String> = shares
         .iter()
         .filter(|share| share.enforced < share.members)

@@ -106,6 +106,12 @@ fn own_identities_are_revoked_everywhere_and_others_here_alone() {
     // That link's other side enforces nothing of it.
     let shown = get_one(&facts, "revocation", "all-of-west");
     assert_eq!(shown.pointer("/status/clusters").and_then(Value::as_array).map(Vec::len), Some(1));
+
+    // The own cluster as a whole: for the others, since members would refuse the federator that can take it back.
+    facts.apply(revocation("ourselves", json!({ "cluster": "east" })));
+    assert_eq!((in_force(&facts).len(), for_peers(&facts).count()), (2, 2));
+    let shown = get_one(&facts, "revocation", "ourselves");
+    assert_condition("west alone", &shown, "Enforced", "False Pending", &["by west: its federator"]);
 }
 
 #[test]
