@@ -15,7 +15,7 @@ use tombolo_proto::convert::{self, FieldError};
 use tombolo_proto::v1;
 
 use crate::facts::{AllowedRanges, Facts, Import, ImportedExport, PeerGateway, Port};
-use crate::revocations::{MAX_REVOCATIONS, enforced_key, object_of, record_key};
+use crate::revocations::{MAX_PEER_BYTES, MAX_REVOCATIONS, enforced_key, object_of, record_key};
 
 /// Key of the record with a cluster's gateways.
 pub const GATEWAYS: &str = "gateways";
@@ -115,8 +115,12 @@ fn read(import: &mut Import, scope: &PeerScope, record: &v1::Record) -> Result<(
         }
         Some(v1::record::Value::Revocation(revocation)) => {
             revocation_of(scope, &record.key, revocation)?;
-            if import.revocations.len() >= MAX_REVOCATIONS && !import.revocations.contains_key(&record.key) {
-                let expected = format!("at most {MAX_REVOCATIONS} revocations");
+            let others = import.revocations.iter().filter(|(key, _)| **key != record.key);
+            let (count, bytes) =
+                others.fold((1, revocation.encoded_len()), |(n, sum), (_, r)| (n + 1, sum + r.encoded_len()));
+            if count > MAX_REVOCATIONS || bytes > MAX_PEER_BYTES {
+                let expected =
+                    format!("at most {MAX_REVOCATIONS} revocations and {MAX_PEER_BYTES} bytes of them");
                 return Err(FieldError::new("revocation", &record.key, expected));
             }
             import.revocations.insert(record.key.clone(), revocation.clone());

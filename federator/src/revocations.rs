@@ -7,6 +7,7 @@
 
 use std::sync::Arc;
 
+use prost::Message;
 use tombolo_identity::SpiffeId;
 use tombolo_identity::revocation::Target;
 use tombolo_model::names::ClusterName;
@@ -20,6 +21,12 @@ use crate::registry::{Member, Presence};
 
 /// Of one cluster: the list travels whole in every snapshot. A node or a cluster counts once.
 pub const MAX_REVOCATIONS: usize = 1000;
+/// Of this cluster, whatever the next one may be: 3 KB at most.
+pub const MAX_OWN_BYTES: usize = 1024 * 1024;
+/// Of one peer: its thousand of usual length.
+pub const MAX_PEER_BYTES: usize = 256 * 1024;
+/// Of all that hold here: half of what a snapshot may have, so that no peer can keep anybody from being configured.
+const MAX_BYTES: usize = 2 * 1024 * 1024;
 /// Named in a record; more are counted.
 const MAX_NAMED: usize = 20;
 const MAX_NAME_CHARS: usize = 200;
@@ -77,16 +84,28 @@ pub fn own(facts: &Facts) -> impl Iterator<Item = (&str, v1::Revocation)> {
     })
 }
 
+/// Whether one more, the object of this name, may be stored.
+pub fn has_room(facts: &Facts, object: &str) -> bool {
+    let others = own(facts).filter(|(name, _)| *name != object);
+    let (count, bytes) = others.fold((0, 0), |(n, sum), (_, r)| (n + 1, sum + r.encoded_len()));
+    count < MAX_REVOCATIONS && bytes < MAX_OWN_BYTES
+}
+
 /// Those that go to every linked cluster: about this cluster's identities.
 pub fn for_peers(facts: &Facts) -> impl Iterator<Item = (&str, v1::Revocation)> {
     own(facts).filter(|(_, revocation)| revocation.cluster == facts.cluster.name.as_str())
 }
 
-/// All that hold in this cluster.
+/// All that hold in this cluster, its own first. What peers have beyond [`MAX_BYTES`] is not enforced here, and they see it.
 pub fn in_force(facts: &Facts) -> Vec<v1::Revocation> {
     let of_peers = facts.imports.values().flat_map(|import| import.revocations.values().cloned());
     let own = own(facts).map(|(_, revocation)| revocation).filter(|revocation| holds_here(facts, revocation));
-    own.chain(of_peers).collect()
+    let mut bytes = 0;
+    let fits = |revocation: &v1::Revocation| {
+        bytes += revocation.encoded_len();
+        bytes <= MAX_BYTES
+    };
+    own.chain(of_peers).take_while(fits).collect()
 }
 
 /// A revocation of the own cluster is for the linked ones: here it would cut the members from the federator that alone

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use tombolo_model::names::ClusterName;
-use tombolo_model::resource::{MAX_ACCESS_POLICIES, Object, ObjectKey, Spec};
+use tombolo_model::resource::{MAX_ACCESS_POLICIES, Object, ObjectKey, RevocationSpec, Spec};
 
 use super::{Core, CoreError, Moment};
 use crate::facts::{ObjectRecord, StoredObject};
@@ -51,12 +51,8 @@ impl Core {
                 Outcome::Created
             }
         };
-        if let Spec::Revocation(spec) = &object.spec
-            && revocations::means_federator(&self.facts, spec)
-        {
-            return Err(CoreError::Invalid(
-                "this cluster's own federator can't be revoked here: members that refuse it could never be told that it is accepted again; revoke `cluster: NAME` in the linked clusters, or replace the cluster's intermediate".to_owned(),
-            ));
+        if let Spec::Revocation(spec) = &object.spec {
+            self.check_revocation(&object.metadata.name, spec)?;
         }
         if dry_run {
             return Ok(outcome);
@@ -87,7 +83,6 @@ impl Core {
     fn room_for_policy(&self, key: &ObjectKey) -> Result<(), CoreError> {
         let policies = match key.kind {
             "AccessPolicy" => access_policy_count(&self.facts, &key.namespace),
-            "Revocation" => return self.room_for_revocation(),
             _ => return Ok(()),
         };
         if policies < MAX_ACCESS_POLICIES {
@@ -99,13 +94,21 @@ impl Core {
         )))
     }
 
-    fn room_for_revocation(&self) -> Result<(), CoreError> {
-        if revocations::own(&self.facts).count() < MAX_REVOCATIONS {
-            return Ok(());
+    /// Whether this revocation may be stored. All travel whole in every snapshot: one that did not fit would be enforced
+    /// nowhere.
+    fn check_revocation(&self, name: &str, spec: &RevocationSpec) -> Result<(), CoreError> {
+        if !revocations::has_room(&self.facts, name) {
+            return Err(CoreError::Exhausted(format!(
+                "{MAX_REVOCATIONS} revocations (or {} KiB of them) are in force, as many as may be: revoke a node or the cluster as a whole, or delete those whose certificates have ended",
+                revocations::MAX_OWN_BYTES / 1024
+            )));
         }
-        Err(CoreError::Exhausted(format!(
-            "{MAX_REVOCATIONS} revocations are in force, as many as may be: revoke a node or the cluster as a whole, or delete those whose certificates have ended"
-        )))
+        if revocations::means_federator(&self.facts, spec) {
+            return Err(CoreError::Invalid(
+                "this cluster's own federator can't be revoked here: members that refuse it could never be told that it is accepted again; revoke `cluster: NAME` in the linked clusters, or replace the cluster's intermediate".to_owned(),
+            ));
+        }
+        Ok(())
     }
 
     /// Removes an object; whether it was there.

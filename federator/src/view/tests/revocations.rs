@@ -147,3 +147,34 @@ fn a_peers_word_is_believed_about_its_own_identities_alone_and_answered() {
     import::remove(facts.import("west"), &record_key("api"));
     assert_eq!(in_force(&facts).len(), 1);
 }
+
+#[test]
+fn peers_can_not_fill_the_snapshots_of_others() {
+    let mut facts = revoked();
+    for peer in 0..20 {
+        let peer = format!("peer-{peer:02}");
+        facts.link(&peer);
+        let scope = import::PeerScope::of(&facts, &cluster(&peer));
+        let import = facts.import(&peer);
+        for number in 0..300 {
+            let path = format!("{}{number}", "x".repeat(1900));
+            let id = format!("spiffe://acme.example/cluster/{peer}/ns/shop/sa/{path}");
+            let object = format!("r{number}");
+            let revocation = v1::Revocation {
+                name: format!("{peer}/{object}@1.1"),
+                cluster: peer.clone(),
+                target: Some(v1::revocation::Target::SpiffeId(id)),
+                reason: String::new(),
+            };
+            let value = Some(v1::record::Value::Revocation(revocation));
+            import::put(import, &scope, &v1::Record { key: record_key(&object), value });
+        }
+        let refused = import.rejected.values().next().unwrap();
+        assert!(refused.contains("bytes of them"), "{refused}");
+        assert!((100..200).contains(&import.revocations.len()), "{}", import.revocations.len());
+    }
+    let held = in_force(&facts);
+    let bytes: usize = held.iter().map(prost::Message::encoded_len).sum();
+    assert!(bytes <= 2 * 1024 * 1024, "{bytes}");
+    assert!(held[0].name.starts_with("east/cart@"), "the own ones come first");
+}
