@@ -127,8 +127,7 @@ fn read(import: &mut Import, scope: &PeerScope, record: &v1::Record) -> Result<(
         }
         Some(v1::record::Value::Enforced(enforced)) => {
             expect_key(&record.key, &enforced_key(&enforced.revocation))?;
-            if enforced.pending.len() > MAX_PENDING || enforced.pending.iter().any(|p| p.len() > MAX_TEXT * 4)
-            {
+            if enforced.pending.len() > MAX_PENDING || enforced.pending.iter().any(|p| p.len() > MAX_TEXT) {
                 let expected = format!("at most {MAX_PENDING} names");
                 return Err(FieldError::new("enforced.pending", enforced.pending.len(), expected));
             }

@@ -7,6 +7,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tombolo_identity::SpiffeId;
@@ -57,9 +58,6 @@ pub struct Served {
     pub reason: String,
 }
 
-/// More revocations than hold in any cluster.
-const MAX_ENFORCED: usize = 100_000;
-
 /// A sidecar.
 #[derive(Clone, Debug)]
 pub struct Member {
@@ -85,7 +83,8 @@ pub struct Member {
     pub upstreams: Vec<v1::UpstreamStatus>,
     pub hops: Vec<v1::HopStatus>,
     /// Revocations by name, and when this process enforced them: milliseconds since the Unix epoch.
-    pub enforced: BTreeMap<String, i64>,
+    /// Shared, since the registry is copied with every change of the facts.
+    pub enforced: Arc<BTreeMap<String, i64>>,
 }
 
 impl Member {
@@ -188,7 +187,7 @@ pub struct Registry {
     last_tick: Option<Duration>,
     patience: Patience,
     /// As [`Member::enforced`], of this federator.
-    pub own_enforced: BTreeMap<String, i64>,
+    pub own_enforced: Arc<BTreeMap<String, i64>>,
 }
 
 impl Registry {
@@ -247,7 +246,7 @@ impl Registry {
             version: String::new(),
             upstreams: Vec::new(),
             hops: Vec::new(),
-            enforced: BTreeMap::new(),
+            enforced: Arc::default(),
         };
         self.enter(member);
     }
@@ -276,8 +275,8 @@ impl Registry {
             Event::GatewayReport { name, report } => self.gateway_report(&name, *report, now, unix),
             Event::Closed { watch } => self.closed(watch),
             Event::OwnEnforced(enforced) => {
-                let changed = self.own_enforced != enforced;
-                self.own_enforced = enforced;
+                let changed = *self.own_enforced != enforced;
+                self.own_enforced = Arc::new(enforced);
                 changed
             }
             Event::Tick => self.tick(now),
@@ -354,10 +353,10 @@ impl Registry {
         }
         if !report.enforcements.is_empty() {
             // All of them, not only the new ones: what is revoked no more is forgotten with it.
-            let all = report.enforcements.into_iter().take(MAX_ENFORCED);
+            let all = report.enforcements.into_iter();
             let all: BTreeMap<String, i64> = all.map(|e| (e.revocation, e.at_unix_ms)).collect();
-            changed |= member.enforced != all;
-            member.enforced = all;
+            changed |= *member.enforced != all;
+            member.enforced = Arc::new(all);
         }
         member.upstreams = report.upstreams;
         member.hops = report.hops;

@@ -12,13 +12,14 @@ use tombolo_identity::SpiffeId;
 use tombolo_identity::revocation::Target;
 use tombolo_model::names::ClusterName;
 use tombolo_model::resource::revocation::trimmed_serial;
-use tombolo_model::resource::{RevocationSpec, RevocationTarget, Spec};
+use tombolo_model::resource::{ObjectKey, RevocationSpec, RevocationTarget, Spec};
 use tombolo_overlay::revoking;
 use tombolo_proto::v1;
 
 use crate::facts::{Facts, StoredObject};
 use crate::registry::{Member, Presence};
 
+const KIND: &str = "Revocation";
 /// Of one cluster: the list travels whole in every snapshot. A node or a cluster counts once.
 pub const MAX_REVOCATIONS: usize = 1000;
 /// Of this cluster, whatever the next one may be: 3 KB at most.
@@ -75,7 +76,9 @@ fn to_wire(own: &ClusterName, stored: &StoredObject, spec: &RevocationSpec) -> O
 
 /// This cluster's own, with the names of their objects.
 pub fn own(facts: &Facts) -> impl Iterator<Item = (&str, v1::Revocation)> {
-    facts.objects.values().filter_map(|stored| match &stored.object.spec {
+    let first = ObjectKey { kind: KIND, namespace: String::new(), name: String::new() };
+    let revocations = facts.objects.range(first..).take_while(|(key, _)| key.kind == KIND);
+    revocations.filter_map(|(_, stored)| match &stored.object.spec {
         Spec::Revocation(spec) => {
             let object = stored.object.metadata.name.as_str();
             Some((object, to_wire(&facts.cluster.name, stored, spec)?))
@@ -135,9 +138,9 @@ fn is_serial(stored: &str, serial: &[u8]) -> bool {
 
 /// How far one revocation is enforced by one holder of connections.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Enforcement {
+pub struct Enforcement<'a> {
     /// `federator`, or a sidecar's identity.
-    pub who: String,
+    pub who: &'a str,
     /// Milliseconds since the Unix epoch; `None`: not yet.
     pub at_unix_ms: Option<i64>,
     /// It can't be reached now: it enforces before any traffic when it is back, or keeps what it knows until then.
@@ -145,10 +148,10 @@ pub struct Enforcement {
 }
 
 /// Everybody in this cluster who has to enforce it.
-pub fn progress(facts: &Facts, revocation: &v1::Revocation) -> Vec<Enforcement> {
+pub fn progress<'a>(facts: &'a Facts, revocation: &v1::Revocation) -> Vec<Enforcement<'a>> {
     let target = revoking::from_wire(revocation).ok().map(|(target, _)| target);
     let federator = Enforcement {
-        who: "federator".to_owned(),
+        who: "federator",
         at_unix_ms: facts.registry.own_enforced.get(&revocation.name).copied(),
         absent: false,
     };
@@ -156,8 +159,8 @@ pub fn progress(facts: &Facts, revocation: &v1::Revocation) -> Vec<Enforcement> 
         // Who is revoked itself has been cut off, and is not asked. One that said farewell has ended.
         !member.leaving && !target.as_ref().is_some_and(|target| is_meant(facts, target, member))
     });
-    let member = |member: &Member| Enforcement {
-        who: member.spiffe_id.to_string(),
+    let member = |member: &'a Member| Enforcement {
+        who: member.spiffe_id.as_str(),
         at_unix_ms: member.enforced.get(&revocation.name).copied(),
         absent: member.presence != Presence::Live,
     };

@@ -4,7 +4,7 @@
 //! The order is the promise: verifiers first, so that nobody new gets in, then live connections, then the time is noted.
 //! What can't be read (a newer version's) is not enforced and so never acknowledged.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -59,10 +59,22 @@ pub fn from_wire(wire: &v1::Revocation) -> Result<(Target, Arc<str>), FieldError
 struct State {
     /// As last learned, to see a change.
     wire: Vec<v1::Revocation>,
+    /// Of those that could be read.
+    names: BTreeSet<Arc<str>>,
     /// When each was enforced here, milliseconds since the Unix epoch.
     enforced: BTreeMap<Arc<str>, i64>,
     /// What is known here has not been told to a federator.
     untold: bool,
+}
+
+impl State {
+    /// The list may be another one by the time that it has been told.
+    fn told(&mut self, told: &[v1::Enforcement]) {
+        let known = |e: &v1::Enforcement| self.enforced.get(e.revocation.as_str()) == Some(&e.at_unix_ms);
+        if told.len() == self.enforced.len() && told.iter().all(known) {
+            self.untold = false;
+        }
+    }
 }
 
 /// The revocations of one process; clones share them.
@@ -91,7 +103,9 @@ impl Enforcer {
                 Err(error) => refused.push(error),
             }
         }
-        state.enforced.retain(|name, _| read.iter().any(|(_, known)| known == name));
+        let names: BTreeSet<Arc<str>> = read.iter().map(|(_, name)| Arc::clone(name)).collect();
+        state.enforced.retain(|name, _| names.contains(name));
+        state.names = names;
         state.wire = wire.to_vec();
         self.svid.set_revocations(&Revocations::new(read));
         refused
@@ -99,11 +113,11 @@ impl Enforcer {
 
     /// Cuts what lives, and notes what is enforced for the first time at `unix`.
     pub async fn enforce(&self, overlay: &Overlay, unix: impl Fn() -> Duration) {
-        let all = || -> Vec<Arc<str>> {
-            self.lock().wire.iter().filter_map(|wire| Some(from_wire(wire).ok()?.1)).collect()
+        let asked: Vec<Arc<str>> = {
+            let state = self.lock();
+            state.names.iter().filter(|name| !state.enforced.contains_key(*name)).cloned().collect()
         };
-        let asked = all();
-        if asked.iter().all(|name| self.lock().enforced.contains_key(name)) {
+        if asked.is_empty() {
             return;
         }
         if overlay.enforce_revocations().await.is_none() {
@@ -140,10 +154,7 @@ impl Enforcer {
 
     /// A federator has been told of `told`.
     pub fn told(&self, told: &[v1::Enforcement]) {
-        let mut state = self.lock();
-        if told.len() == state.enforced.len() {
-            state.untold = false;
-        }
+        self.lock().told(told);
     }
 
     /// Another federator, or one that was restarted, answers: it knows nothing yet.
@@ -163,6 +174,16 @@ mod tests {
 
     fn wire(name: &str, target: Option<v1::revocation::Target>) -> v1::Revocation {
         v1::Revocation { name: name.into(), cluster: "east".into(), target, reason: String::new() }
+    }
+
+    #[test]
+    fn a_list_that_changes_of_the_same_length_is_not_taken_for_told() {
+        let told = |name: &str| v1::Enforcement { revocation: name.into(), at_unix_ms: 1 };
+        let mut state = State { enforced: [("b".into(), 1)].into(), untold: true, ..State::default() };
+        state.told(&[told("a")]);
+        assert!(state.untold);
+        state.told(&[told("b")]);
+        assert!(!state.untold);
     }
 
     #[test]

@@ -2,8 +2,9 @@
 //!
 //! quinn never sees a path change: whatever gateway replica carries a packet, it seems to come from
 //! [`VIRTUAL_PEER`]. Several source ports (slots) are kept where a balancer hides several replicas behind one
-//! address. Bulk leaves in larger sends than quinn's ([`gather`]). Control datagrams that arrive on the same port are taken out and handed to the hops task; when that
-//! falls behind they are dropped with a counter. Nothing here ever returns an error that would end quinn's driver.
+//! address. Bulk leaves in larger sends than quinn's ([`gather`]). Control datagrams that arrive on the same port are taken
+//! out and handed to the hops task; when that falls behind they are dropped with a counter. Nothing here ever returns an
+//! error that would end quinn's driver.
 
 mod gather;
 

@@ -1,6 +1,6 @@
 //! What gateways and sidecars say about themselves: checked, entered into the registry, kept for the next start.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::SocketAddr;
 
 use tombolo_identity::{PeerIdentity, SpiffeId};
@@ -16,6 +16,7 @@ use super::{Core, CoreError, Moment};
 use crate::facts::{GatewayRecord, LeaseRecord, Port, Role, ServedRecord, ShiftRecord};
 use crate::import::port_of;
 use crate::registry::{Event, GatewayHello, Presence, SidecarHello};
+use crate::revocations;
 use crate::store::{Table, Transaction};
 
 /// One process serves a handful of services.
@@ -159,13 +160,19 @@ impl Core {
         &mut self,
         caller: &PeerIdentity,
         connection: usize,
-        report: v1::StatusReport,
+        mut report: v1::StatusReport,
         moment: Moment,
     ) -> Result<v1::ReportAck, CoreError> {
         let session = self.sessions.get(&connection).filter(|s| *s.id() == caller.spiffe_id).cloned();
         let session = session.ok_or_else(|| {
             CoreError::Precondition("open the configuration stream before reporting".to_owned())
         })?;
+        if !report.enforcements.is_empty() {
+            // What a member makes up is not kept.
+            let held = revocations::in_force(&self.facts);
+            let held: BTreeSet<&str> = held.iter().map(|revocation| revocation.name.as_str()).collect();
+            report.enforcements.retain(|enforcement| held.contains(enforcement.revocation.as_str()));
+        }
         let acknowledged = match &session {
             Session::Sidecar { id, block, .. } => self.record_shifts(id, *block, &report.shifts),
             Session::Gateway { .. } => 0,

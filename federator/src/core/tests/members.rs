@@ -351,7 +351,16 @@ fn a_revoked_identity_is_issued_to_nobody_and_the_federator_can_not_revoke_itsel
         &again(&mut east, 2).unwrap_err().to_string(),
         &[web, "revocation/gone", "tombolo unrevoke gone"],
     );
-    east.join("sidecar", "api", at(3));
+    let api = east.join("sidecar", "api", at(3));
+
+    // Of what a member says it has enforced, only what is in force is kept.
+    east.greet(&api, &api.hello(&[]), at(3)).unwrap();
+    let held = crate::revocations::in_force(&east.core.facts)[0].name.clone();
+    let says = |name: &str| v1::Enforcement { revocation: name.into(), at_unix_ms: 1 };
+    let enforcements = vec![says("east/made-up@1.1"), says(&held)];
+    let report = v1::StatusReport { enforcements, ..Default::default() };
+    east.report(&api, report, at(3)).unwrap();
+    assert_eq!(member(&east, &api).enforced.keys().collect::<Vec<_>>(), [&held]);
 
     // Over a restart too.
     drop(east);

@@ -47,7 +47,7 @@ pub fn of(view: &View<'_>, stored: &StoredObject, spec: &RevocationSpec) -> (Vec
 fn own_share(view: &View<'_>, wire: &v1::Revocation) -> Share {
     let progress = progress(view.facts, wire);
     let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
-    let who = |e: &revocations::Enforcement| {
+    let who = |e: &revocations::Enforcement<'_>| {
         let absent = if e.absent { " (not connected)" } else { "" };
         format!("{}{absent}", e.who)
     };
