@@ -5,16 +5,18 @@
 //! the link allows. Sizes are bounded here, the number of records by [`PeerView`](tombolo_model::sync::PeerView).
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 
 use prost::Message;
 use tombolo_identity::{SpiffeId, TrustDomain};
-use tombolo_model::ids::Handle;
+use tombolo_model::ids::{EndpointId, Handle};
 use tombolo_model::names::{ClusterName, ServiceKey};
+use tombolo_model::ranges::AllowedRanges;
 use tombolo_overlay::revoking;
 use tombolo_proto::convert::{self, FieldError};
 use tombolo_proto::v1;
 
-use crate::facts::{AllowedRanges, Facts, Import, ImportedExport, PeerGateway, Port};
+use crate::facts::{Facts, Import, ImportedExport, PeerGateway, Port};
 use crate::revocations::{MAX_PEER_BYTES, MAX_REVOCATIONS, enforced_key, object_of, record_key};
 
 /// Key of the record with a cluster's gateways.
@@ -25,6 +27,8 @@ pub const PROPERTIES: &str = "properties";
 const MAX_IDENTITIES: usize = 64;
 const MAX_PORTS: usize = 100;
 const MAX_GATEWAYS: usize = 64;
+/// Endpoints of one export on a flat link: 20 KB. Each sidecar is told a few of them.
+pub const MAX_ENDPOINTS: usize = 1000;
 const MAX_PROPERTIES: usize = 64;
 const MAX_TEXT: usize = 256;
 const MAX_PENDING: usize = 20;
@@ -188,8 +192,30 @@ fn export_of(scope: &PeerScope, wire: &v1::ExportRecord) -> Result<(ServiceKey, 
         healthy: wire.healthy.min(wire.total),
         total: wire.total,
         exported_at_unix_ms: wire.exported_at_unix_ms,
+        endpoints: endpoints_of(scope, &wire.endpoints)?,
     };
     Ok((service, export))
+}
+
+/// Endpoints of a flat link: like gateways, they must be where the link allows. On a link that is not flat here, they are
+/// used.
+fn endpoints_of(
+    scope: &PeerScope,
+    wire: &[v1::EndpointAddress],
+) -> Result<Vec<(EndpointId, SocketAddr)>, FieldError> {
+    if wire.len() > MAX_ENDPOINTS {
+        let expected = format!("at most {MAX_ENDPOINTS} endpoints");
+        return Err(FieldError::new("export.endpoints", wire.len(), expected));
+    }
+    let endpoint = |endpoint: &v1::EndpointAddress| {
+        let address = convert::address("export.endpoints.address", &endpoint.address)?;
+        let address = address.filter(|address| scope.ranges.allows(*address)).ok_or_else(|| {
+            let expected = format!("an address that the link to {} allows", scope.peer);
+            FieldError::new("export.endpoints.address", &endpoint.address, expected)
+        })?;
+        Ok((EndpointId::from_u32(endpoint.endpoint), address))
+    };
+    wire.iter().map(endpoint).collect()
 }
 
 /// A port as callers name it.
@@ -313,6 +339,13 @@ mod tests {
             (
                 export(key, |e| e.spiffe_ids = vec!["spiffe://b.example/cluster/west/ns/shop/sa/web".into()]),
                 "export.spiffe_ids",
+            ),
+            (
+                export(key, |e| {
+                    let address = "127.0.0.1:7442".into();
+                    e.endpoints = vec![v1::EndpointAddress { endpoint: 16, address }];
+                }),
+                "export.endpoints.address",
             ),
             (v1::Record { key: key.into(), value: None }, "record.value"),
         ];

@@ -22,7 +22,9 @@ use tombolo_proto::v1::join_client::JoinClient;
 
 use crate::core::links::{PROOF_LABEL, check_control};
 use crate::core::{CoreError, CoreHandle};
-use crate::facts::{AllowedRanges, ClusterFacts, PeerGateway};
+use tombolo_model::ranges::AllowedRanges;
+
+use crate::facts::{ClusterFacts, PeerGateway};
 use crate::import::{self, PeerScope};
 
 const CALL_TIMEOUT: Duration = Duration::from_secs(10);

@@ -10,7 +10,7 @@ use tombolo_proto::v1::record::Value;
 
 use crate::exports;
 use crate::facts::{CONTROL, Facts};
-use crate::import::{GATEWAYS, PROPERTIES, export_key};
+use crate::import::{GATEWAYS, MAX_ENDPOINTS, PROPERTIES, export_key};
 use crate::revocations;
 use crate::snapshot::{port_to_wire, usable_gateways};
 
@@ -46,6 +46,7 @@ fn exported<'a>(
     facts: &'a Facts,
     peer: &'a ClusterName,
 ) -> impl Iterator<Item = (ServiceKey, v1::ExportRecord)> + 'a {
+    let flat = facts.link_spec(peer).is_some_and(|spec| spec.flat);
     facts.handles_of(peer).filter(|record| record.service != CONTROL).filter_map(move |record| {
         let service: ServiceKey = record.service.parse().ok()?;
         let stored = exports::export_of(facts, &service)?.stored;
@@ -65,7 +66,17 @@ fn exported<'a>(
             exported_at_unix_ms: i64::try_from(stored.created_unix.saturating_mul(1000)).unwrap_or(i64::MAX),
             labels: spec.exported_labels.clone().into_iter().collect(),
             annotations: spec.exported_annotations.clone().into_iter().collect(),
+            endpoints: if flat { endpoints(facts, &service) } else { Vec::new() },
         };
         Some((service, export))
     })
+}
+
+/// Healthy endpoints that have an address. Endpoint addresses cross flat links only.
+fn endpoints(facts: &Facts, service: &ServiceKey) -> Vec<v1::EndpointAddress> {
+    let healthy = facts.registry.healthy(service).into_iter().filter_map(|id| {
+        let address = facts.registry.members.get(&id.block())?.address?.to_string();
+        Some(v1::EndpointAddress { endpoint: id.value(), address })
+    });
+    healthy.take(MAX_ENDPOINTS).collect()
 }

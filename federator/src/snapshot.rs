@@ -2,6 +2,7 @@
 //!
 //! The `revision` of a snapshot is set by whoever sends it, so that two with the same content are equal.
 
+pub mod across;
 pub mod gateway;
 pub mod rings;
 pub mod sidecar;

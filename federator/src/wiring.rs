@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tombolo_model::ids::Handle;
+use tombolo_model::ids::{Block, Handle};
 use tombolo_overlay::keys::Hour;
 use tombolo_overlay::revoking::Enforcer;
 use tombolo_overlay::{GatewayHop, HandleClass, Inbound, InboundHandle, Overlay, Routes};
@@ -12,13 +12,16 @@ use tombolo_overlay::{GatewayHop, HandleClass, Inbound, InboundHandle, Overlay, 
 use crate::core::CoreHandle;
 use crate::facts::{CONTROL, Facts, JOIN};
 use crate::revocations;
+use crate::snapshot::across::across;
+use crate::snapshot::rings::Rings;
 use crate::snapshot::usable_gateways;
 
 /// Keys are looked at this often: they change with the hour, and two hours back are still accepted.
 const KEYS: Duration = Duration::from_secs(60);
 
-/// Where the federator sends: members with an address directly, everybody else through its cluster's gateways.
-pub fn routes(facts: &Facts) -> Routes {
+/// Where the federator sends: members with an address directly, everybody else through its cluster's gateways, or the
+/// peer's where a link's egress is remote.
+pub fn routes(facts: &Facts, own: Block, rings: &Rings, unix: Duration) -> Routes {
     let mut routes = Routes::empty(facts.cluster.tag);
     let members = facts.registry.members.values().filter_map(|m| Some((m.block, m.address?)));
     let gateways = facts.registry.gateways.values().filter_map(|gateway| {
@@ -29,6 +32,7 @@ pub fn routes(facts: &Facts) -> Routes {
     routes.gateways = usable_gateways(facts)
         .map(|gateway| GatewayHop { name: gateway.name.clone(), ..GatewayHop::at(gateway.inner) })
         .collect();
+    routes.across = across(facts, own, None, rings, unix);
     routes
 }
 
@@ -74,18 +78,19 @@ pub async fn enforce(core: CoreHandle, overlay: Overlay, enforcer: Enforcer) {
 /// Until the core is gone.
 pub async fn follow(core: CoreHandle, overlay: Overlay) {
     let mut facts = core.watch();
+    let rings = Rings::default();
     let mut keys_of = None;
     loop {
         let current = facts.borrow_and_update().clone();
-        overlay.set_routes(routes(&current));
+        let own = overlay.endpoint_id().block();
+        overlay.set_routes(routes(&current, own, &rings, core.now().unix));
         overlay.set_inbound(inbound(&current));
         let hour = Hour::at(core.now().unix);
-        if keys_of != Some(hour) {
-            let block = overlay.endpoint_id().block();
-            if let Ok(keys) = core.call(move |core, moment| core.block_keys(block, moment)).await {
-                overlay.set_keys(keys);
-                keys_of = Some(hour);
-            }
+        if keys_of != Some(hour)
+            && let Ok(keys) = core.call(move |core, moment| core.block_keys(own, moment)).await
+        {
+            overlay.set_keys(keys);
+            keys_of = Some(hour);
         }
         if let Ok(Err(_)) = tokio::time::timeout(KEYS, facts.changed()).await {
             return;

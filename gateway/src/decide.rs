@@ -236,7 +236,7 @@ impl Context<'_> {
         let ours = match origin.who {
             Who::Endpoint { registered, .. } => registered || side == Side::Inner,
             Who::Neighbour => side == Side::Inner,
-            Who::Peer(_) | Who::Sibling | Who::Stranger => false,
+            Who::Peer(_) | Who::Foreign { .. } | Who::Sibling | Who::Stranger => false,
         };
         if !ours {
             return drop(Reason::Source);

@@ -27,7 +27,8 @@ impl Listener {
         match who {
             Who::Endpoint { block, .. } => Some(Self::Endpoint(block)),
             Who::Peer(tag) => Some(Self::Peer(tag)),
-            Who::Neighbour | Who::Sibling | Who::Stranger => None,
+            // A foreign one is told when it sends again: with open streams it does every 20 s.
+            Who::Foreign { .. } | Who::Neighbour | Who::Sibling | Who::Stranger => None,
         }
     }
     fn bits(self) -> u64 {

@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use tombolo_model::ids::{Block, ClusterTag, EndpointId, Handle};
 use tombolo_model::names::ClusterName;
-use tombolo_overlay::keys::{CidKey, ClusterKey, HandleBinding, Hour, LinkKey};
+use tombolo_overlay::keys::{AcrossTarget, CidKey, ClusterKey, HandleBinding, Hour, LinkKey};
 use tombolo_proto::convert::FieldError;
 
 use crate::bucket::Bucket;
@@ -152,6 +152,7 @@ pub struct Link {
     pub gateways: Vec<Replica>,
     key: Arc<LinkKey>,
     probe: KeyName,
+    across: KeyName,
     outbound: HashMap<Handle, HandleKey>,
 }
 
@@ -165,6 +166,18 @@ impl Link {
         now: Hour,
     ) -> Option<&'a CidKey> {
         Some(self.outbound.get(&handle)?.get(keys, handle, hour, now))
+    }
+    /// The key of control datagrams with an endpoint of the peer that reaches these gateways past its own.
+    pub fn across_key(
+        &self,
+        own: ClusterTag,
+        prober: Block,
+        keys: &mut KeyCache,
+        hour: Hour,
+        now: Hour,
+    ) -> CidKey {
+        let derive = || self.key.across_key(own, AcrossTarget::Gateways, hour);
+        keys.get(self.across, 0, hour, now, derive).of_prober(self.tag, prober)
     }
     /// The key of control datagrams between the gateways of both clusters.
     pub fn probe_key<'a>(&self, keys: &'a mut KeyCache, hour: Hour, now: Hour) -> &'a CidKey {

@@ -92,6 +92,11 @@ pub enum Who {
     Neighbour,
     /// A gateway of a linked cluster.
     Peer(ClusterTag),
+    /// An endpoint of a linked cluster, past its own gateways.
+    Foreign {
+        tag: ClusterTag,
+        endpoint: EndpointId,
+    },
     /// Another replica of this cluster.
     Sibling,
     Stranger,
@@ -154,7 +159,7 @@ impl View {
     /// The counters of the link that packets from this origin belong to.
     pub fn link_slot_of(&self, origin: Origin) -> Slot {
         let tag = match origin.who {
-            Who::Peer(tag) => tag,
+            Who::Peer(tag) | Who::Foreign { tag, .. } => tag,
             Who::Endpoint { .. } | Who::Neighbour => self.tables.tag,
             Who::Sibling | Who::Stranger => return Slot::UNKNOWN,
         };

@@ -269,7 +269,7 @@ impl ReportTask {
                 now.saturating_sub(monotonic.saturating_duration_since(at)).as_millis() as i64
             }),
             carrier: "udp".to_owned(),
-            cluster: self.member.cluster().to_string(),
+            cluster: hop.across.unwrap_or_else(|| self.member.cluster().to_string()),
         });
         let upstreams = self.routes.all().into_iter().map(|route| {
             let usage = route.pools.values().map(|pool| pool.usage());

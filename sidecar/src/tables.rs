@@ -16,7 +16,7 @@ use tombolo_model::names::{ClusterName, ServiceKey};
 use tombolo_overlay::keys::KeyRing;
 use tombolo_overlay::lease::EndpointLease;
 use tombolo_overlay::member::{control_targets, gateway_hops};
-use tombolo_overlay::{GatewayHop, HandleClass, Inbound, InboundHandle, Routes};
+use tombolo_overlay::{Across, GatewayHop, HandleClass, Inbound, InboundHandle, Routes};
 use tombolo_proto::convert::{self, FieldError};
 use tombolo_proto::v1;
 
@@ -105,6 +105,12 @@ impl Tables {
                 if let Some((block, Some(address))) = sieve.take("endpoint", local_endpoint(endpoint)) {
                     routes.endpoints.insert(block, address);
                 }
+            }
+        }
+        for link in &wire.across {
+            if let Some((tag, across, rejected)) = sieve.take("across", Across::from_wire(link)) {
+                sieve.0.extend(rejected.into_iter().map(|error| Rejected { record: "across", error }));
+                routes.across.insert(tag, across);
             }
         }
         let mut handles = HashMap::new();

@@ -8,6 +8,7 @@ pub mod balance;
 pub mod failover;
 pub mod ids;
 pub mod names;
+pub mod ranges;
 pub mod resource;
 pub mod status;
 pub mod sync;

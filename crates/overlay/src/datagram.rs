@@ -28,7 +28,8 @@
 //! **Which key.** The selector names the key, so that a receiver needs one look-up: `Endpoint` is the key of that
 //! endpoint's block, held by it and by its cluster's gateways, in both directions; `Gateway` is sent by a gateway of
 //! that cluster and keyed with the probe key of the link between it and the receiver's cluster, or with the replica key when
-//! both are one cluster. GONE to a sidecar carries the *receiver's* endpoint as selector: a hint that any hop could
+//! both are one cluster; `Across` names an endpoint that reaches another cluster's gateways or endpoints past its own
+//! gateways, and its key is derived for it and them alone. GONE to a sidecar carries the *receiver's* endpoint as selector: a hint that any hop could
 //! forge anyway, but outsiders can't.
 
 mod body;
@@ -65,12 +66,15 @@ pub enum Selector {
     Endpoint { tag: ClusterTag, endpoint: EndpointId },
     /// Sent by a gateway of this cluster: the link's probe key, or the replica key inside one cluster.
     Gateway { tag: ClusterTag },
+    /// Between this endpoint and a gateway or endpoint of another cluster that it reaches past its own gateways, either way:
+    /// [`CidKey::of_prober`] of the other's across key.
+    Across { tag: ClusterTag, endpoint: EndpointId },
 }
 
 impl Selector {
     pub fn tag(&self) -> ClusterTag {
         match self {
-            Self::Endpoint { tag, .. } | Self::Gateway { tag } => *tag,
+            Self::Endpoint { tag, .. } | Self::Gateway { tag } | Self::Across { tag, .. } => *tag,
         }
     }
 }
@@ -184,6 +188,7 @@ impl Datagram {
         let (class, endpoint) = match self.selector {
             Selector::Endpoint { endpoint, .. } => (0u8, endpoint.value()),
             Selector::Gateway { .. } => (1, 0),
+            Selector::Across { endpoint, .. } => (2, endpoint.value()),
         };
         out.push((class << 4) | hour.phase().value());
         out.extend_from_slice(&self.selector.tag().to_bytes());
@@ -231,6 +236,7 @@ pub fn decode(packet: &[u8]) -> Result<Unverified<'_>, DecodeError> {
     let selector = match (second & 0b1111_1100) >> 2 {
         0b00_0000 => Selector::Endpoint { tag, endpoint: EndpointId::from_u32(endpoint) },
         0b00_0100 if endpoint == 0 => Selector::Gateway { tag },
+        0b00_1000 => Selector::Across { tag, endpoint: EndpointId::from_u32(endpoint) },
         _ => return Err(DecodeError::UnknownSelector(second)),
     };
     let phase = Phase::from_bits(second);

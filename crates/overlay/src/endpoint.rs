@@ -151,7 +151,8 @@ impl Overlay {
         let socket_error = |source| BindError::Socket { address: bind, source };
         let slot = Slot::bind(bind).map_err(socket_error)?;
         let local_addr = slot.local_addr().map_err(socket_error)?;
-        let state = RouteState { routes: Arc::new(Routes::empty(tag)), paths: Vec::new() };
+        let state =
+            RouteState { routes: Arc::new(Routes::empty(tag)), paths: Vec::new(), across: Arc::default() };
         let (control_sender, control) = mpsc::channel(CONTROL_QUEUE);
         let socket = Arc::new(OverlaySocket::new(tag, slot, state, learns, control_sender));
         let keys = Arc::new(ArcSwap::from_pointee(keys));

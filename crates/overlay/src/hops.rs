@@ -1,4 +1,4 @@
-//! The hops task: probes each gateway path, registers where the endpoint has no address of its own, keeps the route
+//! The hops task: probes each gateway path and those [`across`] links, registers where the endpoint has no address of its own, keeps the route
 //! table's view of the paths, and takes control datagrams off the socket.
 //!
 //! Owns the paths; publishes [`RouteState`] to the socket, [`HopReport`]s and the set of unreachable clusters to
@@ -19,6 +19,7 @@ use tombolo_model::ids::{ClusterTag, EndpointId};
 use tombolo_runtime::clock;
 use tombolo_runtime::tasks::TaskGroup;
 
+use crate::across;
 use crate::cid::Kind;
 use crate::datagram::{self, Body, Datagram, ProbeAck, Selector};
 use crate::keys::KeyRing;
@@ -39,6 +40,8 @@ pub const DRAINING: u16 = u16::MAX;
 #[derive(Clone, Debug)]
 pub struct HopReport {
     pub name: String,
+    /// The linked cluster that it leads to past the own gateways; `None`: a gateway of the own one.
+    pub across: Option<String>,
     pub address: SocketAddr,
     /// Which source port; 0 is the endpoint's own.
     pub slot: usize,
@@ -91,6 +94,7 @@ pub(crate) fn spawn(
     let (routes, routes_receiver) = watch::channel(Arc::new(Routes::empty(config.tag)));
     let (unreachable_sender, unreachable) = watch::channel(Arc::default());
     let reports = Arc::new(ArcSwap::from_pointee(Vec::new()));
+    let across = across::Paths::new(config.tag, config.endpoint);
     let task = HopsTask {
         config,
         socket,
@@ -99,6 +103,7 @@ pub(crate) fn spawn(
         reports: Arc::clone(&reports),
         unreachable: unreachable_sender,
         paths: Vec::new(),
+        across,
     };
     tasks.spawn("overlay hops", task.run(control));
     HopsHandle { routes, reports, unreachable }
@@ -148,6 +153,7 @@ struct HopsTask {
     reports: Arc<ArcSwap<Vec<HopReport>>>,
     unreachable: watch::Sender<Arc<HashSet<ClusterTag>>>,
     paths: Vec<Path>,
+    across: across::Paths,
 }
 
 impl HopsTask {
@@ -181,7 +187,7 @@ impl HopsTask {
             let register = p.register.as_ref().and_then(|r| r.next_tick());
             register.map_or(p.probe.next_tick(), |at| at.min(p.probe.next_tick()))
         };
-        let probes = self.paths.iter().map(due).min().unwrap_or(latest);
+        let probes = self.paths.iter().map(due).chain(self.across.next_tick()).min().unwrap_or(latest);
         probes.clamp(now + Duration::from_millis(1), latest)
     }
 
@@ -210,6 +216,9 @@ impl HopsTask {
                 Some(path) => path.hop = hop,
                 None => self.paths.push(Path::new(hop, slot, self.config.registers, now)),
             }
+        }
+        if self.probes() {
+            self.across.adopt(&routes.across, now);
         }
         self.publish(routes);
     }
@@ -246,14 +255,34 @@ impl HopsTask {
     }
 
     fn on_control(&mut self, packet: &ControlPacket) {
-        let datagram = match self.verified(packet) {
-            Ok(datagram) => datagram,
-            Err(error) => {
-                self.socket.counters.malformed.fetch_add(1, Relaxed);
-                tracing::trace!(%error, source = %packet.source, "control datagram dropped");
-                return;
+        let handled = match datagram::decode(&packet.bytes) {
+            Ok(unverified) if matches!(unverified.selector, Selector::Across { .. }) => {
+                self.on_across(packet, &unverified)
             }
+            Ok(unverified) => self.verified(&unverified).map(|datagram| self.on_verified(packet, datagram)),
+            Err(error) => Err(error),
         };
+        if let Err(error) = handled {
+            self.socket.counters.malformed.fetch_add(1, Relaxed);
+            tracing::trace!(%error, source = %packet.source, "control datagram dropped");
+        }
+    }
+
+    fn on_across(
+        &mut self,
+        packet: &ControlPacket,
+        unverified: &datagram::Unverified<'_>,
+    ) -> Result<(), datagram::DecodeError> {
+        let slots = self.socket.slots();
+        let received = across::Received { unverified, source: packet.source, bytes: packet.bytes.len() };
+        let mut send = |to, bytes: &[u8]| slots.first().map_or(Ok(()), |slot| slot.send_control(to, bytes));
+        if let Some(gone) = self.across.on_datagram(received, moment(), &mut send)? {
+            self.liveness.hint_gone(gone.tag, gone.endpoint);
+        }
+        Ok(())
+    }
+
+    fn on_verified(&mut self, packet: &ControlPacket, datagram: Datagram) {
         let now = Instant::now();
         match &datagram.body {
             Body::ProbeAck(ack) => self.on_ack(packet, datagram.sequence, ack, now),
@@ -277,8 +306,7 @@ impl HopsTask {
         self.paths.iter_mut().find(|path| path.hop.address == packet.source && path.slot == packet.slot)
     }
 
-    fn verified(&self, packet: &ControlPacket) -> Result<Datagram, datagram::DecodeError> {
-        let unverified = datagram::decode(&packet.bytes)?;
+    fn verified(&self, unverified: &datagram::Unverified<'_>) -> Result<Datagram, datagram::DecodeError> {
         let ours = matches!(unverified.selector, Selector::Endpoint { tag, endpoint }
             if tag == self.config.tag && endpoint.block() == self.config.endpoint.block());
         if !ours {
@@ -304,7 +332,9 @@ impl HopsTask {
         if !self.probes() {
             return;
         }
-        let mut changed = false;
+        let slots = self.socket.slots();
+        let mut send = |to, bytes: &[u8]| slots.first().map_or(Ok(()), |slot| slot.send_control(to, bytes));
+        let mut changed = self.across.tick(moment(), &mut send);
         let mut dead_slots = Vec::new();
         for index in 0..self.paths.len() {
             changed |= self.tick_path(index, now, &mut dead_slots);
@@ -379,7 +409,8 @@ impl HopsTask {
             traffic: Arc::clone(&path.traffic),
         });
         let paths = paths.collect();
-        let state = RouteState { routes, paths };
+        let across = Arc::new(self.across.view(&routes.zone));
+        let state = RouteState { routes, paths, across };
         let tags = state.unreachable_tags();
         self.socket.routes.store(Arc::new(state));
         self.unreachable.send_if_modified(|current| {
@@ -395,6 +426,7 @@ impl HopsTask {
     fn report(&self) -> Vec<HopReport> {
         let report = |path: &Path| HopReport {
             name: path.hop.name.clone(),
+            across: None,
             address: path.hop.address,
             slot: path.slot,
             alive: path.probe.alive(),
@@ -406,6 +438,10 @@ impl HopsTask {
             unreachable: Arc::clone(&path.unreachable),
             registered: path.register.as_ref().is_some_and(|r| r.registered(Instant::now())),
         };
-        self.paths.iter().map(report).collect()
+        self.paths.iter().map(report).chain(self.across.reports()).collect()
     }
+}
+
+fn moment() -> across::Moment {
+    across::Moment { now: Instant::now(), unix: clock::since_unix_epoch() }
 }

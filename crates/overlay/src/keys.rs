@@ -6,10 +6,12 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::hash::Hasher;
 use std::time::Duration;
 
 use aws_lc_rs::hmac;
-use tombolo_model::ids::{Block, Handle};
+use siphasher::sip128::{Hasher128, SipHasher24};
+use tombolo_model::ids::{Block, ClusterTag, Handle};
 use tombolo_model::names::ClusterName;
 use tombolo_proto::convert::{self, FieldError};
 use tombolo_proto::v1;
@@ -99,7 +101,7 @@ secret!(
 
 /// One-step KDF: HMAC-SHA256 under the master key over a labelled, length-prefixed encoding, truncated to 128 bits
 /// (NIST SP 800-108 in counter mode with one block).
-fn kdf(master: &[u8; 32], label: &str, parts: &[&[u8]]) -> CidKey {
+fn kdf(master: &[u8], label: &str, parts: &[&[u8]]) -> CidKey {
     let key = hmac::Key::new(hmac::HMAC_SHA256, master);
     let mut context = hmac::Context::with_key(&key);
     context.update(&[1]);
@@ -178,6 +180,40 @@ impl LinkKey {
     pub fn probe_key(&self, hour: Hour) -> CidKey {
         kdf(self.as_bytes(), "tombolo probe", &[&hour.0.to_be_bytes()])
     }
+    /// What [`CidKey::of_prober`] derives from, for control datagrams between a target of cluster `tag` and endpoints of
+    /// the other cluster that reach it past their own gateways.
+    pub fn across_key(&self, tag: ClusterTag, target: AcrossTarget, hour: Hour) -> CidKey {
+        let (class, block) = match target {
+            AcrossTarget::Gateways => (0u8, 0),
+            AcrossTarget::Endpoint(block) => (1, block.value()),
+        };
+        let parts: [&[u8]; 4] =
+            [&tag.value().to_be_bytes(), &[class], &block.to_be_bytes(), &hour.0.to_be_bytes()];
+        kdf(self.as_bytes(), "tombolo across", &parts)
+    }
+}
+
+/// Whom an endpoint of a linked cluster may reach past its own gateways.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum AcrossTarget {
+    /// Any gateway of the cluster, at its border (`egress: remote`).
+    Gateways,
+    /// One endpoint, at its own address (`flat`).
+    Endpoint(Block),
+}
+
+impl CidKey {
+    /// Of an [across key](LinkKey::across_key), which the target holds: the key of one prober, which holds nothing else. So
+    /// the target needs no table of probers, and a stolen prober can't speak for another one.
+    ///
+    /// SipHash-2-4 with 128 bits: a snapshot needs thousands, and a datagram's MAC is no stronger.
+    pub fn of_prober(&self, tag: ClusterTag, block: Block) -> CidKey {
+        let mut hasher = SipHasher24::new_with_key(self.as_bytes());
+        hasher.write(b"tombolo prober");
+        hasher.write(&tag.value().to_be_bytes());
+        hasher.write(&block.value().to_be_bytes());
+        CidKey::from_bytes(hasher.finish128().as_bytes())
+    }
 }
 
 /// Derived keys of consecutive hours.
@@ -188,6 +224,10 @@ impl KeyRing {
     /// `hours` keys from `first` on.
     pub fn derive(first: Hour, hours: usize, key_of: impl Fn(Hour) -> CidKey) -> Self {
         Self((first.0..first.0.saturating_add(hours as u64)).map(|h| (Hour(h), key_of(Hour(h)))).collect())
+    }
+    /// The same hours, each key turned into another.
+    pub fn map(&self, key_of: impl Fn(&CidKey) -> CidKey) -> Self {
+        Self(self.0.iter().map(|(hour, key)| (*hour, key_of(key))).collect())
     }
     /// The ring handed out at `now`: two hours back, a day ahead.
     pub fn derive_now(since_unix_epoch: Duration, key_of: impl Fn(Hour) -> CidKey) -> Self {
@@ -267,6 +307,25 @@ mod tests {
         ] {
             assert_ne!(base, other);
         }
+    }
+
+    #[test]
+    fn across_keys_differ_by_target_prober_and_hour() {
+        let link = LinkKey::from_bytes([7; 32]);
+        let (east, west) = (ClusterTag::new(1).unwrap(), ClusterTag::new(2).unwrap());
+        let block = |n| Block::new(n).unwrap();
+        let key = |tag, target, hour, prober: Block| {
+            link.across_key(tag, target, Hour(hour)).of_prober(east, prober).as_bytes().to_owned()
+        };
+        let all = [
+            key(west, AcrossTarget::Gateways, 1, block(5)),
+            key(east, AcrossTarget::Gateways, 1, block(5)),
+            key(west, AcrossTarget::Endpoint(block(0)), 1, block(5)),
+            key(west, AcrossTarget::Endpoint(block(9)), 1, block(5)),
+            key(west, AcrossTarget::Gateways, 2, block(5)),
+            key(west, AcrossTarget::Gateways, 1, block(6)),
+        ];
+        assert_eq!(std::collections::HashSet::from(all).len(), all.len());
     }
 
     #[test]

@@ -1,9 +1,10 @@
 //! The overlay: end-to-end QUIC connections whose packets are routed by connection ID (docs/protocol.md).
 //!
 //! [`cid`] and [`keys`] are the wire and its admission keys, [`datagram`], [`probe`] and [`register`] the small keyed
-//! datagrams beside QUIC, [`routes`] says where a packet for a connection ID leaves, [`Overlay`] binds a socket and a
+//! datagrams beside QUIC, [`routes`] says where a packet for a connection ID leaves, `across` which ways there are past the own gateways, [`Overlay`] binds a socket and a
 //! quinn endpoint that use them, [`attestation`] renews identities on live connections, [`revoking`] cuts the revoked, [`congestion`] is the model-based controller, [`grpc`] carries tonic over streams.
 
+mod across;
 mod admission;
 pub mod attestation;
 pub mod cid;
@@ -30,6 +31,7 @@ pub mod routes;
 mod socket;
 mod transport;
 
+pub use across::{Across, Flat, FlatEndpoint};
 pub use admission::{Inbound, InboundHandle, Refusal};
 pub use attestation::task::RefusalCounts;
 pub use connection::{HandleClass, PeerConnection, Pinned, Stall, close_code};

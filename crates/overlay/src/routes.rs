@@ -1,8 +1,8 @@
 //! Where a packet leaves a sidecar's or federator's socket: a pure choice by destination connection ID.
 //!
 //! [`Routes`] is the snapshot its owner sets; [`RouteState`] adds what probing found out about each path. Same
-//! cluster: straight to the endpoint; anything else, and what is not reachable directly: through a gateway replica,
-//! chosen by rendezvous hashing among the live ones, so that replicas need not agree on anything.
+//! cluster: straight to the endpoint; a linked cluster: straight across, or to its gateways, where the link says so and
+//! that path lives; anything else, and what is not reachable directly: through a gateway replica of the own cluster, chosen by rendezvous hashing among the live ones, so that replicas need not agree on anything.
 
 use std::collections::HashMap;
 use std::hash::Hasher;
@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use siphasher::sip::SipHasher13;
 use tombolo_model::ids::{Block, ClusterTag, EndpointId, Handle};
 
+use crate::across::Across;
 use crate::cid::{Cid, Kind};
 
 /// A snapshot of where things are, set whole by whoever owns the overlay.
@@ -30,6 +31,8 @@ pub struct Routes {
     pub gateways: Vec<GatewayHop>,
     /// The own zone: gateways of the same one come first. Empty: none is nearer than another.
     pub zone: String,
+    /// Linked clusters that are reached past the own gateways.
+    pub across: HashMap<ClusterTag, Across>,
 }
 
 impl Routes {
@@ -42,6 +45,7 @@ impl Routes {
             control: Vec::new(),
             gateways: Vec::new(),
             zone: String::new(),
+            across: HashMap::new(),
         }
     }
 }
@@ -64,7 +68,7 @@ impl GatewayHop {
     }
 }
 
-/// One way to a gateway: its address and the local source port (slot) used for it.
+/// One way to a gateway, or across to an endpoint: its address and the local source port (slot) used for it.
 #[derive(Clone, Debug)]
 pub(crate) struct PathView {
     pub address: SocketAddr,
@@ -80,11 +84,20 @@ pub(crate) struct PathView {
     pub traffic: Arc<AtomicBool>,
 }
 
+/// The ways to one linked cluster past the own gateways, by what probing found.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct AcrossView {
+    pub gateways: Vec<PathView>,
+    pub endpoints: HashMap<Block, PathView>,
+    pub services: HashMap<Handle, Vec<EndpointId>>,
+}
+
 /// Routes plus what is known of the paths; replaced whole.
 #[derive(Clone, Debug)]
 pub(crate) struct RouteState {
     pub routes: Arc<Routes>,
     pub paths: Vec<PathView>,
+    pub across: Arc<HashMap<ClusterTag, AcrossView>>,
 }
 
 /// Where one packet goes.
@@ -110,12 +123,42 @@ fn nonce_of(cid: &Cid) -> u64 {
     cid.nonce().iter().fold(0, |acc, byte| (acc << 8) | u64::from(*byte))
 }
 
+/// What spreads connection IDs over replicas.
+fn rendezvous_key(dcid: &Cid) -> u64 {
+    nonce_of(dcid) ^ (u64::from(dcid.target()) << 8)
+}
+
 impl RouteState {
     /// Where a packet for `dcid` leaves; `rotation` counts the kicks that asked for another replica.
     pub fn exit(&self, dcid: &Cid, rotation: u64) -> Option<Exit> {
         let own = dcid.tag_value() == self.routes.tag.value();
-        let direct = if own { self.direct(dcid) } else { None };
-        direct.or_else(|| self.gateway(dcid, rotation))
+        let past_gateways = if own { self.direct(dcid) } else { self.across(dcid, rotation) };
+        past_gateways.or_else(|| self.gateway(dcid, rotation))
+    }
+
+    /// Straight to the endpoint where that path lives, else to a live gateway of its cluster. Every second kick asks the
+    /// own gateways.
+    fn across(&self, dcid: &Cid, rotation: u64) -> Option<Exit> {
+        let across = self.across.get(&dcid.tag()?).filter(|_| rotation.is_multiple_of(2))?;
+        let alive = |block: Block| across.endpoints.get(&block).filter(|path| path.alive);
+        let straight = match dcid.kind() {
+            Kind::Endpoint => alive(dcid.endpoint().block()),
+            Kind::Service => {
+                let nonce = nonce_of(dcid);
+                let endpoints = across.services.get(&dcid.handle()).into_iter().flatten();
+                let chosen = endpoints.max_by_key(|e| hash([nonce, u64::from(e.value()), 0]));
+                chosen.and_then(|endpoint| alive(endpoint.block()))
+            }
+            Kind::Control | Kind::Join => None,
+        };
+        let key = rendezvous_key(dcid);
+        let gateway = |near: bool| {
+            let usable = across.gateways.iter().filter(|path| path.alive && (path.near || !near));
+            usable.max_by_key(|path| (hash([key, path.id, rotation]), path.id))
+        };
+        let path = straight.or_else(|| gateway(true)).or_else(|| gateway(false))?;
+        path.traffic.store(true, Relaxed);
+        Some(Exit { address: path.address, slot: path.slot })
     }
 
     /// Past every gateway, where the routes know an address.
@@ -147,7 +190,7 @@ impl RouteState {
     /// path may have just come back. A kick asks for another replica, of whatever zone.
     fn gateway(&self, dcid: &Cid, rotation: u64) -> Option<Exit> {
         let tag = dcid.tag_value();
-        let key = nonce_of(dcid) ^ (u64::from(dcid.target()) << 8);
+        let key = rendezvous_key(dcid);
         let best = |usable: &dyn Fn(&PathView) -> bool| {
             let paths = self.paths.iter().enumerate().filter(|(_, path)| usable(path));
             paths.map(|(index, path)| (hash([key, path.id, rotation]), index)).max()
@@ -164,6 +207,13 @@ impl RouteState {
 
     /// Clusters that no live path reaches, of those some gateway has named unreachable.
     pub fn unreachable_tags(&self) -> std::collections::HashSet<ClusterTag> {
+        let mut tags = self.unreachable_by_gateways();
+        let lives = |view: &AcrossView| view.gateways.iter().chain(view.endpoints.values()).any(|p| p.alive);
+        tags.retain(|tag| !self.across.get(tag).is_some_and(lives));
+        tags
+    }
+
+    fn unreachable_by_gateways(&self) -> std::collections::HashSet<ClusterTag> {
         let mut live = self.paths.iter().filter(|p| p.alive).peekable();
         let Some(first) = live.next() else { return Default::default() };
         let mut tags: std::collections::HashSet<_> = first.unreachable.iter().copied().collect();
@@ -200,7 +250,41 @@ mod tests {
         routes.endpoints.insert(block, SocketAddr::from(([127, 0, 1, 1], 7442)));
         routes.services.insert(Handle::from_u32(300), vec![EndpointId::from_u32(7 << 4)]);
         routes.control.push((EndpointId::from_u32(8 << 4), SocketAddr::from(([127, 0, 1, 2], 7443))));
-        RouteState { routes: Arc::new(routes), paths }
+        RouteState { routes: Arc::new(routes), paths, across: Arc::default() }
+    }
+
+    #[test]
+    fn past_the_own_gateways_while_that_lives_and_every_second_kick_returns_to_them() {
+        let mut state = state(vec![path(9, true, &[5])]);
+        let block = Block::new(7).unwrap();
+        let across = |gateway: bool, endpoint: bool| {
+            let view = AcrossView {
+                gateways: vec![path(20, gateway, &[])],
+                endpoints: [(block, path(30, endpoint, &[]))].into(),
+                services: [(Handle::from_u32(300), vec![EndpointId::from_u32(7 << 4)])].into(),
+            };
+            Arc::new(HashMap::from([(tag(5), view)]))
+        };
+        let last =
+            |state: &RouteState, dcid: &Cid, rotation| match state.exit(dcid, rotation).unwrap().address {
+                SocketAddr::V4(v4) => v4.ip().octets()[3],
+                SocketAddr::V6(_) => 0,
+            };
+        let (endpoint, other) = (cid(Kind::Endpoint, 5, 7 << 4, 0), cid(Kind::Endpoint, 5, 8 << 4, 0));
+        let (service, control) = (cid(Kind::Service, 5, 300, 0), cid(Kind::Control, 5, 300, 0));
+        state.across = across(true, true);
+        let exits = |state: &RouteState, rotation| {
+            [&endpoint, &service, &other, &control].map(|dcid| last(state, dcid, rotation))
+        };
+        assert_eq!(exits(&state, 0), [30, 30, 20, 20]);
+        assert_eq!(exits(&state, 1), [9, 9, 9, 9]);
+        assert_eq!(exits(&state, 2), [30, 30, 20, 20]);
+        assert!(state.unreachable_tags().is_empty(), "its own gateways don't reach it, others do");
+        state.across = across(true, false);
+        assert_eq!(exits(&state, 0), [20, 20, 20, 20]);
+        state.across = across(false, false);
+        assert_eq!(exits(&state, 0), [9, 9, 9, 9]);
+        assert_eq!(state.unreachable_tags(), [tag(5)].into());
     }
 
     #[test]

@@ -9,6 +9,7 @@ use tombolo_model::sync::Freshness;
 use tombolo_overlay::keys::HandleBinding;
 use tombolo_proto::v1;
 
+use super::across::across;
 use super::rings::Rings;
 use super::{gateways_for, port_to_wire};
 use crate::exports;
@@ -49,6 +50,12 @@ pub fn snapshot(
             .collect(),
         trust_bundle_json: cluster.bundle_json.clone(),
         direct,
+        across: {
+            let across = across(facts, block, direct.then_some(upstreams), rings, unix);
+            let mut links: Vec<_> = across.iter().map(|(tag, across)| across.to_wire(*tag)).collect();
+            links.sort_by_key(|link| link.tag);
+            links
+        },
         revocations: revocations::in_force(facts),
         cluster_properties: cluster_properties(facts, &access_policies),
         access_policies: access_policies.into_iter().map(|(policy, _)| policy).collect(),

@@ -8,7 +8,8 @@ use std::time::Duration;
 use tombolo_model::ids::{Block, EndpointId, Handle};
 use tombolo_model::names::ServiceKey;
 use tombolo_model::sync::Freshness;
-use tombolo_overlay::keys::{HandleBinding, Hour, KeyRing, LinkKey};
+use tombolo_overlay::Across;
+use tombolo_overlay::keys::{AcrossTarget, HandleBinding, Hour, KeyRing, LinkKey};
 use tombolo_proto::v1;
 
 use super::rings::Rings;
@@ -201,6 +202,53 @@ fn a_callers_keys_are_those_that_the_gateways_derive() {
     let incoming = binding(inbound(&gateway.handles, 410).unwrap());
     assert_eq!(own, KeyRing::derive_now(AT, |hour| facts.cluster.self_link_key.handle_key(&incoming, hour)));
     assert_eq!(gateway.cluster_key, facts.cluster.cluster_key.as_bytes());
+}
+
+#[test]
+fn past_the_gateways_only_as_the_cluster_link_says_and_with_keys_that_the_targets_derive() {
+    let mut facts = shop();
+    facts.link("west").key = "5a".repeat(32);
+    let mut export = exported(2, 3, &[port("", 80)]);
+    export.spiffe_ids = vec!["spiffe://acme.example/cluster/west/ns/shop/sa/api".into()];
+    let (id, address) = (EndpointId::from_u32(0x91), "203.0.113.20:7442".parse().unwrap());
+    export.endpoints = vec![(id, address)];
+    let handle = export.handle;
+    facts.import("west").exports.insert(service("shop/api"), export);
+    allot(&mut facts, "west", "shop/web", 401);
+    facts.export("web", Some("west"));
+    let exported_endpoints = |facts: &Facts| {
+        let record = &crate::records::records(facts, &cluster("west"))["export/shop/web"];
+        let Some(v1::record::Value::Export(export)) = &record.value else { panic!("{record:?}") };
+        export.endpoints.clone()
+    };
+    assert!(sidecar_snapshot(&facts, 7, &["shop/api"]).across.is_empty());
+    assert!(exported_endpoints(&facts).is_empty(), "addresses cross flat links only");
+
+    facts.apply(serde_json::json!({
+        "apiVersion": "tombolo.dev/v1alpha1", "kind": "ClusterLink", "metadata": { "name": "west" },
+        "spec": { "egress": "remote", "flat": true, "allowedGatewayRanges": ["203.0.113.0/24"] },
+    }));
+    assert_eq!(exported_endpoints(&facts)[0].address, "10.0.0.9:7442");
+    let snapshot = sidecar_snapshot(&facts, 7, &["shop/api"]);
+    let (tag, across, rejected) = Across::from_wire(&snapshot.across[0]).unwrap();
+    assert_eq!(rejected, vec![]);
+    assert_eq!(across.gateways[0].address.to_string(), "203.0.113.7:7440");
+    let (link, own) = (LinkKey::from_bytes([0x5a; 32]), Block::new(7).unwrap());
+    let east = facts.cluster.tag;
+    let to = |target| KeyRing::derive_now(AT, |hour| link.across_key(tag, target, hour).of_prober(east, own));
+    assert_eq!(*across.gateway_keys, to(AcrossTarget::Gateways));
+    let flat = across.flat.unwrap();
+    assert_eq!(flat.services[&handle], [id]);
+    let endpoint = &flat.endpoints[&id.block()];
+    assert_eq!(endpoint.address, address);
+    assert_eq!(*endpoint.keys, to(AcrossTarget::Endpoint(id.block())));
+    let own = AcrossTarget::Endpoint(own);
+    assert_eq!(flat.caller_keys, KeyRing::derive_now(AT, |hour| link.across_key(east, own, hour)));
+
+    // A machine outside is on nobody's flat network; the peer's gateways it may reach.
+    lease(&mut facts, 8, Role::Vm);
+    let across = &sidecar_snapshot(&facts, 8, &["shop/api"]).across[0];
+    assert!(across.flat.is_none() && !across.gateways.is_empty());
 }
 
 #[test]

@@ -10,7 +10,7 @@ use tombolo_proto::v1::HopStatus;
 use super::View;
 use super::text::{listed, message, span};
 use crate::facts::Link;
-use crate::registry::{Gateway, Presence};
+use crate::registry::{Gateway, Member, Presence};
 
 /// How it is with a peer's federator.
 pub struct Standing {
@@ -127,6 +127,28 @@ pub fn paths<'a>(view: &View<'a>, peer: &ClusterName) -> Vec<Path<'a>> {
         .filter(|(_, hop)| leads_there(hop))
         .map(|(gateway, hop)| Path { gateway, hop, alive: hop.alive && gateway.presence == Presence::Live })
         .collect()
+}
+
+/// A path from one of our sidecars to a peer's gateway or endpoint, past our own gateways.
+pub struct PastGateways<'a> {
+    pub member: &'a Member,
+    pub hop: &'a HopStatus,
+    /// Answered, and the sidecar that says so is heard.
+    pub alive: bool,
+}
+
+/// Every one that sidecars tell of.
+pub fn past_gateways<'a>(
+    view: &View<'a>,
+    peer: &'a ClusterName,
+) -> impl Iterator<Item = PastGateways<'a>> + 'a {
+    let members = view.facts.registry.members.values();
+    let hops = members.flat_map(|member| member.hops.iter().map(move |hop| (member, hop)));
+    hops.filter(|(_, hop)| hop.cluster == peer.as_str()).map(|(member, hop)| PastGateways {
+        member,
+        hop,
+        alive: hop.alive && member.presence == Presence::Live,
+    })
 }
 
 /// The live path with the least delay; one that is not measured yet comes last.

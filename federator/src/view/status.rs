@@ -12,7 +12,7 @@ use tombolo_model::status::{
     IdentityStatus, ImportCluster, ImportStatus, LinkStatus, PathStatus, ShiftStatus,
 };
 
-use super::links::{self, Path};
+use super::links::{self, PastGateways, Path};
 use super::members;
 use super::supply::{self, Share};
 use super::text::{message, rfc3339, rfc3339_seconds};
@@ -108,7 +108,18 @@ fn link(view: &View<'_>, peer: &ClusterName) -> LinkStatus {
             .map(|gateway| if gateway.name.is_empty() { gateway.address.to_string() } else { gateway.name })
             .collect(),
         carrier,
-        paths: paths.iter().map(path).collect(),
+        paths: paths.iter().map(path).chain(links::past_gateways(view, peer).map(past)).collect(),
+    }
+}
+
+fn past(path: PastGateways<'_>) -> PathStatus {
+    PathStatus {
+        from: members::holder(&path.member.spiffe_id).to_owned(),
+        to: path.hop.peer.clone(),
+        alive: path.alive,
+        rtt_ms: path.hop.rtt_us as f64 / 1000.0,
+        loss_per_mille: path.hop.loss_per_mille,
+        mtu: path.hop.mtu,
     }
 }
 

@@ -227,6 +227,7 @@ pub fn exported(healthy: u32, total: u32, ports: &[Port]) -> ImportedExport {
         healthy,
         total,
         exported_at_unix_ms: i64::try_from((UNIX - 50) * 1000).unwrap(),
+        endpoints: Vec::new(),
     }
 }
 

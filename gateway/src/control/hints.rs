@@ -48,6 +48,9 @@ impl State {
             }
             Who::Peer(tag) => self.gone_to_gateway(&tables, Whose::Peer(tag), gone, to, clocks),
             Who::Sibling => self.gone_to_gateway(&tables, Whose::Sibling, gone, to, clocks),
+            Who::Foreign { tag, endpoint } => {
+                self.gone_to_foreign(&tables, (tag, endpoint), gone, to, clocks)
+            }
             Who::Neighbour | Who::Stranger => None,
         };
         self.gone_sent += u64::from(told.is_some());
@@ -69,6 +72,21 @@ impl State {
         let selector =
             Selector::Endpoint { tag: tables.tag, endpoint: EndpointId::from_u32(block.value() << 4) };
         let bytes = gone_datagram(selector, tag, gone).encode(clocks.hour(), key);
+        Some(Effect::Send(Send { via, to, from, bytes, probe: None }))
+    }
+
+    fn gone_to_foreign(
+        &mut self,
+        tables: &Tables,
+        (tag, endpoint): (ClusterTag, EndpointId),
+        gone: decide::Gone,
+        (via, to, from): Way,
+        clocks: Now,
+    ) -> Option<Effect> {
+        let (link, hour) = (tables.peer(tag, clocks.unix)?, clocks.hour());
+        let key = link.across_key(tables.tag, endpoint.block(), &mut self.keys, hour, hour);
+        let selector = Selector::Across { tag, endpoint };
+        let bytes = gone_datagram(selector, tables.tag, gone).encode(hour, &key);
         Some(Effect::Send(Send { via, to, from, bytes, probe: None }))
     }
 

@@ -199,6 +199,9 @@ impl State {
             Selector::Gateway { tag } => {
                 self.on_gateway_datagram(&tables, tag, &unverified, arrival, now, clocks, out)
             }
+            Selector::Across { tag, endpoint } => {
+                self.on_across_datagram(&tables, (tag, endpoint), &unverified, arrival, now, clocks, out)
+            }
         }
     }
 
@@ -331,6 +334,35 @@ impl State {
         }
     }
 
+    /// From an endpoint of a linked cluster that sends past its own gateways: it may ask whether we live.
+    #[allow(clippy::too_many_arguments)] // one caller, which passes its own arguments on
+    fn on_across_datagram(
+        &mut self,
+        tables: &Tables,
+        (tag, endpoint): (ClusterTag, EndpointId),
+        unverified: &Unverified<'_>,
+        arrival: &Arrival,
+        now: Instant,
+        clocks: Now,
+        out: &mut Vec<Effect>,
+    ) -> Result<(), DecodeError> {
+        let link = tables.peer(tag, clocks.unix).ok_or(DecodeError::Field("selector"))?;
+        let (hour, current) = (unverified.phase.hour(clocks.unix), clocks.hour());
+        let key = link.across_key(tables.tag, endpoint.block(), &mut self.keys, hour, current);
+        let datagram = unverified.verify(&key)?;
+        let Body::Probe(probe) = &datagram.body else { return Err(DecodeError::Field("type")) };
+        self.learn(arrival.source, Who::Foreign { tag, endpoint }, now);
+        // Which clusters we reach is for our own.
+        let ack = ProbeAck { unreachable: Vec::new(), ..self.ack(probe, arrival) };
+        let total = if self.draining { DRAINING } else { 0 };
+        let ack = ProbeAck { unreachable_total: total, ..ack };
+        let key = link.across_key(tables.tag, endpoint.block(), &mut self.keys, current, current);
+        let selector = datagram.selector;
+        let answer = Answer { arrival, selector, sequence: datagram.sequence, key, clocks };
+        out.push(answer.with(Body::ProbeAck(ack)));
+        Ok(())
+    }
+
     fn ack(&self, probe: &datagram::Probe, arrival: &Arrival) -> ProbeAck {
         let received = u16::try_from(arrival.bytes.len()).unwrap_or(u16::MAX);
         let tables = self.tables.as_deref();
@@ -343,6 +375,15 @@ impl State {
     }
 
     fn learn(&mut self, source: SocketAddr, who: Who, now: Instant) {
+        // Somebody else's key says nothing about our own endpoints: a source can be forged, and theirs may send out.
+        let ours = |who: &Who| matches!(who, Who::Endpoint { .. });
+        let claimed = !ours(&who)
+            && (self.known.get(&source).is_some_and(|origin| ours(&origin.who))
+                || self.learned.get(&source).is_some_and(|(who, _)| ours(who)));
+        let inside = matches!(who, Who::Foreign { .. }) && self.inner_ips.contains(&source.ip());
+        if claimed || inside {
+            return;
+        }
         if !self.learned.contains_key(&source) && self.learned.len() >= LEARNED {
             return;
         }

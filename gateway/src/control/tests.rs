@@ -9,15 +9,16 @@ use tombolo_overlay::DRAINING;
 use tombolo_overlay::datagram::{
     self, Announce, Body, Datagram, DecodeError, Gone, Probe, ProbeAck, Register, Selector, StartNumber,
 };
-use tombolo_overlay::keys::CidKey;
+use tombolo_overlay::keys::{AcrossTarget, CidKey};
 use tombolo_overlay::register::Side;
 
 use super::*;
 use crate::counters::Counters;
+use crate::decide;
 use crate::fixture::*;
 use crate::recent::{Listener, Recent};
 use crate::tables::Tables;
-use crate::view::{Standing, View};
+use crate::view::{Standing, View, Who};
 
 const BORDER: Via = Via::Side(Side::Border);
 const INNER: Via = Via::Side(Side::Inner);
@@ -191,6 +192,46 @@ fn a_probe_is_answered_where_it_came_in_and_never_by_more() {
     assert!(matches!(read(&answers[0], &link_key().probe_key(hour())).body, Body::ProbeAck(_)));
     let stranger = encode(of(endpoint(0x99, 0)), 5, probe(256), &endpoint_key(0x99));
     assert!(bench.receive(INNER, "10.0.1.1:7442", stranger).is_err(), "nobody holds this block");
+}
+
+#[test]
+fn an_endpoint_of_a_peer_may_ask_whether_we_live_and_be_told_what_is_gone_and_no_more() {
+    let mut bench = Bench::new(tables());
+    let key = |prober: u32| {
+        let target = link_key().across_key(east(), AcrossTarget::Gateways, hour());
+        target.of_prober(west(), Block::new(prober).unwrap())
+    };
+    let who = Selector::Across { tag: west(), endpoint: endpoint(9, 0) };
+    let from = "192.0.2.50:7442";
+    let answers = bench.receive(BORDER, from, encode(who, 5, probe(256), &key(9))).unwrap();
+    let answer = read(&answers[0], &key(9));
+    let Body::ProbeAck(ack) = answer.body else { panic!("an ack") };
+    assert_eq!((answer.selector, answer.sequence, ack.observed), (who, 5, at(from)));
+    assert_eq!(
+        (ack.unreachable_total, ack.unreachable),
+        (0, vec![]),
+        "whom else we reach is not its business"
+    );
+    assert_eq!(
+        bench.receive(BORDER, from, encode(who, 6, probe(256), &key(8))).unwrap_err(),
+        DecodeError::Mac
+    );
+    let register = Body::Register(Register { replica: StartNumber(42), challenge: 0 });
+    assert!(bench.receive(BORDER, from, encode(who, 7, register, &key(9))).is_err());
+    // It may not pass for one of ours, whose packets may leave for other clusters.
+    bench.receive(BORDER, "10.0.1.1:7442", encode(who, 8, probe(256), &key(9))).unwrap();
+    let origin = |bench: &Bench, source: &str| bench.view().origin(Side::Border, at(source)).who;
+    assert!(matches!(origin(&bench, "10.0.1.1:7442"), Who::Endpoint { .. }));
+    let foreign = origin(&bench, from);
+    assert_eq!(foreign, Who::Foreign { tag: west(), endpoint: endpoint(9, 0) });
+    // What it sends to is no more.
+    let gone = decide::Gone { endpoint: endpoint(3, 0), only_this_incarnation: false };
+    let arrival = Arrival::of(BORDER, at(from), vec![0; 50]);
+    let origin = bench.view().origin(Side::Border, at(from));
+    bench.state.on_gone(gone, origin, &arrival, NOW, &mut bench.out);
+    let told = bench.sends();
+    let Body::Gone(gone) = read(&told[0], &key(9)).body else { panic!("a hint") };
+    assert_eq!((told[0].to, gone.tag, gone.endpoint), (at(from), east(), endpoint(3, 0)));
 }
 
 /// REGISTERs from `source`, with the challenge echoed.

@@ -207,7 +207,8 @@ fn link(
         }
     }
     let probe = KeyName::of("probe", &[key.as_bytes()]);
-    Some(Link { peer, tag, own: wire.self_, gateways, key, probe, outbound })
+    let across = KeyName::of("across", &[key.as_bytes()]);
+    Some(Link { peer, tag, own: wire.self_, gateways, key, probe, across, outbound })
 }
 
 fn inbound(

@@ -18,18 +18,25 @@ pub struct ClusterLinkSpec {
     /// `host:port` of the peer's gateways; names are resolved again and again.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub gateways: Vec<String>,
-    /// `local`: through our own gateways.
+    /// `local` (the default): through our own gateways; `remote`: straight to the peer's, while they answer.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub egress: Option<String>,
-    /// Ranges inside which the peer may announce gateway addresses; empty: any that is not special.
+    /// Ranges inside which the peer may announce gateway and, on a flat link, endpoint addresses; empty: any that is not
+    /// special.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub allowed_gateway_ranges: Vec<IpNet>,
-    /// Whether endpoint addresses may cross this link.
+    /// One network on both sides: endpoint addresses cross this link, and endpoints reach each other past all gateways
+    /// where both sides say so.
     #[serde(default)]
     pub flat: bool,
 }
 
 impl ClusterLinkSpec {
+    /// Whether packets for the peer go straight to its gateways.
+    pub fn egress_is_remote(&self) -> bool {
+        self.egress.as_deref() == Some("remote")
+    }
+
     pub(super) fn validate(&self, errors: &mut Vec<FieldError>) {
         if let Some(cluster) = &self.cluster
             && let Err(error) = cluster.parse::<ClusterName>()
@@ -41,15 +48,9 @@ impl ClusterLinkSpec {
             let expected = "nothing: the peer announces its gateways once `tombolo link join` has run";
             errors.push(FieldError::new(format!("spec.gateways[{index}]"), gateway, expected));
         }
-        if let Some(egress) = self.egress.as_deref().filter(|egress| *egress != "local") {
-            errors.push(FieldError::new(
-                "spec.egress",
-                egress,
-                "local, through our own gateways: the only way so far",
-            ));
-        }
-        if self.flat {
-            errors.push(FieldError::new("spec.flat", true, "false: endpoint addresses cross no link so far"));
+        if let Some(egress) = self.egress.as_deref().filter(|egress| !matches!(*egress, "local" | "remote")) {
+            let expected = "local (through our own gateways) or remote (straight to the peer's)";
+            errors.push(FieldError::new("spec.egress", egress, expected));
         }
     }
 }
@@ -59,17 +60,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn settings_that_would_do_nothing_are_refused_by_name() {
-        let spec: ClusterLinkSpec = serde_json::from_str(
-            r#"{"cluster": "west", "gateways": ["192.0.2.1:7440"], "egress": "remote", "flat": true}"#,
-        )
-        .unwrap();
-        let mut errors = Vec::new();
-        spec.validate(&mut errors);
-        let fields: Vec<String> = errors.iter().map(ToString::to_string).collect();
-        for field in ["spec.gateways[0]", "spec.egress", "spec.flat"] {
-            assert!(fields.iter().any(|error| error.contains(field)), "{field}: {fields:?}");
+    fn what_would_do_nothing_is_refused_by_name_and_the_rest_is_taken() {
+        let errors = |spec: &str| {
+            let spec: ClusterLinkSpec = serde_json::from_str(spec).unwrap();
+            let mut errors = Vec::new();
+            spec.validate(&mut errors);
+            errors.iter().map(ToString::to_string).collect::<Vec<_>>()
+        };
+        let found = errors(r#"{"cluster": "west", "gateways": ["192.0.2.1:7440"], "egress": "far"}"#);
+        for field in ["spec.gateways[0]", "spec.egress"] {
+            assert!(found.iter().any(|error| error.contains(field)), "{field}: {found:?}");
         }
-        assert_eq!(fields.len(), 3, "{fields:?}");
+        assert_eq!(found.len(), 2, "{found:?}");
+        assert_eq!(errors(r#"{"cluster": "west", "egress": "remote", "flat": true}"#), Vec::<String>::new());
     }
 }

@@ -148,7 +148,7 @@ fn unknown_versions_types_classes_and_tag_0_are_refused_before_any_key_is_looked
     assert_eq!(with(0, 0x11), "version");
     assert_eq!(with(0, 0x00), "type");
     assert_eq!(with(0, 0x08), "type");
-    assert_eq!(with(1, 0x20), "selector");
+    assert_eq!(with(1, 0x30), "selector");
     assert_eq!(with(1, 0x14), "selector");
     assert_eq!(with(8, 1), "selector"); // a gateway with an endpoint id
     assert_eq!(with(4, 0), "field");
@@ -256,6 +256,7 @@ fn any_selector() -> impl Strategy<Value = Selector> {
     prop_oneof![
         (any_tag(), any_endpoint()).prop_map(|(tag, endpoint)| Selector::Endpoint { tag, endpoint }),
         any_tag().prop_map(|tag| Selector::Gateway { tag }),
+        (any_tag(), any_endpoint()).prop_map(|(tag, endpoint)| Selector::Across { tag, endpoint }),
     ]
 }
 

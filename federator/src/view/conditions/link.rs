@@ -1,5 +1,5 @@
 //! `ClusterLink`: `Connected` (the peer's federator is heard), `Reachable` (packets get to its gateways), and only when
-//! there is something to say `Recreated` and `RecordsAccepted`.
+//! there is something to say `PastGateways`, `Recreated` and `RecordsAccepted`.
 
 use tombolo_model::names::ClusterName;
 use tombolo_model::resource::Condition;
@@ -21,6 +21,7 @@ pub fn of(view: &View<'_>, peer: &ClusterName) -> Vec<Condition> {
     if !matches!(standing.reason, "NotLinked" | "EndedByPeer") {
         conditions.push(reachable(view, peer));
     }
+    conditions.extend(past_gateways(view, peer));
     if standing.reason == "Recreated" {
         conditions.push(condition("Recreated", true, "OtherTag", standing.message));
     }
@@ -31,6 +32,27 @@ pub fn of(view: &View<'_>, peer: &ClusterName) -> Vec<Condition> {
         conditions.push(condition("RecordsAccepted", false, "RecordsRejected", text));
     }
     conditions
+}
+
+/// What `egress: remote` and `flat` came to.
+fn past_gateways(view: &View<'_>, peer: &ClusterName) -> Option<Condition> {
+    let spec = view.facts.link_spec(peer).filter(|spec| spec.flat || spec.egress_is_remote())?;
+    let (mut alive, mut all) = (0u32, 0u32);
+    for path in links::past_gateways(view, peer) {
+        all += 1;
+        alive += u32::from(path.alive);
+    }
+    let message = format!("{alive} of {all} paths of our sidecars past our gateways are alive");
+    let waits = "no sidecar tells of a path past our gateways yet";
+    Some(match (alive, all, spec.flat) {
+        (0, 0, false) => unknown("PastGateways", "NotProbed", waits.to_owned()),
+        (0, 0, true) => {
+            let text = format!("{waits}: on a flat link, {peer}'s ClusterLink must say `flat: true` as well");
+            unknown("PastGateways", "NotProbed", text)
+        }
+        (0, _, _) => condition("PastGateways", false, "NoPath", message + ": packets take our gateways"),
+        _ => condition("PastGateways", true, "PathAlive", message),
+    })
 }
 
 fn reachable(view: &View<'_>, peer: &ClusterName) -> Condition {

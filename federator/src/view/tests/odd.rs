@@ -30,6 +30,7 @@ fn odd() -> Facts {
         healthy: u32::MAX,
         total: 0,
         exported_at_unix_ms: i64::MIN,
+        endpoints: Vec::new(),
         ports: vec![odd_port.clone(); 70],
         ..exported(0, 0, &[])
     };
