@@ -1,6 +1,6 @@
 //! The sockets behind one address: one per worker and one for control packets, in a reuseport group.
 //!
-//! A classic BPF program on the first payload bytes chooses (ADR 4): control datagrams and control-kind connection IDs go
+//! A classic BPF program on the first payload bytes chooses ([`reuseport`], ADR 4): control datagrams and control-kind connection IDs go
 //! to the last socket, so that they have a kernel queue of their own; everything else to worker `nonce byte mod N`, so that
 //! one gateway pair (a single 4-tuple) spreads over all workers. Any socket may still get any packet: the kernel may
 //! merge a control datagram into the batch of a worker.
@@ -12,13 +12,9 @@ use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
-use crate::port::Port;
-use crate::sys;
+use tombolo_overlay::reuseport;
 
-/// Where the nonce starts within a connection ID (`crates/overlay/src/cid.rs`).
-const NONCE: u32 = 8;
-const SHORT_DCID: u32 = 1;
-const LONG_DCID: u32 = 6;
+use crate::port::Port;
 
 /// Why an address could not be bound.
 #[derive(Debug, thiserror::Error)]
@@ -62,8 +58,8 @@ impl Group {
         for _ in 0..=workers {
             ports.push(Arc::new(Port::bind(address, true).map_err(&failed)?));
         }
-        let steered =
-            ports.first().map_or(Ok(()), |first| sys::attach_reuseport(first.as_fd(), &program(workers)));
+        let program = reuseport::program(workers, workers);
+        let steered = ports.first().map_or(Ok(()), |first| reuseport::attach(first.as_fd(), &program));
         if let Err(error) = steered {
             tracing::warn!(%error, %address, "the kernel can't steer packets to several sockets: one thread serves all of them");
             ports.truncate(1);
@@ -79,38 +75,6 @@ impl Group {
     }
 }
 
-/// The program: sockets are numbered in the order in which they were bound. Loads beyond a packet's end end it with 0.
-fn program(workers: usize) -> Vec<libc::sock_filter> {
-    let control = u32::try_from(workers).unwrap_or(0);
-    let workers = control.max(1);
-    let op = |code: u32, k: u32| libc::sock_filter { code: code as u16, jt: 0, jf: 0, k };
-    let load = |at: u32| op(libc::BPF_LD | libc::BPF_B | libc::BPF_ABS, at);
-    let and = |mask: u32| op(libc::BPF_ALU | libc::BPF_AND | libc::BPF_K, mask);
-    let answer = |index: u32| op(libc::BPF_RET | libc::BPF_K, index);
-    let equal = |value: u32, then: u8, otherwise: u8| libc::sock_filter {
-        code: (libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K) as u16,
-        jt: then,
-        jf: otherwise,
-        k: value,
-    };
-    // Seven instructions: kind control (2) to the control socket, the others by nonce.
-    let by_id = |at: u32| {
-        [
-            load(at),
-            and(0b0011_1000),
-            equal(2 << 3, 3, 0),
-            load(at + NONCE),
-            op(libc::BPF_ALU | libc::BPF_MOD | libc::BPF_K, workers),
-            op(libc::BPF_RET | libc::BPF_A, 0),
-            answer(control),
-        ]
-    };
-    let mut program = vec![load(0), and(0xc0), equal(0x40, 2, 0), equal(0xc0, 8, 0), answer(control)];
-    program.extend(by_id(SHORT_DCID));
-    program.extend(by_id(LONG_DCID));
-    program
-}
-
 #[cfg(test)]
 mod tests {
     use std::io::IoSliceMut;
@@ -123,6 +87,7 @@ mod tests {
 
     use super::*;
     use crate::port::Outgoing;
+    use crate::sys;
 
     fn id(kind: Kind, first_nonce_byte: u8) -> Cid {
         let nonce = [first_nonce_byte, 0, 0, 0, 0, 0, 0];

@@ -1,5 +1,5 @@
-//! The three system calls that no safe wrapper of our dependencies offers: waiting for several sockets, attaching a classic
-//! BPF program to a reuseport group, and switching socket options on. All `unsafe` of the crate is here.
+//! The two system calls that no safe wrapper of our dependencies offers: waiting for several sockets, and switching socket
+//! options on. All `unsafe` of the crate is here.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -26,13 +26,6 @@ pub fn wait(sockets: &[BorrowedFd<'_>], ready: &mut Vec<bool>, timeout: Duration
     }
     ready.extend(fds.iter().map(|fd| fd.revents != 0));
     Ok(())
-}
-
-/// Attaches `program` to the reuseport group of `socket`: it returns the index of the socket that takes a datagram.
-pub fn attach_reuseport(socket: BorrowedFd<'_>, program: &[libc::sock_filter]) -> io::Result<()> {
-    let len = u16::try_from(program.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
-    let program = libc::sock_fprog { len, filter: program.as_ptr().cast_mut() };
-    set(socket, libc::SOL_SOCKET, libc::SO_ATTACH_REUSEPORT_CBPF, &program)
 }
 
 /// Queues ICMP errors on the socket, with the destination and the start of the packet that they are about.

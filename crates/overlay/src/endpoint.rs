@@ -29,9 +29,10 @@ use crate::dial::{DialError, DialTarget, Dialler, peer_identity};
 use crate::generator::{Generator, Identity};
 use crate::hops::{self, HopReport, HopsHandle};
 use crate::keys::KeyRing;
-use crate::liveness::{self, LivenessHandle};
+use crate::liveness::{self, Hints, LivenessHandle};
+use crate::parts::{Part, Place};
 use crate::routes::{RouteState, Routes};
-use crate::socket::{OverlaySocket, Slot};
+use crate::socket::{ControlPacket, OverlaySocket, Slot};
 use crate::transport::{self, Limits, UnusableTls};
 
 /// A handshake of an authenticated peer over the longest paths takes a second; a trickled one is an attack.
@@ -113,17 +114,62 @@ pub struct OverlayStats {
     pub no_route: u64,
     pub send_errors: u64,
     pub control_overflow: u64,
+    pub part_overflow: u64,
     pub malformed: u64,
+}
+
+impl OverlayStats {
+    fn plus(self, other: Self) -> Self {
+        Self {
+            open_connections: self.open_connections + other.open_connections,
+            accepted: self.accepted + other.accepted,
+            refused: self.refused + other.refused,
+            retried: self.retried + other.retried,
+            handshakes_failed: self.handshakes_failed + other.handshakes_failed,
+            importer_mismatch: self.importer_mismatch + other.importer_mismatch,
+            attested: self.attested + other.attested,
+            attestations_refused: self.attestations_refused.plus(other.attestations_refused),
+            expired_closed: self.expired_closed + other.expired_closed,
+            revoked_closed: self.revoked_closed + other.revoked_closed,
+            no_route: self.no_route + other.no_route,
+            send_errors: self.send_errors + other.send_errors,
+            control_overflow: self.control_overflow + other.control_overflow,
+            part_overflow: self.part_overflow + other.part_overflow,
+            malformed: self.malformed + other.malformed,
+        }
+    }
+}
+
+/// What the parts of an endpoint have in common.
+struct Shared {
+    me: Identity,
+    endpoint: EndpointId,
+    learns: bool,
+    keys: Arc<ArcSwap<KeyRing>>,
+    routes: Arc<ArcSwap<RouteState>>,
+    inbound: Arc<ArcSwap<Inbound>>,
+    hints: Hints,
+    control: mpsc::Sender<ControlPacket>,
+    svid: Option<SvidHandle>,
+}
+
+fn no_socket(address: SocketAddr) -> BindError {
+    BindError::Socket { address, source: std::io::ErrorKind::NotConnected.into() }
 }
 
 #[derive(Debug)]
 struct Inner {
-    tag: ClusterTag,
+    me: Identity,
     endpoint_id: EndpointId,
     quic: quinn::Endpoint,
     socket: Arc<OverlaySocket>,
     keys: Arc<ArcSwap<KeyRing>>,
-    inbound: ArcSwap<Inbound>,
+    inbound: Arc<ArcSwap<Inbound>>,
+    /// Further parts of this endpoint; known to the first one.
+    others: Mutex<Vec<Overlay>>,
+    /// To all parts.
+    hints: Hints,
+    control: mpsc::Sender<ControlPacket>,
     client_transport: Arc<TransportConfig>,
     accepted: tokio::sync::Mutex<mpsc::Receiver<PeerConnection>>,
     liveness: LivenessHandle,
@@ -146,21 +192,88 @@ pub struct Overlay(Arc<Inner>);
 impl Overlay {
     /// Binds the socket and starts the tasks in the current tokio runtime.
     pub fn bind(config: OverlayConfig, tasks: &TaskGroup) -> Result<Self, BindError> {
+        let bind = config.bind;
+        let mut parts = Part::bind(bind, 1).map_err(|source| BindError::Socket { address: bind, source })?;
+        let part = parts.pop().ok_or_else(|| no_socket(bind))?;
+        Self::bind_first(config, part, tasks)
+    }
+
+    /// Serves the first of the endpoint's [parts](Part::bind), probing and registration included.
+    pub fn bind_first(config: OverlayConfig, part: Part, tasks: &TaskGroup) -> Result<Self, BindError> {
         let OverlayConfig { tag, endpoint, keys, kind, bind, registers, learns, server, svid, limits } =
             config;
-        let socket_error = |source| BindError::Socket { address: bind, source };
-        let slot = Slot::bind(bind).map_err(socket_error)?;
-        let local_addr = slot.local_addr().map_err(socket_error)?;
+        let (control, datagrams) = mpsc::channel(CONTROL_QUEUE);
         let state =
             RouteState { routes: Arc::new(Routes::empty(tag)), paths: Vec::new(), across: Arc::default() };
-        let (control_sender, control) = mpsc::channel(CONTROL_QUEUE);
-        let socket = Arc::new(OverlaySocket::new(tag, slot, state, learns, control_sender));
         let keys = Arc::new(ArcSwap::from_pointee(keys));
-        let me = Identity { kind, tag, target: endpoint.value() };
+        let shared = Shared {
+            me: Identity { kind, tag, target: endpoint.value() },
+            endpoint,
+            learns,
+            keys: Arc::clone(&keys),
+            routes: Arc::new(ArcSwap::from_pointee(state)),
+            inbound: Arc::default(),
+            hints: Hints::default(),
+            control,
+            svid,
+        };
+        let hints = shared.hints.clone();
+        let hops = |socket: &Arc<OverlaySocket>| {
+            let config = hops::HopsConfig { tag, endpoint, keys, registers, bind, kind };
+            hops::spawn(config, Arc::clone(socket), datagrams, hints, tasks)
+        };
+        Self::serve(shared, part, bind, server, limits, hops, tasks)
+    }
+
+    /// Serves a further part of this endpoint in the current runtime, which may be another thread's. What is set on this
+    /// overlay (routes, keys, handles) holds for it, and revocations are enforced on it too.
+    pub fn bind_beside(
+        &self,
+        part: Part,
+        server: Option<ServerTls>,
+        limits: Limits,
+        tasks: &TaskGroup,
+    ) -> Result<Self, BindError> {
+        let first = &self.0;
+        let shared = Shared {
+            me: first.me,
+            endpoint: first.endpoint_id,
+            learns: false,
+            keys: Arc::clone(&first.keys),
+            routes: Arc::clone(&first.socket.routes),
+            inbound: Arc::clone(&first.inbound),
+            hints: first.hints.clone(),
+            control: first.control.clone(),
+            svid: first.judge.svid.clone(),
+        };
+        let overlay =
+            Self::serve(shared, part, first.local_addr, server, limits, |_| first.hops.clone(), tasks)?;
+        first.others.lock().unwrap_or_else(PoisonError::into_inner).push(overlay.clone());
+        Ok(overlay)
+    }
+
+    fn serve(
+        shared: Shared,
+        part: Part,
+        bind: SocketAddr,
+        server: Option<ServerTls>,
+        limits: Limits,
+        hops: impl FnOnce(&Arc<OverlaySocket>) -> HopsHandle,
+        tasks: &TaskGroup,
+    ) -> Result<Self, BindError> {
+        let Shared { me, endpoint, learns, keys, routes, inbound, hints, control, svid } = shared;
+        let socket_error = |source| BindError::Socket { address: bind, source };
+        let place = Some(part.place).filter(Place::has_others);
+        let slot = Slot::of(part.socket).map_err(socket_error)?;
+        let local_addr = slot.local_addr().map_err(socket_error)?;
+        let socket = OverlaySocket::new(me.tag, slot, place.clone(), routes, learns, control.clone());
+        let socket = Arc::new(socket);
 
         let mut endpoint_config = transport::endpoint_config(&limits);
         let generator_keys = Arc::clone(&keys);
-        endpoint_config.cid_generator(move || Box::new(Generator { me, keys: Arc::clone(&generator_keys) }));
+        endpoint_config.cid_generator(move || {
+            Box::new(Generator { me, keys: Arc::clone(&generator_keys), place: place.clone() })
+        });
         let servers = server.map(|tls| Servers::new(&tls, &limits)).transpose()?;
         let quic = quinn::Endpoint::new_with_abstract_socket(
             endpoint_config,
@@ -173,13 +286,8 @@ impl Overlay {
         let flusher = CancellationToken::new();
         tasks.spawn("overlay flush", Arc::clone(&socket).flush(flusher.clone()));
         let liveness = liveness::spawn(Arc::clone(&socket), tasks);
-        let hops = hops::spawn(
-            hops::HopsConfig { tag, endpoint, keys: Arc::clone(&keys), registers, bind, kind },
-            Arc::clone(&socket),
-            control,
-            liveness.clone(),
-            tasks,
-        );
+        hints.add(liveness.clone());
+        let hops = hops(&socket);
         let judge = Judge { svid, counters: Arc::new(AttestationCounters::default()) };
         let attestation = judge
             .svid
@@ -187,13 +295,16 @@ impl Overlay {
             .map(|svid| attestation::spawn(svid, &limits, Arc::clone(&judge.counters), tasks));
         let (accepted_sender, accepted) = mpsc::channel(ACCEPT_QUEUE);
         let overlay = Self(Arc::new(Inner {
-            tag,
+            me,
             endpoint_id: endpoint,
             client_transport: transport::transport(&limits, true),
             quic,
             socket,
             keys,
-            inbound: ArcSwap::from_pointee(Inbound::default()),
+            inbound,
+            others: Mutex::default(),
+            hints,
+            control,
             accepted: tokio::sync::Mutex::new(accepted),
             liveness,
             hops,
@@ -220,7 +331,7 @@ impl Overlay {
         self.0.endpoint_id
     }
     pub fn tag(&self) -> ClusterTag {
-        self.0.tag
+        self.0.me.tag
     }
     /// Where things are, from now on.
     pub fn set_routes(&self, routes: Routes) {
@@ -260,12 +371,18 @@ impl Overlay {
 
     /// Cuts every connection whose peer is revoked by now; how many. `None`: this overlay is ending, or has no identity.
     pub async fn enforce_revocations(&self) -> Option<u64> {
-        self.0.attestation.as_ref()?.cut(Cut::Revoked).await
+        let mut cut = 0;
+        for part in self.parts() {
+            cut += part.0.attestation.as_ref()?.cut(Cut::Revoked).await?;
+        }
+        Some(cut)
     }
     /// Cuts every connection: the own identity is revoked, and nobody may be able to tell us any more.
     pub async fn cut_all(&self) {
-        if let Some(attestation) = &self.0.attestation {
-            attestation.cut(Cut::All).await;
+        for part in self.parts() {
+            if let Some(attestation) = &part.0.attestation {
+                attestation.cut(Cut::All).await;
+            }
         }
     }
 
@@ -278,7 +395,13 @@ impl Overlay {
         self.0.hops.unreachable()
     }
 
+    /// Of all parts together.
     pub fn stats(&self) -> OverlayStats {
+        let parts = self.parts();
+        parts.iter().map(Self::own_stats).fold(OverlayStats::default(), OverlayStats::plus)
+    }
+
+    fn own_stats(&self) -> OverlayStats {
         let counters = &self.0.counters;
         let socket = &self.0.socket.counters;
         let attestation = &self.0.judge.counters;
@@ -296,12 +419,25 @@ impl Overlay {
             no_route: socket.no_route.load(Relaxed),
             send_errors: socket.send_errors.load(Relaxed),
             control_overflow: socket.control_overflow.load(Relaxed),
+            part_overflow: socket.part_overflow.load(Relaxed),
             malformed: socket.malformed.load(Relaxed),
         }
     }
 
-    /// Closes every connection, waits until the peers have been told, and lets the port go.
+    /// This one, and those bound beside it.
+    fn parts(&self) -> Vec<Self> {
+        let others = self.0.others.lock().unwrap_or_else(PoisonError::into_inner);
+        std::iter::once(self).chain(others.iter()).cloned().collect()
+    }
+
+    /// Closes every connection of every part, waits until the peers have been told, and lets the port go.
     pub async fn close(&self) {
+        let parts = self.parts();
+        futures::future::join_all(parts.iter().map(Self::close_own)).await;
+        self.0.others.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    }
+
+    async fn close_own(&self) {
         self.0.quic.close(close_code::DRAINING.into(), b"closing");
         let _ = tokio::time::timeout(CLOSE_PATIENCE, self.0.quic.wait_idle()).await;
         // An attempt to dial that lost the race drains for seconds in quinn, and holds the socket object as long: who
@@ -320,7 +456,7 @@ impl Overlay {
         if let (Some(attestation), Some(shown)) = (&self.0.attestation, shown) {
             attestation.watch(connection.clone(), shown).await;
         }
-        let me = (self.0.tag, self.0.endpoint_id);
+        let me = (self.0.me.tag, self.0.endpoint_id);
         let (connection, judge) = (connection.clone(), self.0.judge.clone());
         let liveness = self.0.liveness.clone();
         self.0.tasks.spawn("control streams", async move {
@@ -352,7 +488,7 @@ async fn accept_loop(
     let pending = Arc::new(AtomicUsize::new(0));
     while let Some(incoming) = overlay.0.quic.accept().await {
         let counters = &overlay.0.counters;
-        let pinned = match overlay.0.inbound.load().admit(overlay.0.tag, &incoming.orig_dst_cid()) {
+        let pinned = match overlay.0.inbound.load().admit(overlay.0.me.tag, &incoming.orig_dst_cid()) {
             Ok(pinned) => pinned,
             Err(refusal) => {
                 counters.refused.fetch_add(1, Relaxed);

@@ -10,6 +10,7 @@ use tombolo_runtime::clock;
 
 use crate::cid::{CID_LEN, Cid, Kind};
 use crate::keys::{CidKey, Hour, KeyRing};
+use crate::parts::Place;
 
 /// A lost packet makes quinn skip one retirement round, so an ID may live 80 min: 60 + 80 + 10 < 180 - 10.
 const CID_LIFETIME: Duration = Duration::from_secs(40 * 60);
@@ -25,20 +26,26 @@ pub(crate) struct Identity {
 pub(crate) struct Generator {
     pub me: Identity,
     pub keys: Arc<ArcSwap<KeyRing>>,
+    /// The part that the IDs lead to.
+    pub place: Option<Place>,
 }
 
 /// Mints an ID with the key of this hour. Past the ring's end the last key is used: receivers refuse it, which is
 /// what a federator that has been away for over a day means.
-pub(crate) fn mint(me: Identity, keys: &KeyRing) -> Cid {
+pub(crate) fn mint(me: Identity, keys: &KeyRing, place: Option<&Place>) -> Cid {
     let now = clock::since_unix_epoch();
     let unkeyed = CidKey::from_bytes([0; 16]); // join-kind IDs have no key: they are answered to their source only
     let (hour, key) = keys.current(now).or_else(|| keys.iter().last()).unwrap_or((Hour::at(now), &unkeyed));
-    Cid::mint(me.kind, me.tag, me.target, rand::random(), hour, key)
+    let mut nonce: [u8; 7] = rand::random();
+    if let Some(place) = place {
+        nonce[0] = place.nonce(nonce[0]);
+    }
+    Cid::mint(me.kind, me.tag, me.target, nonce, hour, key)
 }
 
 impl ConnectionIdGenerator for Generator {
     fn generate_cid(&mut self) -> ConnectionId {
-        ConnectionId::new(mint(self.me, &self.keys.load()).as_bytes())
+        ConnectionId::new(mint(self.me, &self.keys.load(), self.place.as_ref()).as_bytes())
     }
 
     /// Consulted for short-header packets of unknown connections only: no stateless reset for what is not ours.

@@ -23,7 +23,7 @@ use crate::across;
 use crate::cid::Kind;
 use crate::datagram::{self, Body, Datagram, ProbeAck, Selector};
 use crate::keys::KeyRing;
-use crate::liveness::LivenessHandle;
+use crate::liveness::Hints;
 use crate::probe::{Event, Health, ProbeState};
 use crate::register::ClientState;
 use crate::routes::{GatewayHop, PathView, RouteState, Routes};
@@ -88,7 +88,7 @@ pub(crate) fn spawn(
     config: HopsConfig,
     socket: Arc<OverlaySocket>,
     control: mpsc::Receiver<ControlPacket>,
-    liveness: LivenessHandle,
+    hints: Hints,
     tasks: &TaskGroup,
 ) -> HopsHandle {
     let (routes, routes_receiver) = watch::channel(Arc::new(Routes::empty(config.tag)));
@@ -98,7 +98,7 @@ pub(crate) fn spawn(
     let task = HopsTask {
         config,
         socket,
-        liveness,
+        hints,
         routes: routes_receiver,
         reports: Arc::clone(&reports),
         unreachable: unreachable_sender,
@@ -148,7 +148,7 @@ impl Path {
 struct HopsTask {
     config: HopsConfig,
     socket: Arc<OverlaySocket>,
-    liveness: LivenessHandle,
+    hints: Hints,
     routes: watch::Receiver<Arc<Routes>>,
     reports: Arc<ArcSwap<Vec<HopReport>>>,
     unreachable: watch::Sender<Arc<HashSet<ClusterTag>>>,
@@ -277,7 +277,7 @@ impl HopsTask {
         let received = across::Received { unverified, source: packet.source, bytes: packet.bytes.len() };
         let mut send = |to, bytes: &[u8]| slots.first().map_or(Ok(()), |slot| slot.send_control(to, bytes));
         if let Some(gone) = self.across.on_datagram(received, moment(), &mut send)? {
-            self.liveness.hint_gone(gone.tag, gone.endpoint);
+            self.hints.gone(gone.tag, gone.endpoint);
         }
         Ok(())
     }
@@ -286,7 +286,7 @@ impl HopsTask {
         let now = Instant::now();
         match &datagram.body {
             Body::ProbeAck(ack) => self.on_ack(packet, datagram.sequence, ack, now),
-            Body::Gone(gone) => self.liveness.hint_gone(gone.tag, gone.endpoint),
+            Body::Gone(gone) => self.hints.gone(gone.tag, gone.endpoint),
             Body::Challenge(challenge) => {
                 if let Some(register) = self.path_of(packet).and_then(|path| path.register.as_mut()) {
                     register.on_challenge(now, datagram.sequence, challenge);

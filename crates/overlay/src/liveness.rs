@@ -3,7 +3,7 @@
 //! Owns the table of live connections; [`LivenessHandle`] adds to it and passes hints. A tick reads a few atomics per
 //! connection, so thousands cost little. Ends with its task group.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -35,12 +35,26 @@ impl LivenessHandle {
         let _ = self.0.send(Event::Watch(connection)).await;
     }
     /// A hint that an endpoint is no more. Anyone may have forged it.
-    pub fn hint_gone(&self, tag: ClusterTag, endpoint: EndpointId) {
+    fn hint_gone(&self, tag: ClusterTag, endpoint: EndpointId) {
         let _ = self.0.try_send(Event::Gone(tag, endpoint));
     }
     /// A peer has announced its endpoint: older incarnations of the same holder are gone for certain.
     pub fn announced(&self, connection: PeerConnection) {
         let _ = self.0.try_send(Event::Announced(connection));
+    }
+}
+
+/// Hints for every part of an endpoint: one of them gets the datagrams, any may hold the connection.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Hints(Arc<Mutex<Vec<LivenessHandle>>>);
+
+impl Hints {
+    pub fn add(&self, part: LivenessHandle) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(part);
+    }
+    pub fn gone(&self, tag: ClusterTag, endpoint: EndpointId) {
+        let parts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        parts.iter().for_each(|part| part.hint_gone(tag, endpoint));
     }
 }
 

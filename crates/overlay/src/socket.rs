@@ -2,7 +2,7 @@
 //!
 //! quinn never sees a path change: whatever gateway replica carries a packet, it seems to come from
 //! [`VIRTUAL_PEER`]. Several source ports (slots) are kept where a balancer hides several replicas behind one
-//! address. Bulk leaves in larger sends than quinn's ([`gather`]). Control datagrams that arrive on the same port are taken
+//! address; an endpoint on several threads has one of these for each ([`crate::parts`]). Bulk leaves in larger sends than quinn's ([`gather`]). Control datagrams that arrive on the same port are taken
 //! out and handed to the hops task; when that falls behind they are dropped with a counter. Nothing here ever returns an
 //! error that would end quinn's driver.
 
@@ -29,6 +29,7 @@ use tombolo_model::ids::{ClusterTag, EndpointId};
 
 use crate::cid::{Cid, Kind, Packet, classify};
 use crate::learned::Learned;
+use crate::parts::Place;
 use crate::routes::{Exit, RouteState};
 use gather::{Gather, Leaving};
 
@@ -56,6 +57,8 @@ pub struct SocketCounters {
     pub no_route: AtomicU64,
     pub send_errors: AtomicU64,
     pub control_overflow: AtomicU64,
+    /// Packets for another part that found no room there.
+    pub part_overflow: AtomicU64,
     pub malformed: AtomicU64,
 }
 
@@ -63,6 +66,12 @@ pub struct SocketCounters {
 pub(crate) struct Slot {
     io: UdpSocket,
     state: UdpSocketState,
+}
+
+/// Refused only where the operator forbids it; the kernel clamps to its limit and that is fine.
+pub(crate) fn set_buffers(socket: &socket2::Socket) {
+    let _ = socket.set_recv_buffer_size(SOCKET_BUFFER_BYTES);
+    let _ = socket.set_send_buffer_size(SOCKET_BUFFER_BYTES);
 }
 
 impl Slot {
@@ -73,11 +82,14 @@ impl Slot {
             Some(socket2::Protocol::UDP),
         )?;
         socket.set_nonblocking(true)?;
-        // Refused only where the operator forbids it; the kernel clamps to its limit and that is fine.
-        let _ = socket.set_recv_buffer_size(SOCKET_BUFFER_BYTES);
-        let _ = socket.set_send_buffer_size(SOCKET_BUFFER_BYTES);
+        set_buffers(&socket);
         socket.bind(&address.into())?;
-        let io = UdpSocket::from_std(socket.into())?;
+        Self::of(socket.into())
+    }
+
+    /// Of a bound socket that does not block, served by the current runtime.
+    pub fn of(socket: std::net::UdpSocket) -> io::Result<Self> {
+        let io = UdpSocket::from_std(socket)?;
         let state = UdpSocketState::new((&io).into())?;
         Ok(Self { io, state })
     }
@@ -116,7 +128,10 @@ impl Slot {
 pub(crate) struct OverlaySocket {
     tag: ClusterTag,
     slots: ArcSwap<Vec<Arc<Slot>>>,
-    pub routes: ArcSwap<RouteState>,
+    /// Of all parts of the endpoint.
+    pub routes: Arc<ArcSwap<RouteState>>,
+    /// `None`: the endpoint has one part.
+    place: Option<Place>,
     /// How often the route to an endpoint was asked to use another replica (kicks). Bounded by [`MAX_ROTATIONS`].
     rotations: ArcSwap<HashMap<(u32, EndpointId), u64>>,
     /// What was learned comes before routes.
@@ -140,14 +155,16 @@ impl OverlaySocket {
     pub fn new(
         tag: ClusterTag,
         slot: Slot,
-        routes: RouteState,
+        place: Option<Place>,
+        routes: Arc<ArcSwap<RouteState>>,
         learns: bool,
         control: mpsc::Sender<ControlPacket>,
     ) -> Self {
         Self {
             tag,
             slots: ArcSwap::from_pointee(vec![Arc::new(slot)]),
-            routes: ArcSwap::from_pointee(routes),
+            routes,
+            place,
             rotations: ArcSwap::from_pointee(HashMap::new()),
             learns,
             learned: Mutex::default(),
@@ -237,10 +254,12 @@ impl OverlaySocket {
             let end = (at + stride).min(meta.len);
             let packet = buffer.get(at..end).unwrap_or_default();
             let keep = match classify(packet) {
-                Some(Packet::Short { dcid }) => dcid.tag_value() == self.tag.value(),
-                Some(Packet::Long { scid, .. }) => {
+                Some(Packet::Short { dcid }) => {
+                    dcid.tag_value() == self.tag.value() && !self.hand_over(&dcid, packet, meta)
+                }
+                Some(Packet::Long { dcid, scid, .. }) => {
                     self.learn(scid, meta.addr);
-                    true
+                    !self.hand_over(&dcid, packet, meta)
                 }
                 Some(Packet::Datagram) => {
                     let packet =
@@ -268,6 +287,31 @@ impl OverlaySocket {
         meta.stride = stride.min(kept).max(1);
         meta.addr = VIRTUAL_PEER;
         meta.dst_ip = None;
+    }
+
+    /// Whether the packet is another part's, which has it now.
+    fn hand_over(&self, dcid: &Cid, packet: &[u8], meta: &RecvMeta) -> bool {
+        let Some(inbox) = self.place.as_ref().and_then(|place| place.elsewhere(dcid)) else { return false };
+        if !inbox.put(packet, meta.ecn) {
+            self.counters.part_overflow.fetch_add(1, Relaxed);
+        }
+        true
+    }
+
+    /// What other parts' sockets got for this one.
+    fn poll_inbox(&self, cx: &Context<'_>, bufs: &mut [IoSliceMut<'_>], meta: &mut [RecvMeta]) -> usize {
+        let Some(inbox) = self.place.as_ref().and_then(Place::own) else { return 0 };
+        let mut count = 0;
+        for (buffer, meta) in bufs.iter_mut().zip(meta) {
+            let Some((packet, ecn)) = inbox.poll(cx) else { break };
+            // As a receive buffer cuts it.
+            let len = packet.len().min(buffer.len());
+            let (Some(to), Some(from)) = (buffer.get_mut(..len), packet.get(..len)) else { break };
+            to.copy_from_slice(from);
+            *meta = RecvMeta { addr: VIRTUAL_PEER, len, stride: len.max(1), ecn, dst_ip: None };
+            count += 1;
+        }
+        count
     }
 
     fn learn(&self, scid: &[u8], source: SocketAddr) {
@@ -322,6 +366,10 @@ impl AsyncUdpSocket for OverlaySocket {
         bufs: &mut [IoSliceMut<'_>],
         meta: &mut [RecvMeta],
     ) -> Poll<io::Result<usize>> {
+        let handed = self.poll_inbox(cx, bufs, meta);
+        if handed > 0 {
+            return Poll::Ready(Ok(handed));
+        }
         let slots = self.slots.load();
         for (index, slot) in slots.iter().enumerate() {
             while let Poll::Ready(ready) = slot.io.poll_recv_ready(cx) {

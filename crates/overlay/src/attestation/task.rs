@@ -60,6 +60,10 @@ impl RefusalCounts {
     pub fn total(&self) -> u64 {
         self.0.iter().sum()
     }
+    pub(crate) fn plus(self, other: Self) -> Self {
+        let of = |counts: &Self, at: usize| counts.0.get(at).copied().unwrap_or(0);
+        Self(std::array::from_fn(|at| of(&self, at) + of(&other, at)))
+    }
 }
 
 #[derive(Debug)]
