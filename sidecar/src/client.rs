@@ -195,7 +195,8 @@ pub struct ReportTask {
     pub member: Member,
     pub overlay: Overlay,
     pub health: Vec<(ServiceKey, watch::Receiver<Option<Verdict>>)>,
-    pub routes: Routes,
+    /// Of each thread; they decide alike.
+    pub routes: Vec<Routes>,
     pub log: ShiftLog,
     pub tables: watch::Receiver<Option<Arc<Tables>>>,
     pub metrics: Metrics,
@@ -271,9 +272,12 @@ impl ReportTask {
             carrier: "udp".to_owned(),
             cluster: hop.across.unwrap_or_else(|| self.member.cluster().to_string()),
         });
-        let upstreams = self.routes.all().into_iter().map(|route| {
-            let usage = route.pools.values().map(|pool| pool.usage());
-            let (connections, streams) = usage.fold((0, 0), |(c, s), (a, b)| (c + a, s + b));
+        let upstreams = self.routes.first().map(Routes::all).unwrap_or_default();
+        let upstreams = upstreams.into_iter().map(|route| {
+            let on_threads = self.routes.iter().filter_map(|routes| routes.of(&route.service));
+            let usage =
+                on_threads.map(|route| route.pools.values().map(|pool| pool.usage()).fold((0, 0), add));
+            let (connections, streams) = usage.fold((0, 0), add);
             v1::UpstreamStatus {
                 service: route.service.to_string(),
                 tier: i32::try_from(route.tier).unwrap_or(i32::MAX),
@@ -295,6 +299,10 @@ impl ReportTask {
             leaving,
         }
     }
+}
+
+fn add((connections, streams): (usize, u32), (more, further): (usize, u32)) -> (usize, u32) {
+    (connections + more, streams + further)
 }
 
 /// Keeps `select_all` from being empty.

@@ -2,11 +2,13 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
 use tombolo_model::names::{NameError, ServiceKey};
+use tombolo_overlay::MAX_PARTS;
 
 use crate::health::HealthCheck;
 use crate::inbound::InboundLimits;
@@ -73,6 +75,8 @@ pub struct SidecarConfig {
     pub services: Vec<ServiceConfig>,
     pub upstreams: Vec<UpstreamConfig>,
     pub admin: SocketAddr,
+    /// Of the byte path, each with a runtime of its own.
+    pub threads: NonZeroUsize,
     pub drain: Duration,
     pub inbound: InboundLimits,
     pub pool: PoolLimits,
@@ -99,6 +103,8 @@ pub enum ConfigError {
         "--max-udp-payload {bytes} is not in 1200..={MAX_UDP_PAYLOAD}: 1452 fits the usual 1500-byte paths, 8952 those of 9000 bytes"
     )]
     Payload { bytes: u16 },
+    #[error("--threads {threads}: at most {MAX_PARTS} threads share one address")]
+    Threads { threads: usize },
     #[error(
         "announced address {address}: 0.0.0.0 and port 0 reach nobody: give the address that gateways can send to, or leave it out on a machine behind NAT"
     )]
@@ -115,6 +121,9 @@ impl SidecarConfig {
             && (address.ip().is_unspecified() || address.port() == 0)
         {
             return Err(ConfigError::Announce { address });
+        }
+        if self.threads.get() > MAX_PARTS {
+            return Err(ConfigError::Threads { threads: self.threads.get() });
         }
         if !(1200..=MAX_UDP_PAYLOAD).contains(&self.max_udp_payload_bytes) {
             return Err(ConfigError::Payload { bytes: self.max_udp_payload_bytes });
@@ -232,6 +241,7 @@ mod tests {
             services: services_from(parse(services)),
             upstreams: upstreams_from(parse(upstreams)),
             admin: SocketAddr::from(([127, 0, 0, 1], 0)),
+            threads: NonZeroUsize::MIN,
             drain: DEFAULT_DRAIN,
             inbound: InboundLimits::default(),
             pool: PoolLimits::default(),

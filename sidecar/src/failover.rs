@@ -196,14 +196,17 @@ impl Router {
         });
         machine.set_policy(policy);
         let outcome = machine.step(&seen, now);
-        if let Some(shift) = outcome.shift {
+        // Of several threads one speaks.
+        if let Some(shift) = outcome.shift.filter(|_| self.log.speaks()) {
             tracing::warn!(service = %service, from_tier = shift.from_tier, to_tier = shift.to_tier,
                 clusters = ?shift.clusters, reason = shift.reason, "failover: traffic shifts");
             let labels = UpstreamLabels { service: service.to_string() };
             self.context.metrics.shifts.get_or_create(&labels).inc();
             self.log.record(service, shift);
         }
-        self.log.keep_tier(service, outcome.tier, &outcome.reason);
+        if self.log.speaks() {
+            self.log.keep_tier(service, outcome.tier, &outcome.reason);
+        }
         let labels = UpstreamLabels { service: service.to_string() };
         let tier = i64::try_from(outcome.tier).unwrap_or(i64::MAX);
         self.context.metrics.tier.get_or_create(&labels).set(tier);

@@ -69,15 +69,22 @@ pub struct LocalTarget {
     pub metrics: ServiceMetrics,
 }
 
+/// What every inbound stream needs of the process.
+#[derive(Clone, Debug)]
+pub struct InboundContext {
+    pub limits: InboundLimits,
+    /// Held one per open stream: all of them free means that nothing is open.
+    pub slots: Arc<Semaphore>,
+    pub metrics: Metrics,
+    pub drain: Drain,
+    pub tasks: TaskGroup,
+}
+
 /// Everything a stream needs, shared by all of them.
 #[derive(Debug)]
 struct Shared {
     services: HashMap<Arc<str>, Arc<LocalTarget>>,
-    limits: InboundLimits,
-    slots: Arc<Semaphore>,
-    metrics: Metrics,
-    drain: Drain,
-    tasks: TaskGroup,
+    context: InboundContext,
 }
 
 /// Accepts connections of the overlay and serves their streams.
@@ -93,22 +100,9 @@ impl InboundTask {
         overlay: Overlay,
         services: HashMap<Arc<str>, Arc<LocalTarget>>,
         admitted: watch::Receiver<Arc<Admission>>,
-        limits: InboundLimits,
-        metrics: Metrics,
-        drain: Drain,
-        tasks: TaskGroup,
+        context: InboundContext,
     ) -> Self {
-        let slots = Arc::new(Semaphore::new(limits.max_app_connections));
-        Self {
-            shared: Arc::new(Shared { services, limits, slots, metrics, drain, tasks }),
-            overlay,
-            admitted,
-        }
-    }
-
-    /// Held one per open stream: all of them free means that nothing is open.
-    pub fn slots(&self) -> Arc<Semaphore> {
-        Arc::clone(&self.shared.slots)
+        Self { shared: Arc::new(Shared { services, context }), overlay, admitted }
     }
 
     /// Until the overlay is closed. Streams that come while draining are refused one by one, so that their callers go
@@ -116,7 +110,10 @@ impl InboundTask {
     pub async fn run(self) {
         while let Some(connection) = self.overlay.accept().await {
             let (shared, admitted) = (Arc::clone(&self.shared), self.admitted.clone());
-            self.shared.tasks.spawn("inbound connection", serve_connection(shared, connection, admitted));
+            self.shared
+                .context
+                .tasks
+                .spawn("inbound connection", serve_connection(shared, connection, admitted));
         }
     }
 }
@@ -138,17 +135,17 @@ async fn serve_connection(
     if !Arc::clone(&admitted.borrow_and_update()).admits(&connection) {
         return gone(&connection);
     }
-    let _counted = Held::new(&shared.metrics.inbound_connections);
+    let _counted = Held::new(&shared.context.metrics.inbound_connections);
     let open = Arc::new(AtomicU32::new(0));
-    let mut limit = shared.limits.initial_streams;
+    let mut limit = shared.context.limits.initial_streams;
     let mut close_at = None;
     loop {
         tokio::select! {
             stream = connection.quic().accept_bi() => {
                 let Ok((send, recv)) = stream else { return };
                 let now_open = open.fetch_add(1, Relaxed) + 1;
-                if now_open.saturating_mul(4) >= limit.saturating_mul(3) && limit < shared.limits.max_streams {
-                    limit = limit.saturating_mul(2).min(shared.limits.max_streams);
+                if now_open.saturating_mul(4) >= limit.saturating_mul(3) && limit < shared.context.limits.max_streams {
+                    limit = limit.saturating_mul(2).min(shared.context.limits.max_streams);
                     connection.quic().set_max_concurrent_bi_streams(VarInt::from_u32(limit));
                 }
                 let serve = serve_stream(
@@ -158,7 +155,7 @@ async fn serve_connection(
                     BiStream::new(send, recv),
                     OpenStream(Arc::clone(&open)),
                 );
-                shared.tasks.spawn("inbound stream", serve);
+                shared.context.tasks.spawn("inbound stream", serve);
             }
             changed = admitted.changed() => {
                 if changed.is_err() {
@@ -262,7 +259,7 @@ async fn serve_stream(
     let mut carried = Carried::default();
     let reason = tokio::select! {
         biased;
-        () = shared.drain.forced() => {
+        () = shared.context.drain.forced() => {
             stream.abort(codes::CUT_BY_DRAIN);
             "cut_by_drain"
         }
@@ -300,9 +297,9 @@ fn authorise(
     };
     let service = target.service.to_string();
     let counted = if verdict.allowed { metrics::ALLOWED } else { metrics::DENIED };
-    shared.metrics.count_access(&service, counted, verdict.decided_by.policy());
+    shared.context.metrics.count_access(&service, counted, verdict.decided_by.policy());
     for policy in &verdict.dry_run_denials {
-        shared.metrics.count_access(&service, metrics::WOULD_DENY, policy);
+        shared.context.metrics.count_access(&service, metrics::WOULD_DENY, policy);
     }
     let refused = (!verdict.allowed).then_some(codes::DENIED);
     carried.verdict = Some(verdict);
@@ -323,7 +320,7 @@ async fn carry(
         codes::name(VarInt::from_u32(code))
     };
     // Refused before its header is awaited: a draining process holds nothing for new callers.
-    if shared.drain.is_draining() {
+    if shared.context.drain.is_draining() {
         return refuse(stream, codes::DRAINING);
     }
     if caller.connection.expired() {
@@ -348,7 +345,7 @@ async fn carry(
     let Some(address) = target.ports.get(&opened.port) else {
         return refuse(stream, codes::UNKNOWN_PORT);
     };
-    let Ok(_slot) = Arc::clone(&shared.slots).try_acquire_owned() else {
+    let Ok(_slot) = Arc::clone(&shared.context.slots).try_acquire_owned() else {
         return refuse(stream, codes::OVERLOADED);
     };
     let tcp = match tokio::time::timeout(CONNECT_TIMEOUT, TcpStream::connect(address)).await {
@@ -368,7 +365,7 @@ async fn carry(
         // First: not one more byte for whom no policy admits any more.
         biased;
         verdict = caller.revoked(&target.service, opened.port) => Err(verdict),
-        end = copy::copy(&tcp, stream, opened.early, false, meter, None, &shared.limits.idle) => Ok(end),
+        end = copy::copy(&tcp, stream, opened.early, false, meter, None, &shared.context.limits.idle) => Ok(end),
     };
     match end {
         Ok(End::Finished) => End::Finished.reason(),
@@ -379,7 +376,7 @@ async fn carry(
         Err(verdict) => {
             copy::abort(tcp);
             let policy = verdict.decided_by.policy();
-            shared.metrics.count_access(&target.service.to_string(), metrics::CUT, policy);
+            shared.context.metrics.count_access(&target.service.to_string(), metrics::CUT, policy);
             carried.verdict = Some(verdict);
             refuse(stream, codes::CUT_BY_POLICY)
         }

@@ -12,6 +12,7 @@ pub mod client;
 pub mod codes;
 pub mod config;
 pub mod copy;
+mod data_path;
 pub mod failover;
 pub mod header;
 pub mod health;

@@ -6,20 +6,18 @@
 #[cfg(test)]
 mod tests;
 
-use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use prometheus_client::registry::Registry;
-use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, watch};
 use tombolo_identity::tls;
 use tombolo_overlay::cid::Kind;
 use tombolo_overlay::lease::LeaseError;
 use tombolo_overlay::member::{JoinError, Member, MemberError};
 use tombolo_overlay::revoking::Enforcer;
-use tombolo_overlay::{BindError, Limits, Overlay, OverlayConfig, Routes, ServerTls};
+use tombolo_overlay::{BindError, Limits, Overlay, OverlayConfig, Part, Routes, ServerTls};
 use tombolo_proto::v1;
 use tombolo_runtime::admin::{Admin, AdminError};
 use tombolo_runtime::drain::{self, Drain, DrainTrigger};
@@ -30,12 +28,10 @@ use crate::access::Admission;
 use crate::carry::Carry;
 use crate::client::{ControlTask, ReportTask};
 use crate::config::{ConfigError, ServiceConfig, SidecarConfig};
-use crate::failover::{Router, ShiftLog};
+use crate::data_path::{self, DataPath, Further, Threads};
+use crate::failover::ShiftLog;
 use crate::health;
-use crate::inbound::{InboundTask, LocalTarget};
 use crate::metrics::Metrics;
-use crate::outbound::{OutboundContext, UpstreamTask};
-use crate::pool::PoolContext;
 use crate::tables::Tables;
 
 /// The last report and the closing frames.
@@ -72,6 +68,19 @@ pub enum BuildError {
     Admin(#[from] AdminError),
 }
 
+/// Why a running sidecar ended.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    #[error(transparent)]
+    Admin(#[from] AdminError),
+    #[error(transparent)]
+    Overlay(#[from] BindError),
+    #[error("the TLS configuration can't be made: {0}")]
+    Tls(#[from] rustls::Error),
+    #[error("an upstream's listener can't be served: {0}")]
+    Listener(std::io::Error),
+}
+
 /// Builds sidecars.
 #[derive(Debug)]
 pub struct Sidecar;
@@ -82,7 +91,10 @@ pub struct Bound {
     config: SidecarConfig,
     member: Member,
     overlay: Overlay,
-    upstreams: Vec<(usize, TcpListener)>,
+    /// By thread, in the order of the configuration's upstreams.
+    listeners: Vec<Vec<std::net::TcpListener>>,
+    /// What the threads after the first serve.
+    parts: Vec<Part>,
     admin: Admin,
     metrics: Metrics,
     configured: BlockReady,
@@ -95,15 +107,14 @@ impl Sidecar {
         config.check()?;
         let dir = config.state_dir.clone();
         // Cheap and local first: a taken port must not use up a join token.
-        let mut upstreams = Vec::with_capacity(config.upstreams.len());
-        for (index, upstream) in config.upstreams.iter().enumerate() {
-            let listener =
-                TcpListener::bind(upstream.listen).await.map_err(|source| BuildError::Upstream {
-                    service: upstream.service.to_string(),
-                    listen: upstream.listen,
-                    source,
-                })?;
-            upstreams.push((index, listener));
+        let threads = config.threads.get();
+        let mut listeners: Vec<Vec<_>> = (0..threads).map(|_| Vec::new()).collect();
+        for upstream in &config.upstreams {
+            let bound = data_path::listen(upstream.listen, threads).map_err(|source| {
+                let service = upstream.service.to_string();
+                BuildError::Upstream { service, listen: upstream.listen, source }
+            })?;
+            listeners.iter_mut().zip(bound).for_each(|(of_thread, listener)| of_thread.push(listener));
         }
         let readiness = Readiness::new();
         let configured = readiness.block("configuration");
@@ -125,7 +136,10 @@ impl Sidecar {
         }
         let tasks = TaskGroup::new();
         let endpoint = member.burn_endpoint()?;
-        let overlay = Overlay::bind(
+        let mut parts = Part::bind(config.bind, threads)
+            .map_err(|source| BindError::Socket { address: config.bind, source })?;
+        let first = parts.remove(0);
+        let overlay = Overlay::bind_first(
             OverlayConfig {
                 tag: member.tag(),
                 endpoint,
@@ -134,20 +148,17 @@ impl Sidecar {
                 bind: config.bind,
                 registers: config.registers(),
                 learns: false,
-                server: Some(ServerTls { mesh: tls::mesh_server_config(member.svid())?, join: None }),
+                server: Some(server_tls(&member)?),
                 svid: Some(member.svid().clone()),
-                limits: Limits {
-                    bidi_streams: config.inbound.initial_streams,
-                    max_udp_payload_bytes: config.max_udp_payload_bytes,
-                    ..Limits::default()
-                },
+                limits: limits(&config),
             },
+            first,
             &tasks,
         )?;
         overlay.set_routes(Routes { zone: config.zone.clone(), ..member.first_routes() });
         tracing::info!(spiffe_id = %member.spiffe_id(), endpoint = %overlay.endpoint_id(),
             overlay = %overlay.local_addr(), admin = %admin.local_addr(), "sidecar bound");
-        Ok(Bound { config, member, overlay, upstreams, admin, metrics, configured, tasks })
+        Ok(Bound { config, member, overlay, listeners, parts, admin, metrics, configured, tasks })
     }
 }
 
@@ -160,12 +171,13 @@ impl Bound {
     }
     /// Where the upstreams listen, in the order of the configuration.
     pub fn upstream_addrs(&self) -> Vec<SocketAddr> {
-        self.upstreams.iter().filter_map(|(_, listener)| listener.local_addr().ok()).collect()
+        let listeners = self.listeners.first().map(Vec::as_slice).unwrap_or_default();
+        listeners.iter().filter_map(|listener| listener.local_addr().ok()).collect()
     }
 
     /// Runs until `shutdown` starts and the drain is over. A forced `shutdown` ends at once.
-    pub async fn run(self, shutdown: Drain) -> Result<(), AdminError> {
-        let Self { config, member, overlay, upstreams, admin, metrics, configured, tasks } = self;
+    pub async fn run(self, shutdown: Drain) -> Result<(), RunError> {
+        let Self { config, member, overlay, listeners, parts, admin, metrics, configured, tasks } = self;
         let (trigger, watcher) = drain::channel();
         let log = ShiftLog::open(member.dir());
         let (tables, received) = watch::channel(None);
@@ -190,45 +202,32 @@ impl Bound {
             watch::channel(Arc::new(Admission::nobody(member.cluster().clone())));
         let follow = follow_admission(received.clone(), admitted_sender, metrics.clone());
         tasks.spawn("admission", follow);
-        let inbound = InboundTask::new(
-            overlay.clone(),
-            targets(&config.services, &metrics),
+        let config = Arc::new(config);
+        let path = DataPath {
+            config: Arc::clone(&config),
+            member: member.clone(),
+            tables: received.clone(),
             admitted,
-            config.inbound,
-            metrics.clone(),
-            watcher.clone(),
-            tasks.clone(),
-        );
-        let inbound_slots = (inbound.slots(), config.inbound.max_app_connections);
-        tasks.spawn("inbound", inbound.run());
-
-        let pools = PoolContext {
-            overlay: overlay.clone(),
-            svid: member.svid().clone(),
-            limits: config.pool,
-            metrics: metrics.clone(),
-            tasks: tasks.clone(),
-        };
-        let warm = config.upstreams.iter().map(|u| (u.service.clone(), u.warm)).collect();
-        let router = Router::new(member.cluster().clone(), pools, warm, log.clone());
-        let routes = router.routes();
-        tasks.spawn("failover", router.run(received.clone()));
-
-        let outbound = OutboundContext {
-            routes: routes.clone(),
-            idle: config.inbound.idle,
-            slots: Arc::new(Semaphore::new(config.pool.max_app_connections)),
             metrics: metrics.clone(),
             drain: watcher.clone(),
+            inbound_slots: Arc::new(Semaphore::new(config.inbound.max_app_connections)),
+            outbound_slots: Arc::new(Semaphore::new(config.pool.max_app_connections)),
             tasks: tasks.clone(),
         };
-        for (index, listener) in upstreams {
-            if let Some(upstream) = config.upstreams.get(index) {
-                let task =
-                    UpstreamTask::new(listener, upstream.service.clone(), upstream.port, outbound.clone());
-                tasks.spawn("upstream", task.run());
-            }
+        let mut threads = Threads::default();
+        let mut listeners = listeners.into_iter();
+        let own = listeners.next().unwrap_or_default();
+        let mut routes = vec![path.start(&overlay, own, log.clone()).map_err(RunError::Listener)?];
+        for (part, listeners) in parts.into_iter().zip(listeners) {
+            let server = server_tls(&member)?;
+            let further = Further { part, listeners, server, limits: limits(&config) };
+            routes.push(threads.start(further, &overlay, &path, log.reader()).await?);
         }
+        let slots = [
+            (Arc::clone(&path.inbound_slots), config.inbound.max_app_connections),
+            (Arc::clone(&path.outbound_slots), config.pool.max_app_connections),
+        ];
+        drop(path);
         let mut verdicts = Vec::new();
         for service in &config.services {
             let Some(port) = service.ports.first() else { continue };
@@ -241,7 +240,7 @@ impl Bound {
             member,
             overlay: overlay.clone(),
             health: verdicts,
-            routes: routes.clone(),
+            routes,
             log,
             tables: received,
             metrics,
@@ -249,8 +248,7 @@ impl Bound {
             enforcer,
         };
         let report = tasks.spawn("report", report.run());
-        let slots = [inbound_slots, (Arc::clone(&outbound.slots), config.pool.max_app_connections)];
-        drop((outbound, watcher));
+        drop(watcher);
 
         let serve = admin.run(shutdown.clone());
         let drained = async {
@@ -262,11 +260,12 @@ impl Bound {
             served = &mut serve => match served {
                 // The admin endpoint went with the drain; what is in flight goes on.
                 Ok(()) => { drained.await; Ok(()) }
-                Err(error) => Err(error),
+                Err(error) => Err(error.into()),
             },
             () = &mut drained => Ok(()),
         };
         tasks.shutdown(FORCED_PATIENCE).await;
+        threads.end();
         result
     }
 }
@@ -333,15 +332,16 @@ async fn follow_admission(
     }
 }
 
-fn targets(services: &[ServiceConfig], metrics: &Metrics) -> HashMap<Arc<str>, Arc<LocalTarget>> {
-    let target = |service: &ServiceConfig| {
-        let name = service.service.to_string();
-        let ports = service.ports.iter().map(|port| (port.port, port.target)).collect();
-        let metrics = metrics.service("inbound", &name);
-        let service = service.service.clone();
-        (Arc::from(name), Arc::new(LocalTarget { service, ports, metrics }))
-    };
-    services.iter().map(target).collect()
+fn server_tls(member: &Member) -> Result<ServerTls, rustls::Error> {
+    Ok(ServerTls { mesh: tls::mesh_server_config(member.svid())?, join: None })
+}
+
+fn limits(config: &SidecarConfig) -> Limits {
+    Limits {
+        bidi_streams: config.inbound.initial_streams,
+        max_udp_payload_bytes: config.max_udp_payload_bytes,
+        ..Limits::default()
+    }
 }
 
 /// What the federator is told about this process.

@@ -13,7 +13,7 @@ use quinn::{ConnectionError, ReadError};
 use serde_json::{Value, json};
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpListener;
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tombolo_identity::authority::{Existing, RootAuthority};
 use tombolo_identity::issuer::{KeyAndCsr, LEAF_LIFE, LeafIssuer};
 use tombolo_identity::{BundleSet, ExpectedPeer, SpiffeId, Svid, SvidHandle, tls};
@@ -29,7 +29,7 @@ use tombolo_proto::v1;
 use tombolo_runtime::tasks::TaskGroup;
 use tombolo_runtime::{clock, drain};
 use tombolo_sidecar::access::{Access, Admission};
-use tombolo_sidecar::inbound::{InboundLimits, InboundTask, LocalTarget};
+use tombolo_sidecar::inbound::{InboundContext, InboundLimits, InboundTask, LocalTarget};
 use tombolo_sidecar::metrics::{AccessLabels, Metrics};
 use tombolo_sidecar::{codes, header};
 
@@ -84,15 +84,16 @@ impl World {
             ports: HashMap::from([(80, app), (81, app)]),
             metrics: world.metrics.service("inbound", SERVICE),
         };
-        let inbound = InboundTask::new(
-            server.clone(),
-            HashMap::from([(Arc::from(SERVICE), Arc::new(target))]),
-            world.admitted.subscribe(),
-            InboundLimits::default(),
-            world.metrics.clone(),
+        let limits = InboundLimits::default();
+        let context = InboundContext {
+            limits,
+            slots: Arc::new(Semaphore::new(limits.max_app_connections)),
+            metrics: world.metrics.clone(),
             drain,
-            world.tasks.clone(),
-        );
+            tasks: world.tasks.clone(),
+        };
+        let services = HashMap::from([(Arc::from(SERVICE), Arc::new(target))]);
+        let inbound = InboundTask::new(server.clone(), services, world.admitted.subscribe(), context);
         world.tasks.spawn("inbound", inbound.run());
         world.server = Some(server);
         world.policies(&[]);

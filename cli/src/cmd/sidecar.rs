@@ -3,10 +3,11 @@
 use std::net::{Ipv4Addr, SocketAddr};
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
+use std::str::FromStr;
 
 use clap::Args;
 use serde::Deserialize;
-use tombolo_runtime::{admin, dirs::Dirs};
+use tombolo_runtime::{admin, dirs::Dirs, rt};
 use tombolo_sidecar::config::{
     self, Mapping, ServiceConfig, SidecarConfig, UpstreamConfig, services_from, upstreams_from,
 };
@@ -76,6 +77,9 @@ struct Settings {
     /// A `Workload` manifest with services, upstreams and health checks, beside the flags
     #[arg(long, env = "TOMBOLO_WORKLOAD", value_name = "FILE")]
     workload: Option<PathBuf>,
+    /// Threads that carry bytes: a number, or `auto` for as many as the CPU quota allows [default: 1]
+    #[arg(long, env = "TOMBOLO_THREADS", value_name = "N|auto")]
+    threads: Option<Threads>,
     /// Time for open streams to end after SIGTERM [default: 10s]
     #[arg(long, env = "TOMBOLO_DRAIN", value_name = "DURATION")]
     drain: Option<Span>,
@@ -111,6 +115,7 @@ layered!(Settings {
     health,
     upstreams,
     workload,
+    threads,
     drain,
     connections,
     idle,
@@ -133,6 +138,49 @@ pub fn run(args: SidecarArgs) -> Result<Exit, Failure> {
     })
 }
 
+/// `2`, or `auto`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Threads {
+    Auto,
+    Number(NonZeroUsize),
+}
+
+impl Threads {
+    fn count(self) -> NonZeroUsize {
+        match self {
+            Self::Auto => rt::threads(None),
+            Self::Number(number) => number,
+        }
+    }
+}
+
+impl FromStr for Threads {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            number => {
+                number.parse().map(Self::Number).map_err(|_| "give a number from 1 on, or auto".to_owned())
+            }
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Threads {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(untagged)]
+        enum Written {
+            Number(NonZeroUsize),
+            Text(String),
+        }
+        match Written::deserialize(deserializer)? {
+            Written::Number(number) => Ok(Self::Number(number)),
+            Written::Text(text) => text.parse().map_err(serde::de::Error::custom),
+        }
+    }
+}
+
 impl Settings {
     fn config(self) -> Result<SidecarConfig, Failure> {
         let Self {
@@ -147,6 +195,7 @@ impl Settings {
             health,
             upstreams,
             workload,
+            threads,
             drain,
             connections,
             idle,
@@ -181,6 +230,7 @@ impl Settings {
             services,
             upstreams,
             admin: admin.unwrap_or(admin::DEFAULT_ADDRESS),
+            threads: threads.map_or(NonZeroUsize::MIN, Threads::count),
             drain: drain.map_or(config::DEFAULT_DRAIN, |Span(drain)| drain),
             inbound,
             pool,

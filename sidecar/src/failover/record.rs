@@ -40,7 +40,11 @@ struct Inner {
 
 /// Written by the router, read and acknowledged by the reporter; clones share it.
 #[derive(Clone, Debug)]
-pub struct ShiftLog(Arc<Inner>);
+pub struct ShiftLog {
+    inner: Arc<Inner>,
+    /// Another router of the process writes: each decides alike.
+    reads_only: bool,
+}
 
 impl ShiftLog {
     /// The log of a state directory. A file that can't be read is left behind with a warning: it holds history, and
@@ -56,7 +60,17 @@ impl ShiftLog {
             tracing::warn!(path = %path.display(), reason, "the failover history can't be read; it starts anew");
             Stored::default()
         });
-        Self(Arc::new(Inner { path, stored: Mutex::new(stored) }))
+        Self { inner: Arc::new(Inner { path, stored: Mutex::new(stored) }), reads_only: false }
+    }
+
+    /// The same for a further thread's router, which decides alike and records nothing.
+    pub fn reader(&self) -> Self {
+        Self { inner: Arc::clone(&self.inner), reads_only: true }
+    }
+
+    /// Whether this router is the one that speaks for the process.
+    pub fn speaks(&self) -> bool {
+        !self.reads_only
     }
 
     pub fn last_tier(&self, service: &ServiceKey) -> Option<(usize, String)> {
@@ -110,13 +124,13 @@ impl ShiftLog {
 
     fn save(&self, stored: &Stored) {
         let text = serde_json::to_vec(stored).unwrap_or_default();
-        if let Err(error) = files::write_atomic(&self.0.path, &text, 0o600) {
+        if let Err(error) = files::write_atomic(&self.inner.path, &text, 0o600) {
             // In memory it still counts: only a restart would forget it.
             tracing::warn!(%error, "the failover history can't be written");
         }
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Stored> {
-        self.0.stored.lock().unwrap_or_else(PoisonError::into_inner)
+        self.inner.stored.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

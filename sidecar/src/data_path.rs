@@ -1,0 +1,209 @@
+//! The byte path of a sidecar, on one runtime thread or on several.
+//!
+//! Each thread has a part of the overlay endpoint, listeners of its own behind the upstreams' addresses, and pools of its
+//! own, so that no packet and no byte crosses threads. What they have in common: configuration, admission, limits,
+//! metrics, the drain. The first part runs on the sidecar's own thread; the others end when [`Threads`] is ended.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use socket2::{Domain, Protocol, Socket, Type};
+use tokio::net::TcpListener;
+use tokio::sync::{Semaphore, oneshot, watch};
+use tokio_util::sync::CancellationToken;
+use tombolo_overlay::member::Member;
+use tombolo_overlay::{BindError, Limits, Overlay, Part, ServerTls};
+use tombolo_runtime::drain::Drain;
+use tombolo_runtime::rt;
+use tombolo_runtime::tasks::TaskGroup;
+
+use crate::access::Admission;
+use crate::config::{ServiceConfig, SidecarConfig};
+use crate::failover::{Router, Routes, ShiftLog};
+use crate::inbound::{InboundContext, InboundTask, LocalTarget};
+use crate::metrics::Metrics;
+use crate::outbound::{OutboundContext, UpstreamTask};
+use crate::pool::PoolContext;
+use crate::tables::Tables;
+
+/// tokio's; the kernel caps it at net.core.somaxconn.
+const BACKLOG: i32 = 1024;
+
+/// Where applications call one upstream, once per thread.
+pub(crate) type Listeners = Vec<std::net::TcpListener>;
+
+/// Listens `count` times at one address; the kernel spreads connections over them.
+pub(crate) fn listen(address: SocketAddr, count: usize) -> io::Result<Listeners> {
+    let bind = |address: SocketAddr, shared| -> io::Result<Socket> {
+        let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+        socket.set_nonblocking(true)?;
+        socket.set_reuse_address(true)?;
+        socket.set_reuse_port(shared)?;
+        socket.bind(&address.into())?;
+        Ok(socket)
+    };
+    let started = |socket: Socket| -> io::Result<std::net::TcpListener> {
+        socket.listen(BACKLOG)?;
+        Ok(socket.into())
+    };
+    if count <= 1 {
+        return Ok(vec![started(bind(address, false)?)?]);
+    }
+    // A shared port may be joined by another process of the same user; one that is taken already is an error.
+    let alone = started(bind(address, false)?)?;
+    let address = alone.local_addr()?;
+    drop(alone);
+    (0..count).map(|_| started(bind(address, true)?)).collect()
+}
+
+/// What every part needs; clones are for other threads.
+#[derive(Clone, Debug)]
+pub(crate) struct DataPath {
+    pub config: Arc<SidecarConfig>,
+    pub member: Member,
+    pub tables: watch::Receiver<Option<Arc<Tables>>>,
+    pub admitted: watch::Receiver<Arc<Admission>>,
+    pub metrics: Metrics,
+    pub drain: Drain,
+    /// One held per open inbound stream, and per application's connection: all free means that nothing is open.
+    pub inbound_slots: Arc<Semaphore>,
+    pub outbound_slots: Arc<Semaphore>,
+    pub tasks: TaskGroup,
+}
+
+impl DataPath {
+    /// Serves one part in the current runtime: streams in, applications' connections out.
+    pub fn start(
+        &self,
+        overlay: &Overlay,
+        listeners: Vec<std::net::TcpListener>,
+        log: ShiftLog,
+    ) -> io::Result<Routes> {
+        let Self { config, member, tables, admitted, metrics, drain, inbound_slots, outbound_slots, tasks } =
+            self.clone();
+        let inbound = InboundContext {
+            limits: config.inbound,
+            slots: inbound_slots,
+            metrics: metrics.clone(),
+            drain: drain.clone(),
+            tasks: tasks.clone(),
+        };
+        let services = targets(&config.services, &metrics);
+        tasks.spawn("inbound", InboundTask::new(overlay.clone(), services, admitted, inbound).run());
+
+        let pools = PoolContext {
+            overlay: overlay.clone(),
+            svid: member.svid().clone(),
+            limits: config.pool,
+            metrics: metrics.clone(),
+            tasks: tasks.clone(),
+        };
+        let warm = config.upstreams.iter().map(|u| (u.service.clone(), u.warm)).collect();
+        let router = Router::new(member.cluster().clone(), pools, warm, log);
+        let routes = router.routes();
+        tasks.spawn("failover", router.run(tables));
+
+        let outbound = OutboundContext {
+            routes: routes.clone(),
+            idle: config.inbound.idle,
+            slots: outbound_slots,
+            metrics,
+            drain,
+            tasks: tasks.clone(),
+        };
+        for (upstream, listener) in config.upstreams.iter().zip(listeners) {
+            let listener = TcpListener::from_std(listener)?;
+            let task = UpstreamTask::new(listener, upstream.service.clone(), upstream.port, outbound.clone());
+            tasks.spawn("upstream", task.run());
+        }
+        Ok(routes)
+    }
+}
+
+fn targets(
+    services: &[ServiceConfig],
+    metrics: &Metrics,
+) -> std::collections::HashMap<Arc<str>, Arc<LocalTarget>> {
+    let target = |service: &ServiceConfig| {
+        let name = service.service.to_string();
+        let ports = service.ports.iter().map(|port| (port.port, port.target)).collect();
+        let metrics = metrics.service("inbound", &name);
+        let service = service.service.clone();
+        (Arc::from(name), Arc::new(LocalTarget { service, ports, metrics }))
+    };
+    services.iter().map(target).collect()
+}
+
+/// A further part and its listeners, bound and not served yet.
+#[derive(Debug)]
+pub(crate) struct Further {
+    pub part: Part,
+    pub listeners: Vec<std::net::TcpListener>,
+    pub server: ServerTls,
+    pub limits: Limits,
+}
+
+/// The threads beside the sidecar's own.
+#[derive(Debug, Default)]
+pub(crate) struct Threads {
+    ended: CancellationToken,
+    threads: Vec<JoinHandle<io::Result<()>>>,
+}
+
+impl Threads {
+    /// Starts one for each further part; returns its routes once it serves.
+    pub async fn start(
+        &mut self,
+        further: Further,
+        first: &Overlay,
+        path: &DataPath,
+        log: ShiftLog,
+    ) -> Result<Routes, BindError> {
+        let (path, first, ended) = (path.clone(), first.clone(), self.ended.clone());
+        let address = first.local_addr();
+        let failed = move |source| BindError::Socket { address, source };
+        let (ready, started) = oneshot::channel();
+        let name = format!("tombolo-path-{}", self.threads.len() + 1);
+        let thread = rt::spawn_thread(name, move || async move {
+            let Further { part, listeners, server, limits } = further;
+            let overlay = first.bind_beside(part, Some(server), limits, &path.tasks);
+            drop(first);
+            let routes = overlay.and_then(|overlay| path.start(&overlay, listeners, log).map_err(failed));
+            drop(path);
+            let _ = ready.send(routes);
+            // Drives the tasks of this thread meanwhile.
+            ended.cancelled().await;
+        });
+        self.threads.push(thread.map_err(failed)?);
+        started.await.unwrap_or_else(|_| Err(failed(io::ErrorKind::BrokenPipe.into())))
+    }
+
+    /// Once every task has ended.
+    pub fn end(self) {
+        self.ended.cancel();
+        for thread in self.threads {
+            if let Ok(Err(error)) = thread.join() {
+                tracing::warn!(%error, "a thread of the byte path did not run");
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn listeners_share_an_address_and_a_taken_one_is_refused() {
+        for count in [1, 3] {
+            let listeners = listen(([127, 0, 0, 1], 0).into(), count).unwrap();
+            assert_eq!(listeners.len(), count);
+            let address = listeners[0].local_addr().unwrap();
+            assert!(listeners.iter().all(|l| l.local_addr().unwrap() == address));
+            let error = listen(address, count).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::AddrInUse, "{count}");
+        }
+    }
+}
