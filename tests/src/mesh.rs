@@ -75,6 +75,7 @@ pub struct Mesh {
     links: BTreeMap<(String, String), Link>,
     clusters: BTreeMap<String, Cluster>,
     outside: Vec<Namespace>,
+    threads: u8,
     dir: tempfile::TempDir,
     bin: PathBuf,
 }
@@ -93,6 +94,8 @@ pub struct Layout<'a> {
     pub clock_off: Option<(&'a str, i64)>,
     /// This cluster belongs to another federation, under a root of its own.
     pub foreign: Option<&'a str>,
+    /// Of each sidecar's byte path.
+    pub threads: u8,
 }
 
 impl Default for Layout<'_> {
@@ -104,6 +107,7 @@ impl Default for Layout<'_> {
             balanced: None,
             clock_off: None,
             foreign: None,
+            threads: 1,
         }
     }
 }
@@ -128,6 +132,7 @@ impl Mesh {
             links: BTreeMap::new(),
             clusters: BTreeMap::new(),
             outside: Vec::new(),
+            threads: layout.threads,
             dir: tempfile::tempdir()?,
             bin: binary()?,
         };

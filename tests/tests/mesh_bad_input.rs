@@ -18,6 +18,7 @@ const ALONE: Layout<'static> = Layout {
     balanced: None,
     clock_off: None,
     foreign: None,
+    threads: 1,
 };
 const FEDERATOR: u8 = 1;
 /// Tokens end at a whole second: one of 1 s is over for certain after this.

@@ -90,6 +90,8 @@ impl Mesh {
         let state = text(&self.state(cluster, name));
         let args = ["sidecar", "--name", name, "--join-token-file", &token, "--state-dir", &state];
         let args = [&args[..], &["--bind", &overlay, "--announce", &overlay, "--admin", &admin]].concat();
+        let threads = self.threads.to_string();
+        let args = [&args[..], &["--threads", &threads]].concat();
         let extra: Vec<&str> = extra.iter().map(String::as_str).collect();
         self.role(cluster, name, &[&args[..], &extra].concat())?;
         self.ready(cluster, host, name)?;
@@ -119,6 +121,8 @@ impl Mesh {
         let args = ["sidecar", "--name", name, "--join-token-file", &token, "--state-dir", &state];
         // No address that anybody could send to first: it registers with the gateways.
         let args = [&args[..], &["--bind", "0.0.0.0:7442", "--admin", "127.0.0.1:7445"]].concat();
+        let threads = self.threads.to_string();
+        let args = [&args[..], &["--threads", &threads]].concat();
         let extra: Vec<&str> = extra.iter().map(String::as_str).collect();
         let spec = ProcessSpec::new(name, &self.bin).args([&args[..], &extra].concat()).within(&machine);
         self.spawn(&format!("vm/{name}"), spec)?;
