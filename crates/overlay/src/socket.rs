@@ -103,6 +103,22 @@ impl Slot {
         self.io.try_send_to(contents, to).map(drop)
     }
 
+    /// Receives a batch. One that is not full has emptied the socket (`recvmmsg` stops at nothing else), and asking again would be
+    /// a system call more for each wake-up. Readiness is as old as this call, so what arrives meanwhile still wakes.
+    fn receive(&self, bufs: &mut [IoSliceMut<'_>], meta: &mut [RecvMeta]) -> io::Result<usize> {
+        let full = bufs.len().min(meta.len());
+        let mut partial = None;
+        let received = self.io.try_io(Interest::READABLE, || {
+            let count = self.state.recv((&self.io).into(), bufs, meta)?;
+            if count < full {
+                partial = Some(count);
+                return Err(io::ErrorKind::WouldBlock.into());
+            }
+            Ok(count)
+        });
+        partial.map_or(received, Ok)
+    }
+
     /// How many packets the kernel takes in one call.
     fn max_segments(&self) -> usize {
         self.state.max_gso_segments()
@@ -376,9 +392,7 @@ impl AsyncUdpSocket for OverlaySocket {
                 if ready.is_err() {
                     break;
                 }
-                let received =
-                    slot.io.try_io(Interest::READABLE, || slot.state.recv((&slot.io).into(), bufs, meta));
-                match received {
+                match slot.receive(bufs, meta) {
                     Ok(count) => {
                         for (buffer, meta) in bufs.iter_mut().zip(meta.iter_mut()).take(count) {
                             self.sift(index, buffer, meta);
