@@ -15,7 +15,8 @@ use crate::congestion::ModelControllerFactory;
 /// What one process allows its connections. The defaults suit a sidecar.
 #[derive(Clone, Debug)]
 pub struct Limits {
-    /// Streams a peer may have open at first; 1024 would cost 141 KB per connection (quinn allocates per stream).
+    /// Streams a peer that dialled may have open at first: quinn allocates 138 bytes for each that may be (ADR 11). A peer that
+    /// was dialled opens none.
     pub bidi_streams: u32,
     /// Bytes a peer may send on one stream before it is read. quinn aborts a stream with over 1024 gaps, which
     /// 1024 x 2 x 1452 bytes = 2.9 MB can't reach.
@@ -41,7 +42,7 @@ pub struct Limits {
 impl Default for Limits {
     fn default() -> Self {
         Self {
-            bidi_streams: 100,
+            bidi_streams: 64,
             stream_window_bytes: 2_500_000,
             // Eight streams at full window; a slow reader holds no more than this of a peer's data.
             connection_window_bytes: 20_000_000,
@@ -71,7 +72,7 @@ pub(crate) fn transport(limits: &Limits, dialler: bool) -> Arc<TransportConfig> 
     let mut discovery = MtuDiscoveryConfig::default();
     discovery.upper_bound(limits.max_udp_payload_bytes);
     config
-        .max_concurrent_bidi_streams(VarInt::from_u32(limits.bidi_streams))
+        .max_concurrent_bidi_streams(VarInt::from_u32(if dialler { 0 } else { limits.bidi_streams }))
         // The control stream alone.
         .max_concurrent_uni_streams(VarInt::from_u32(4))
         .stream_receive_window(VarInt::from_u32(limits.stream_window_bytes))
