@@ -137,7 +137,7 @@ impl Settings {
             advertise_border,
             advertise_inner,
             balanced: balanced.unwrap_or(false),
-            zone: zone.unwrap_or_default(),
+            zone: role::zone(zone)?,
             workers: rt::threads(workers),
             admin: admin.unwrap_or(admin::DEFAULT_ADDRESS),
             drain: drain.map_or(config::DEFAULT_DRAIN, |Span(drain)| drain),

@@ -48,6 +48,16 @@ pub fn required<T>(value: Option<T>, flag: &str, example: &str) -> Result<T, Fai
     })
 }
 
+/// A zone's name: federators keep 64 characters of it.
+pub fn zone(name: Option<String>) -> Result<String, Failure> {
+    let name = name.unwrap_or_default();
+    match name.chars().count() {
+        0..=64 => Ok(name),
+        count => Err(Failure::usage(format_args!("--zone has {count} characters, at most 64"))
+            .remedy("give the zone as your cloud names it, e.g. eu-west-1a")),
+    }
+}
+
 /// A join token, given in a file so that it shows in no process list. Absent when the file is gone: a member that has
 /// joined needs it no more, and one that has not is told by its role.
 pub fn join_token(path: &Path) -> Result<Option<String>, Failure> {

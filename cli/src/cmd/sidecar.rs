@@ -225,7 +225,7 @@ impl Settings {
             name,
             bind: bind.unwrap_or_else(|| (Ipv4Addr::UNSPECIFIED, config::DEFAULT_PORT).into()),
             announce,
-            zone: zone.unwrap_or_default(),
+            zone: role::zone(zone)?,
             max_udp_payload_bytes: max_udp_payload.unwrap_or(config::DEFAULT_UDP_PAYLOAD),
             services,
             upstreams,
