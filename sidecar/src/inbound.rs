@@ -53,7 +53,7 @@ pub struct InboundLimits {
 impl Default for InboundLimits {
     fn default() -> Self {
         Self {
-            initial_streams: 64,
+            initial_streams: 28,
             max_streams: 1024,
             max_app_connections: 10_000,
             idle: IdleLimits::default(),

@@ -15,8 +15,8 @@ use crate::congestion::ModelControllerFactory;
 /// What one process allows its connections. The defaults suit a sidecar.
 #[derive(Clone, Debug)]
 pub struct Limits {
-    /// Streams a peer that dialled may have open at first: quinn allocates 138 bytes for each that may be (ADR 11). A peer that
-    /// was dialled opens none.
+    /// Streams a peer that dialled may have open at first: quinn keeps tables for all that may be, which double beyond 28, 56,
+    /// 112... (ADR 11). A peer that was dialled opens none.
     pub bidi_streams: u32,
     /// Bytes a peer may send on one stream before it is read. quinn aborts a stream with over 1024 gaps, which
     /// 1024 x 2 x 1452 bytes = 2.9 MB can't reach.
@@ -42,7 +42,7 @@ pub struct Limits {
 impl Default for Limits {
     fn default() -> Self {
         Self {
-            bidi_streams: 64,
+            bidi_streams: 28,
             stream_window_bytes: 2_500_000,
             // Eight streams at full window; a slow reader holds no more than this of a peer's data.
             connection_window_bytes: 20_000_000,
