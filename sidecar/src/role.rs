@@ -21,7 +21,6 @@ use tombolo_overlay::{BindError, Limits, Overlay, OverlayConfig, Part, Routes, S
 use tombolo_proto::v1;
 use tombolo_runtime::admin::{Admin, AdminError};
 use tombolo_runtime::drain::{self, Drain, DrainTrigger};
-use tombolo_runtime::program;
 use tombolo_runtime::readiness::{BlockReady, Readiness};
 use tombolo_runtime::tasks::TaskGroup;
 
@@ -37,8 +36,6 @@ use crate::tables::Tables;
 
 /// The last report and the closing frames.
 const GOODBYE: Duration = Duration::from_secs(2);
-/// Starting up is over so long after the first configuration: connections are made, warm ones too.
-const STARTED: Duration = Duration::from_secs(2);
 /// After the drain is forced, tasks see it at once; what does not is aborted.
 const FORCED_PATIENCE: Duration = Duration::from_millis(500);
 
@@ -306,11 +303,6 @@ async fn finish(
 async fn ready_once_configured(mut tables: watch::Receiver<Option<Arc<Tables>>>, configured: BlockReady) {
     let _ = tables.wait_for(Option::is_some).await;
     drop(configured);
-    // An idle sidecar's memory is a promised figure, and most of it would be code that only starting up needs.
-    tokio::time::sleep(STARTED).await;
-    if let Err(error) = program::give_back_code() {
-        tracing::debug!(%error, "the code of starting up stays in memory");
-    }
 }
 
 /// Passes on to live inbound connections and streams what each configuration admits, where that has changed: thousands of

@@ -7,7 +7,6 @@ pub mod admin;
 pub mod clock;
 pub mod dirs;
 pub mod drain;
-pub mod program;
 pub mod readiness;
 pub mod rt;
 pub mod settings;
