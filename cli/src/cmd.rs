@@ -6,6 +6,7 @@ use crate::args::{Cli, Command};
 use crate::failure::{Exit, Failure};
 
 pub mod apply;
+pub mod audit;
 pub mod completion;
 pub mod confirm;
 pub mod delete;
@@ -45,6 +46,7 @@ pub fn run(cli: Cli) -> Result<Exit, Failure> {
         Command::Describe(args) => operate(describe::run(args, connect)),
         Command::Delete(args) => operate(delete::run(args, connect)),
         Command::Status(args) => operate(status::run(args, connect)),
+        Command::Audit(args) => audit::run(args, connect),
         Command::Revoke(args) => operate(revoke::revoke(args, connect)),
         Command::Unrevoke(args) => operate(revoke::unrevoke(args, connect)),
     }

@@ -3,10 +3,11 @@
 //! A thread of its own, because commits wait for the disk. Everybody else sends it jobs through [`CoreHandle::call`]
 //! and reads what it publishes: an `Arc<Facts>`, replaced whole after each batch of jobs that changed something. A job
 //! commits to the store before it changes a fact, so an error always means "unchanged". Operations live in the modules
-//! below, each `impl Core`: [`boot`], [`allot`], [`leases`], [`tokens`], [`members`], [`links`], [`imports`] and
-//! [`objects`]. Ends when the last handle is dropped.
+//! below, each `impl Core`: [`boot`], [`allot`], [`leases`], [`tokens`], [`members`], [`links`], [`imports`],
+//! [`objects`] and [`audit`]. Ends when the last handle is dropped.
 
 pub mod allot;
+pub mod audit;
 pub mod boot;
 mod error;
 pub mod imports;
@@ -53,6 +54,7 @@ pub struct Core {
     pub facts: Facts,
     store: Arc<dyn Store>,
     issuer: LeafIssuer,
+    audit: audit::AuditLog,
     /// Every handle in `facts.handles`.
     in_use: BTreeSet<Handle>,
     /// Services, exports or links have changed: who needs a handle is to be looked at again.
@@ -91,6 +93,7 @@ pub struct CoreGone;
 pub struct CoreHandle {
     jobs: mpsc::Sender<Job>,
     facts: watch::Receiver<Arc<Facts>>,
+    audit: audit::AuditReader,
     origin: Instant,
 }
 
@@ -136,6 +139,11 @@ impl CoreHandle {
     pub fn watch(&self) -> watch::Receiver<Arc<Facts>> {
         self.facts.clone()
     }
+
+    /// The audit log, read from the store and not from the core's thread.
+    pub fn audit(&self) -> &audit::AuditReader {
+        &self.audit
+    }
 }
 
 impl Core {
@@ -145,9 +153,10 @@ impl Core {
         self.dirty = false;
         let (publisher, facts) = watch::channel(Arc::new(self.facts.clone()));
         let origin = Instant::now();
+        let audit = self.audit_reader();
         let work = move || self.run(receiver, &publisher, origin);
         std::thread::Builder::new().name("core".to_owned()).spawn(work)?;
-        Ok(CoreHandle { jobs, facts, origin })
+        Ok(CoreHandle { jobs, facts, audit, origin })
     }
 
     fn run(mut self, mut jobs: mpsc::Receiver<Job>, publisher: &watch::Sender<Arc<Facts>>, origin: Instant) {
@@ -184,8 +193,9 @@ impl Core {
     }
 
     /// From now on nobody is blamed for a connection that ends.
-    pub fn end(&mut self) {
+    pub fn end(&mut self, moment: Moment) {
         self.ending = true;
+        self.end_audit_log(moment);
     }
 
     /// Every 250 ms: silence, freshness, leases, and what is written at leisure.
@@ -206,6 +216,7 @@ impl Core {
             self.keep_own_lease(moment);
             self.remember_absent();
             self.forget_expired(unix, moment.monotonic);
+            self.keep_audit_log(moment);
         }
     }
 }

@@ -14,6 +14,7 @@ pub mod metrics;
 pub mod peers;
 pub mod policies;
 pub mod records;
+pub mod refusals;
 pub mod registry;
 pub mod revocations;
 pub mod role;

@@ -11,6 +11,7 @@ use prost::Message;
 use tombolo_identity::bundle::{BundleError, BundleSet, TrustBundle, fingerprint};
 use tombolo_identity::verify::{self, Usage};
 use tombolo_identity::{SpiffeId, issuer};
+use tombolo_model::audit::Requester;
 use tombolo_model::ids::ClusterTag;
 use tombolo_model::names::ClusterName;
 use tombolo_overlay::grpc;
@@ -129,13 +130,14 @@ pub fn verify_proof(party: &v1::LinkParty, token_id: &str, proof: &[u8]) -> bool
     issuer::verify_record(intermediate, PROOF_LABEL, &signed_bytes(token_id, party), proof)
 }
 
-/// Links to the cluster that made the token: the joiner's side. Returns the peer.
+/// Links to the cluster that made the token: the joiner's side, on behalf of `operator`. Returns the peer.
 pub async fn join(
     core: &CoreHandle,
     token: &str,
     own_chain: Vec<Vec<u8>>,
     bind: IpAddr,
     unix: Duration,
+    operator: &Requester,
 ) -> Result<(ClusterName, ClusterTag), CoreError> {
     let own = core.facts().cluster.clone();
     let plan = JoinPlan::from_link_token(token, &own.name, unix).map_err(refused)?;
@@ -147,7 +149,7 @@ pub async fn join(
     }
     let (peer, tag, id) = (plan.cluster.clone(), plan.tag, plan.token_id.clone());
     let (party, proof) = core.attempt(move |core, _| core.begin_link(&peer, tag, &id, own_chain)).await?;
-    let linked = ask(core, &plan, party, proof, bind).await;
+    let linked = ask(core, &plan, party, proof, bind, operator).await;
     if linked.is_err() {
         let peer = plan.cluster.clone();
         let _ = core.call(move |core, moment| core.abandon_link(&peer, moment)).await;
@@ -161,6 +163,7 @@ async fn ask(
     party: v1::LinkParty,
     proof: Vec<u8>,
     bind: IpAddr,
+    operator: &Requester,
 ) -> Result<(), CoreError> {
     let loopback = plan.addresses.iter().any(|address| address.ip().is_loopback());
     let way = JoinConnection::open(plan, SocketAddr::new(bind, 0)).await.map_err(refused)?;
@@ -183,13 +186,14 @@ async fn ask(
     let inviter = answer.inviter.ok_or_else(|| FieldError::new("inviter", "nothing", "present"))?;
     let key = LinkKey::from_bytes(convert::bytes("link_key", &answer.link_key)?);
     let (expected, tag) = (plan.cluster.clone(), plan.tag);
+    let operator = operator.clone();
     core.attempt(move |core, moment| {
         let verified = verify_party(&inviter, &core.facts.cluster, loopback, moment.unix)?;
         if (&verified.cluster, verified.tag) != (&expected, tag) {
             let found = format!("{} ({})", verified.cluster, verified.tag);
             return Err(FieldError::new("inviter.cluster", found, format!("{expected} ({tag})")).into());
         }
-        core.finish_link(&verified, &key, moment)
+        core.on_behalf(operator, |core| core.finish_link(&verified, &key, moment))
     })
     .await
 }

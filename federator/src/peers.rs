@@ -105,7 +105,7 @@ impl Watcher {
             let peer = peer.clone();
             match ended {
                 Ended::Unlinked => {
-                    let ended = self.core.attempt(move |core, _| core.ended_by_peer(&peer)).await;
+                    let ended = self.core.attempt(move |core, now| core.ended_by_peer(&peer, now)).await;
                     if let Err(error) = ended {
                         tracing::warn!(%error, "the end of a link can't be stored yet");
                     } else {

@@ -38,6 +38,7 @@ use tombolo_runtime::readiness::{BlockReady, Readiness};
 use tombolo_runtime::tasks::TaskGroup;
 use tonic::transport::Server;
 
+use crate::core::audit::Retention;
 use crate::core::boot::BootError;
 use crate::core::{Core, CoreError, CoreHandle};
 use crate::facts::FederatorEndpoint;
@@ -75,6 +76,8 @@ pub struct FederatorConfig {
     pub admin: SocketAddr,
     pub socket: PathBuf,
     pub properties: BTreeMap<String, String>,
+    /// How much of the audit log is kept.
+    pub audit: Retention,
 }
 
 /// Why a federator did not start.
@@ -135,8 +138,17 @@ pub struct Bound {
 impl Federator {
     /// Opens the store and binds every socket. Needs a one-thread runtime, which then runs it.
     pub async fn build(config: FederatorConfig) -> Result<Bound, BuildError> {
-        let FederatorConfig { cluster, trust_dir, state_dir, listen, advertise, admin, socket, properties } =
-            config;
+        let FederatorConfig {
+            cluster,
+            trust_dir,
+            state_dir,
+            listen,
+            advertise,
+            admin,
+            socket,
+            properties,
+            audit,
+        } = config;
         let trust = |source| BuildError::Trust { cluster: cluster.clone(), dir: trust_dir.clone(), source };
         let material = ClusterMaterial::load(&trust_dir).map_err(trust)?;
         if material.cluster != cluster {
@@ -153,7 +165,8 @@ impl Federator {
         let admin = Admin::bind(admin, registry, readiness).await?;
         let operators = bind_socket(&socket).await?;
 
-        let core = Core::load(store, material, properties, clock::since_unix_epoch())?;
+        let mut core = Core::load(store, material, properties, clock::since_unix_epoch())?;
+        core.set_audit_retention(audit);
         let core = core.start().map_err(BuildError::Thread)?;
         let svid = SvidHandle::new(own_svid(&core).await?);
         // Before anybody can connect.
@@ -260,7 +273,7 @@ impl Bound {
         };
         tracing::info!("ending; members and peers keep what they know");
         let _ = std::fs::remove_file(&socket);
-        let _ = tokio::time::timeout(END_PATIENCE, ending.call(|core, _| core.end())).await;
+        let _ = tokio::time::timeout(END_PATIENCE, ending.call(|core, moment| core.end(moment))).await;
         overlay.close().await;
         tasks.shutdown(END_PATIENCE).await;
         result

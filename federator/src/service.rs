@@ -2,6 +2,7 @@
 //! to the core, and turn facts into streams.
 
 pub mod admin;
+mod audit;
 pub mod config;
 pub mod federation;
 pub mod join;

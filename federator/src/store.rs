@@ -33,10 +33,12 @@ pub enum Table {
     Shifts,
     /// What a peer exports to us, last state, by peer.
     Imports,
+    /// The audit log, by sequence.
+    Audit,
 }
 
 impl Table {
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Objects,
         Self::Leases,
         Self::Handles,
@@ -46,6 +48,7 @@ impl Table {
         Self::Meta,
         Self::Shifts,
         Self::Imports,
+        Self::Audit,
     ];
 
     pub fn name(self) -> &'static str {
@@ -59,7 +62,14 @@ impl Table {
             Self::Meta => "meta",
             Self::Shifts => "shifts",
             Self::Imports => "imports",
+            Self::Audit => "audit",
         }
+    }
+
+    /// Whether all of it is in memory. Else it is a log: its keys are written once, in ascending order, and read page by
+    /// page from the disk.
+    pub fn is_mirrored(self) -> bool {
+        self != Self::Audit
     }
 }
 
@@ -157,7 +167,17 @@ impl Transaction {
     pub fn is_empty(&self) -> bool {
         self.writes.is_empty()
     }
+    /// What it appends to logs.
+    fn appended(&self) -> impl Iterator<Item = (Table, String)> + '_ {
+        self.writes.iter().filter_map(|write| match write {
+            Write::Put { table, key, .. } if !table.is_mirrored() => Some((*table, key.clone())),
+            _ => None,
+        })
+    }
 }
+
+/// Keys and values of a log.
+pub type Page = Vec<(String, Vec<u8>)>;
 
 /// Where the federator keeps what must survive it.
 pub trait Store: Send + Sync {
@@ -165,6 +185,10 @@ pub trait Store: Send + Sync {
     fn get(&self, table: Table, key: &str) -> Option<Vec<u8>>;
     /// Every committed key and value of a table, in order of keys.
     fn list(&self, table: Table) -> Vec<(String, Vec<u8>)>;
+    /// At most `limit` committed keys and values of a log, in order, whose keys come after `key`.
+    fn after(&self, table: Table, key: &str, limit: usize) -> Result<Page, StoreError>;
+    /// The same backwards from before `key`: the newest first.
+    fn before(&self, table: Table, key: &str, limit: usize) -> Result<Page, StoreError>;
     /// Applies a transaction; on return it is on the disk.
     fn commit(&self, transaction: &Transaction) -> Result<(), StoreError>;
     /// Whether the last commit worked: what readiness and `status` show.

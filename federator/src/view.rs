@@ -27,6 +27,8 @@ use crate::exports;
 use crate::facts::Facts;
 use crate::registry::Member;
 
+pub use text::rfc3339_seconds;
+
 /// The document that `tombolo status -o json` prints.
 pub fn status(facts: &Facts, now: Duration, unix: Duration) -> ClusterStatus {
     status::document(&View::new(facts, now, unix))

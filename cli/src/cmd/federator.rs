@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::Args;
 use serde::Deserialize;
 
+use tombolo_federator::core::audit::Retention;
 use tombolo_federator::role::{DEFAULT_LISTEN, Federator, FederatorConfig};
 use tombolo_model::names::ClusterName;
 use tombolo_runtime::dirs::Dirs;
@@ -51,6 +52,12 @@ struct Settings {
     /// A `ClusterProperty` of this cluster, which policies may match; may be repeated
     #[arg(long = "property", env = "TOMBOLO_PROPERTIES", value_delimiter = ',', value_name = "NAME=VALUE")]
     properties: Option<Vec<String>>,
+    /// Entries of the audit log that are kept; the oldest are dropped [default: 100000]
+    #[arg(long, env = "TOMBOLO_AUDIT_ENTRIES", value_name = "NUMBER", value_parser = clap::value_parser!(u64).range(1000..=10_000_000))]
+    audit_entries: Option<u64>,
+    /// Days for which entries of the audit log are kept [default: 400]
+    #[arg(long, env = "TOMBOLO_AUDIT_DAYS", value_name = "NUMBER", value_parser = clap::value_parser!(u64).range(1..=36_500))]
+    audit_days: Option<u64>,
     /// Metrics and readiness [default: 127.0.0.1:7445]
     #[arg(long, env = "TOMBOLO_ADMIN", value_name = "ADDRESS:PORT")]
     admin: Option<SocketAddr>,
@@ -69,6 +76,8 @@ layered!(Settings {
     listen,
     advertise,
     properties,
+    audit_entries,
+    audit_days,
     admin,
     log_level,
     log_format
@@ -96,6 +105,8 @@ impl Settings {
             listen,
             advertise,
             properties,
+            audit_entries,
+            audit_days,
             admin,
             log_level: _,
             log_format: _,
@@ -106,6 +117,18 @@ impl Settings {
         if advertise.is_some_and(|address| address.ip().is_unspecified() || address.port() == 0) {
             return Err(Failure::usage("--advertise: 0.0.0.0 and port 0 reach nobody")
                 .remedy("give the address that gateways and sidecars can send to"));
+        }
+        let kept = Retention::default();
+        let audit = Retention {
+            entries: audit_entries.unwrap_or(kept.entries),
+            days: audit_days.unwrap_or(kept.days),
+        };
+        // A file is not held to the flags' bounds: less would drop what was just written.
+        if audit.entries < 1000 || audit.days == 0 {
+            return Err(Failure::usage(format_args!(
+                "auditEntries {} and auditDays {}: at least 1000 entries and one day are kept",
+                audit.entries, audit.days
+            )));
         }
         let dirs = Dirs::from_environment().map_err(Failure::new);
         let place = |given: Option<PathBuf>, default: &dyn Fn(&Dirs) -> PathBuf| match (given, &dirs) {
@@ -121,6 +144,7 @@ impl Settings {
             listen: listen.unwrap_or(DEFAULT_LISTEN),
             advertise,
             admin: admin.unwrap_or(admin::DEFAULT_ADDRESS),
+            audit,
             properties: properties
                 .unwrap_or_default()
                 .iter()

@@ -24,6 +24,7 @@ fn no<T>() -> Result<Response<T>, Status> {
 #[tonic::async_trait]
 impl admin_server::Admin for Scripted {
     type WatchStream = tokio_stream::Empty<Result<GetResponse, Status>>;
+    type AuditStream = tokio_stream::Empty<Result<AuditResponse, Status>>;
 
     async fn apply(&self, request: Request<ApplyRequest>) -> Result<Response<ApplyResponse>, Status> {
         let object: serde_json::Value = serde_json::from_str(&request.get_ref().objects_json[0]).unwrap();
@@ -47,6 +48,9 @@ impl admin_server::Admin for Scripted {
         Ok(Response::new(GetResponse::default()))
     }
     async fn watch(&self, _: Request<GetRequest>) -> Result<Response<Self::WatchStream>, Status> {
+        no()
+    }
+    async fn audit(&self, _: Request<AuditRequest>) -> Result<Response<Self::AuditStream>, Status> {
         no()
     }
     async fn delete(&self, request: Request<DeleteRequest>) -> Result<Response<DeleteResponse>, Status> {

@@ -11,6 +11,7 @@ use rcgen::{
     SigningKey,
 };
 use rustls_pki_types::{CertificateDer, CertificateSigningRequestDer};
+use sha2::{Digest, Sha256};
 use x509_parser::prelude::{FromDer, X509Certificate};
 use zeroize::Zeroizing;
 
@@ -48,6 +49,8 @@ pub struct IssuedLeaf {
     /// Leaf, then the intermediate.
     pub chain: Vec<CertificateDer<'static>>,
     pub serial: Vec<u8>,
+    /// SHA-256 of the leaf's SubjectPublicKeyInfo, hex.
+    pub spki_sha256: String,
     /// Unix seconds.
     pub not_before: u64,
     pub not_after: u64,
@@ -120,8 +123,11 @@ impl LeafIssuer {
         let issuer = Issuer::from_ca_cert_der(&self.material.certificate, &self.key)
             .map_err(|e| IssueError::Sign(e.to_string()))?;
         let leaf = request.signed_by(&issuer).map_err(|e| IssueError::Sign(e.to_string()))?;
+        let (_, parsed) =
+            X509Certificate::from_der(leaf.der()).map_err(|e| IssueError::Sign(e.to_string()))?;
         Ok(IssuedLeaf {
             spiffe_id: id.clone(),
+            spki_sha256: hex::encode(Sha256::digest(parsed.public_key().raw)),
             chain: vec![leaf.der().clone(), self.material.certificate.clone()],
             serial: serial.to_bytes(),
             not_before: now.saturating_sub(authority::BACKDATE).as_secs(),

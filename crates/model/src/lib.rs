@@ -1,9 +1,11 @@
-//! The pure core of Tombolo: names, resources, sync, failover, access, load balancing, status.
+//! The pure core of Tombolo: names, resources, sync, failover, access, load balancing, status,
+//! audit.
 //!
 //! Nothing here performs IO, spawns, or reads a clock: decisions are functions of state, event and a time that is
 //! passed in, so that a seeded simulation of a hundred federators fits into one test.
 
 pub mod access;
+pub mod audit;
 pub mod balance;
 pub mod failover;
 pub mod ids;

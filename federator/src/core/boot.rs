@@ -22,6 +22,7 @@ use tombolo_model::sync::Freshness;
 use tombolo_overlay::keys::{ClusterKey, LinkKey};
 
 use super::Core;
+use super::audit::AuditLog;
 use super::imports::View;
 use crate::facts::{
     ClusterFacts, Facts, HandleRecord, IdentityRecord, Import, ImportRecord, LeaseRecord, Link, MetaRecord,
@@ -108,7 +109,9 @@ impl Core {
         let views = imports(&*store, &mut facts)?;
         let heard = |(peer, import): (&ClusterName, &Arc<Import>)| Some((peer.clone(), import.heard?));
         let saved_heard = facts.imports.iter().filter_map(heard).collect();
+        let audit = AuditLog::load(&*store)?;
         Ok(Self {
+            audit,
             in_use: facts.handles.values().map(|record| record.handle).collect(),
             handles_stale: true,
             facts,

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use tombolo_identity::issuer::{IssuedLeaf, LEAF_LIFE};
 use tombolo_identity::{PeerIdentity, SpiffeId};
+use tombolo_model::audit::{Action, Event, Requester};
 use tombolo_model::ids::{Block, Handle, Incarnation};
 use tombolo_overlay::keys::KeyRing;
 use tombolo_overlay::lease::EndpointLease;
@@ -19,6 +20,7 @@ use crate::facts::{CONTROL, FederatorEndpoint, IdentityRecord, LeaseRecord, Role
 use crate::registry::Member;
 use crate::revocations;
 use crate::store::{Table, Transaction};
+use crate::view::rfc3339_seconds;
 
 /// What the CA's signature on a lease is labelled with.
 const LABEL: &str = "endpoint lease";
@@ -30,6 +32,30 @@ const REUSE_AFTER: Duration = Duration::from_secs(35 * 24 * 3600);
 const PROVISIONAL_REUSE_AFTER: Duration = Duration::from_secs(24 * 3600);
 /// Expired identities are shown for a day.
 const IDENTITY_KEPT: Duration = Duration::from_secs(24 * 3600);
+
+/// A leaf that is stored with `transaction`.
+pub(super) struct Issued {
+    pub svid: v1::Svid,
+    pub transaction: Transaction,
+    pub record: IdentityRecord,
+    spki_sha256: String,
+}
+
+impl Issued {
+    /// What the audit log says of it.
+    pub fn event(&self, action: Action) -> Event {
+        Event {
+            serial: self.record.serial.clone(),
+            spki_sha256: self.spki_sha256.clone(),
+            reason: format!(
+                "{}, until {}",
+                self.record.role.as_str(),
+                rfc3339_seconds(self.record.not_after)
+            ),
+            ..Event::done(action, self.record.spiffe_id.as_str())
+        }
+    }
+}
 
 impl Core {
     /// The lease as its holder gets it, with keys for the day ahead.
@@ -153,7 +179,7 @@ impl Core {
         role: Role,
         moment: Moment,
         transaction: Transaction,
-    ) -> Result<(v1::Svid, Transaction, (String, IdentityRecord)), CoreError> {
+    ) -> Result<Issued, CoreError> {
         if let Some(object) = revocations::of_identity(&self.facts, id) {
             return Err(CoreError::Denied(format!(
                 "{id} is revoked (revocation/{object}): nobody gets it before an operator takes that back, with `tombolo unrevoke {object}`"
@@ -169,17 +195,23 @@ impl Core {
             not_after: leaf.not_after,
         };
         let transaction = transaction.put(serial.as_str(), &record);
-        Ok((svid_to_wire(&leaf, &self.facts.cluster.bundle_json), transaction, (serial, record)))
+        let svid = svid_to_wire(&leaf, &self.facts.cluster.bundle_json);
+        Ok(Issued { svid, transaction, record, spki_sha256: leaf.spki_sha256 })
+    }
+
+    pub(super) fn install_identity(&mut self, record: IdentityRecord) {
+        self.facts.identities.insert(record.serial.clone(), record);
+        self.dirty = true;
     }
 
     /// The own identity of this federator: a key made here, a leaf that is recorded like every other.
     pub fn own_svid(&mut self, csr_der: &[u8], moment: Moment) -> Result<v1::Svid, CoreError> {
         let id = self.facts.cluster.federator_id.clone();
-        let (svid, transaction, identity) =
-            self.issue(csr_der, &id, Role::Federator, moment, Transaction::new())?;
-        self.store.commit(&transaction)?;
-        self.facts.identities.insert(identity.0, identity.1);
-        self.dirty = true;
+        let issued = self.issue(csr_der, &id, Role::Federator, moment, Transaction::new())?;
+        let event = Event { requester: Requester::identity(id.as_str()), ..issued.event(Action::OwnSvid) };
+        let Issued { svid, transaction, record, .. } = issued;
+        self.commit_audited(transaction, event, moment)?;
+        self.install_identity(record);
         Ok(svid)
     }
 
@@ -190,15 +222,31 @@ impl Core {
         request: &v1::RenewRequest,
         moment: Moment,
     ) -> Result<v1::RenewResponse, CoreError> {
+        let requester = Requester::identity(caller.spiffe_id.as_str());
+        let renewed = self.renew_as(caller, request, &requester, moment);
+        if let Err(error) = &renewed {
+            let event = Event::refused(Action::Renew, caller.spiffe_id.as_str(), "");
+            self.refused(Event { requester, ..event }, error, moment);
+        }
+        renewed
+    }
+
+    fn renew_as(
+        &mut self,
+        caller: &PeerIdentity,
+        request: &v1::RenewRequest,
+        requester: &Requester,
+        moment: Moment,
+    ) -> Result<v1::RenewResponse, CoreError> {
         let id = &caller.spiffe_id;
         let role = member_role(id)?;
         let record = self.shown_lease(id, role, request.lease.as_ref())?;
         let record = self.keep_lease(record, moment)?;
-        let (svid, transaction, identity) =
-            self.issue(&request.csr_der, id, role, moment, Transaction::new())?;
-        self.store.commit(&transaction)?;
-        self.facts.identities.insert(identity.0, identity.1);
-        self.dirty = true;
+        let issued = self.issue(&request.csr_der, id, role, moment, Transaction::new())?;
+        let event = Event { requester: requester.clone(), ..issued.event(Action::Renew) };
+        let Issued { svid, transaction, record: identity, .. } = issued;
+        self.commit_audited(transaction, event, moment)?;
+        self.install_identity(identity);
         Ok(v1::RenewResponse {
             svid: Some(svid),
             lease: Some(self.lease_to_wire(&record, moment)?),

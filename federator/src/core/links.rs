@@ -7,6 +7,7 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
+use tombolo_model::audit::{Action, Event, Requester};
 use tombolo_model::ids::ClusterTag;
 use tombolo_model::names::ClusterName;
 use tombolo_overlay::keys::{HandleBinding, LinkKey};
@@ -173,7 +174,13 @@ impl Core {
         let link = self.link_of(joiner, &key, moment);
         let transaction = transaction.put(peer.as_str(), &link);
         let peer = peer.clone();
-        self.store.commit(&Self::use_token(transaction, &request.token_id, &record, &hash, None))?;
+        let event = Event {
+            token: request.token_id.clone(),
+            requester: Requester::identity(requester_of(joiner)),
+            ..link_event(joiner)
+        };
+        let transaction = Self::use_token(transaction, &request.token_id, &record, &hash, None);
+        self.commit_audited(transaction, event, moment)?;
         self.install_handle(control.clone());
         self.install_link(link);
         tracing::info!(%peer, tag = %joiner.tag, "linked");
@@ -192,7 +199,8 @@ impl Core {
         moment: Moment,
     ) -> Result<(), CoreError> {
         let link = self.link_of(inviter, key, moment);
-        self.store.commit(&Transaction::new().put(inviter.cluster.as_str(), &link))?;
+        let transaction = Transaction::new().put(inviter.cluster.as_str(), &link);
+        self.commit_audited(transaction, link_event(inviter), moment)?;
         self.install_link(link);
         tracing::info!(peer = %inviter.cluster, tag = %inviter.tag, "linked");
         Ok(())
@@ -230,6 +238,15 @@ impl Core {
 
     /// Removes a link and everything that came with it.
     pub fn unlink(&mut self, peer: &ClusterName, moment: Moment) -> Result<Unlinked, CoreError> {
+        self.end_link(peer, Action::Unlink, moment)
+    }
+
+    fn end_link(
+        &mut self,
+        peer: &ClusterName,
+        action: Action,
+        moment: Moment,
+    ) -> Result<Unlinked, CoreError> {
         if !self.facts.links.contains_key(peer) {
             return Ok(Unlinked::default());
         }
@@ -241,7 +258,7 @@ impl Core {
             transaction = Self::put_handle(transaction, &record);
             ended.push(record);
         }
-        self.store.commit(&transaction)?;
+        self.commit_audited(transaction, Event::done(action, format!("cluster:{peer}")), moment)?;
         let mut removed = Vec::new();
         for record in &ended {
             self.note_released(record);
@@ -259,10 +276,16 @@ impl Core {
     }
 
     /// The peer has said that it is no more linked to us: nothing of it is used, and `status` says so.
-    pub fn ended_by_peer(&mut self, peer: &ClusterName) -> Result<(), CoreError> {
+    pub fn ended_by_peer(&mut self, peer: &ClusterName, moment: Moment) -> Result<(), CoreError> {
         let Some(link) = self.facts.links.get(peer).filter(|link| !link.ended_by_peer) else { return Ok(()) };
         let ended = Link { ended_by_peer: true, ..(**link).clone() };
-        self.store.commit(&Self::without_import(Transaction::new(), peer).put(peer.as_str(), &ended))?;
+        let federator = ended.federator_ids.first().map(ToString::to_string).unwrap_or_default();
+        let event = Event {
+            requester: Requester::identity(federator),
+            ..Event::done(Action::LinkEnded, format!("cluster:{peer}"))
+        };
+        let transaction = Self::without_import(Transaction::new(), peer).put(peer.as_str(), &ended);
+        self.commit_audited(transaction, event, moment)?;
         self.facts.links.insert(peer.clone(), Arc::new(ended));
         self.drop_import(peer);
         let import = Import { last_error: format!("{peer} has unlinked this cluster"), ..Import::default() };
@@ -283,9 +306,18 @@ impl Core {
                 link.tag
             ))
         })?;
-        self.unlink(peer, moment)?;
+        self.end_link(peer, Action::LinkAccept, moment)?;
         Ok(tag)
     }
+}
+
+fn requester_of(party: &VerifiedParty) -> String {
+    party.federator_ids.first().map(ToString::to_string).unwrap_or_default()
+}
+
+fn link_event(party: &VerifiedParty) -> Event {
+    let reason = format!("tag {}", party.tag);
+    Event { reason, ..Event::done(Action::Link, format!("cluster:{}", party.cluster)) }
 }
 
 /// The handle that a peer named for itself must be a control handle of ours as importer.

@@ -2,8 +2,11 @@
 
 use std::sync::Arc;
 
+use tombolo_model::audit::{Action, Event};
 use tombolo_model::names::ClusterName;
-use tombolo_model::resource::{MAX_ACCESS_POLICIES, Object, ObjectKey, RevocationSpec, Spec};
+use tombolo_model::resource::{
+    MAX_ACCESS_POLICIES, Object, ObjectKey, RevocationSpec, RevocationTarget, Spec,
+};
 
 use super::{Core, CoreError, Moment};
 use crate::facts::{ObjectRecord, StoredObject};
@@ -69,7 +72,11 @@ impl Core {
             created_unix: stored.created_unix,
             generation: stored.generation,
         };
-        self.store.commit(&Transaction::new().put(key.to_string(), &record))?;
+        let transaction = Transaction::new().put(key.to_string(), &record);
+        match revocation_event(&stored.object, Action::Revoke) {
+            Some(event) => self.commit_audited(transaction, event, moment)?,
+            None => self.store.commit(&transaction)?,
+        }
         let affected = linked_cluster(&stored.object);
         self.facts.objects.insert(key, Arc::new(stored));
         self.dirty = true;
@@ -112,12 +119,16 @@ impl Core {
     }
 
     /// Removes an object; whether it was there.
-    pub fn delete(&mut self, key: &ObjectKey, dry_run: bool) -> Result<bool, CoreError> {
+    pub fn delete(&mut self, key: &ObjectKey, dry_run: bool, moment: Moment) -> Result<bool, CoreError> {
         let Some(stored) = self.facts.objects.get(key).cloned() else { return Ok(false) };
         if dry_run {
             return Ok(true);
         }
-        self.store.commit(&Transaction::new().delete(Table::Objects, key.to_string()))?;
+        let transaction = Transaction::new().delete(Table::Objects, key.to_string());
+        match revocation_event(&stored.object, Action::Unrevoke) {
+            Some(event) => self.commit_audited(transaction, event, moment)?,
+            None => self.store.commit(&transaction)?,
+        }
         self.facts.objects.remove(key);
         self.dirty = true;
         self.handles_stale = true;
@@ -143,6 +154,22 @@ fn same(a: &Object, b: &Object) -> bool {
         && a.spec == b.spec
         && a.metadata.labels == b.metadata.labels
         && a.metadata.annotations == b.metadata.annotations
+}
+
+/// What the audit log says of a revocation that is made or taken back; nothing of other objects.
+fn revocation_event(object: &Object, action: Action) -> Option<Event> {
+    let Spec::Revocation(spec) = &object.spec else { return None };
+    let (subject, serial) = match spec.target()? {
+        RevocationTarget::SpiffeId(id) => (id.to_owned(), String::new()),
+        RevocationTarget::Serial(serial) => (String::new(), hex::encode(serial)),
+        RevocationTarget::Node(node) => (format!("node:{node}"), String::new()),
+        RevocationTarget::Cluster(cluster) => (format!("cluster:{cluster}"), String::new()),
+    };
+    let reason = match spec.reason.as_str() {
+        "" => format!("revocation/{}", object.metadata.name),
+        reason => format!("revocation/{}: {reason}", object.metadata.name),
+    };
+    Some(Event { serial, reason, ..Event::done(action, subject) })
 }
 
 /// The peer that a `ClusterLink` is about.

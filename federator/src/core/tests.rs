@@ -31,7 +31,7 @@ use super::*;
 use crate::facts::FederatorEndpoint;
 use crate::linking::{self, VerifiedParty};
 use crate::store::redb::RedbStore;
-use crate::store::{StoreError, Table, Transaction};
+use crate::store::{Page, StoreError, Table, Transaction};
 
 /// 2026-11-24T02:15:05Z.
 const UNIX: u64 = 1_795_486_505;
@@ -119,6 +119,12 @@ impl Store for Flaky {
     }
     fn list(&self, table: Table) -> Vec<(String, Vec<u8>)> {
         self.inner.list(table)
+    }
+    fn after(&self, table: Table, key: &str, limit: usize) -> Result<Page, StoreError> {
+        self.inner.after(table, key, limit)
+    }
+    fn before(&self, table: Table, key: &str, limit: usize) -> Result<Page, StoreError> {
+        self.inner.before(table, key, limit)
     }
     fn commit(&self, transaction: &Transaction) -> Result<(), StoreError> {
         if self.broken.load(Ordering::Relaxed) && !transaction.is_empty() {

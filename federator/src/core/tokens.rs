@@ -7,16 +7,18 @@ use std::time::Duration;
 
 use sha2::{Digest, Sha256};
 use tombolo_identity::SpiffeId;
+use tombolo_model::audit::{Action, Event};
 use tombolo_model::ids::Block;
 use tombolo_model::names::{ClusterName, Namespace, ObjectName};
 use tombolo_proto::{token, v1};
 
 use super::allot::block_key;
-use super::leases::LEASE_LIFE;
+use super::leases::{Issued, LEASE_LIFE};
 use super::{Core, CoreError, Moment};
 use crate::facts::{CONTROL, LeaseRecord, Role, TokenPurpose, TokenRecord};
 use crate::registry::Presence;
 use crate::store::{Table, Transaction, record};
+use crate::view::rfc3339_seconds;
 
 /// Long enough to carry a token to another machine by hand.
 const DEFAULT_TTL: Duration = Duration::from_secs(15 * 60);
@@ -162,7 +164,9 @@ impl Core {
             lease: None,
             wrong_secrets: 0,
         };
-        self.store.commit(&transaction.absent(Table::Tokens, id.as_str()).put(id.as_str(), &record))?;
+        let event = self.made(&record, &id);
+        let transaction = transaction.absent(Table::Tokens, id.as_str()).put(id.as_str(), &record);
+        self.commit_audited(transaction, event, moment)?;
         if let Some(lease) = provisional {
             self.install_lease(lease);
         }
@@ -175,6 +179,19 @@ impl Core {
         token.not_after_unix = i64::try_from(not_after).unwrap_or(i64::MAX);
         token.join_keys = Some(self.join_keys(moment));
         Ok(MadeToken { text: token::encode(&token), not_after })
+    }
+
+    /// What the audit log says of a new token: for whom, until when.
+    fn made(&self, record: &TokenRecord, id: &str) -> Event {
+        let (action, subject) = match &record.kind {
+            TokenPurpose::Link { peer } => (Action::LinkToken, format!("cluster:{peer}")),
+            TokenPurpose::Workload { role, name, namespace } => {
+                let identity = self.identity_of(*role, name, namespace);
+                (Action::Token, identity.map_or_else(|_| name.clone(), |id| id.to_string()))
+            }
+        };
+        let reason = format!("good until {}", rfc3339_seconds(record.not_after));
+        Event { token: id.to_owned(), reason, ..Event::done(action, subject) }
     }
 
     /// Checks a token; the record is not changed but for wrong guesses. `request_hash` is of the whole request.
@@ -230,6 +247,30 @@ impl Core {
         request: &v1::JoinWorkloadRequest,
         moment: Moment,
     ) -> Result<v1::JoinWorkloadResponse, CoreError> {
+        let joined = self.redeem(request, moment);
+        if let Err(error) = &joined {
+            let token = request.token_id.chars().take(64).collect();
+            let subject = self.meant_by(&request.token_id).unwrap_or_default();
+            let event = Event { token, ..Event::refused(Action::Join, subject, "") };
+            self.refused(event, error, moment);
+        }
+        joined
+    }
+
+    /// Whom a token of this cluster is for.
+    pub(super) fn meant_by(&self, token_id: &str) -> Option<String> {
+        if token_id.len() > 64 {
+            return None;
+        }
+        let record = record::get::<TokenRecord>(&*self.store, token_id).ok()??;
+        Some(self.made(&record, token_id).subject)
+    }
+
+    fn redeem(
+        &mut self,
+        request: &v1::JoinWorkloadRequest,
+        moment: Moment,
+    ) -> Result<v1::JoinWorkloadResponse, CoreError> {
         let hash = request_hash(request);
         let record = self.check_token(&request.token_id, &request.secret, &hash, moment)?;
         let TokenPurpose::Workload { role, name, namespace } = &record.kind else {
@@ -242,8 +283,9 @@ impl Core {
             return Err(CoreError::Denied(format!("the token is for {name:?}, not for {given:?}")));
         }
         let id = self.identity_of(*role, name, namespace)?;
-        let (svid, transaction, identity) =
-            self.issue(&request.csr_der, &id, *role, moment, Transaction::new())?;
+        let issued = self.issue(&request.csr_der, &id, *role, moment, Transaction::new())?;
+        let event = Event { token: request.token_id.clone(), ..issued.event(Action::Join) };
+        let Issued { svid, transaction, record: identity, .. } = issued;
         let given = record.lease.and_then(|block| self.facts.leases.get(&block));
         let (lease, transaction) = match given.filter(|lease| lease.spiffe_id == id.as_str()) {
             // The same request again: whoever sends it a thousand times holds one block.
@@ -258,8 +300,8 @@ impl Core {
         };
         let wire = self.lease_to_wire(&lease, moment)?;
         let transaction = Self::use_token(transaction, &request.token_id, &record, &hash, Some(lease.block));
-        self.store.commit(&transaction)?;
-        self.facts.identities.insert(identity.0, identity.1);
+        self.commit_audited(transaction, event, moment)?;
+        self.install_identity(identity);
         tracing::info!(spiffe_id = %id, block = %lease.block, "joined");
         let role = *role;
         self.install_lease(lease);

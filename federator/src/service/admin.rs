@@ -8,6 +8,7 @@ use futures::Stream;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tombolo_identity::SvidHandle;
+use tombolo_model::audit::{Action, Event, Requester};
 use tombolo_model::names::{ClusterName, NameError};
 use tombolo_model::resource::{KindInfo, MAX_OBJECT_BYTES, MAX_OBJECTS, Object, ObjectKey};
 use tombolo_proto::v1;
@@ -17,9 +18,10 @@ use tonic::transport::server::UdsConnectInfo;
 use tonic::{Request, Response, Status};
 
 use crate::core::tokens::MadeToken;
-use crate::core::{CoreError, CoreHandle};
+use crate::core::{Core, CoreError, CoreHandle, Moment};
 use crate::facts::Facts;
 use crate::linking;
+use crate::service::audit;
 use crate::service::join::chain_with_root;
 use crate::snapshot::usable_gateways;
 use crate::view;
@@ -54,10 +56,26 @@ impl AdminService {
         self.core.call(|core, moment| (core.facts.clone(), moment)).await.map_err(|_| CoreError::Gone.into())
     }
 
+    /// A job on behalf of the operator who calls.
+    async fn attempt<R, F>(&self, operator: Requester, job: F) -> Result<R, CoreError>
+    where
+        R: Send + 'static,
+        F: FnOnce(&mut Core, Moment) -> Result<R, CoreError> + Send + 'static,
+    {
+        let job = move |core: &mut Core, moment| core.on_behalf(operator, move |core| job(core, moment));
+        self.core.attempt(job).await
+    }
+
     fn token(&self, made: MadeToken, firewall: Vec<String>) -> Response<v1::TokenResponse> {
         let not_after_unix = i64::try_from(made.not_after).unwrap_or(i64::MAX);
         Response::new(v1::TokenResponse { token: made.text, not_after_unix, firewall })
     }
+}
+
+/// Who calls, by the socket's peer credentials.
+fn operator<T>(request: &Request<T>) -> Requester {
+    let cred = request.extensions().get::<UdsConnectInfo>().and_then(|info| info.peer_cred);
+    Requester::operator(cred.map(|cred| cred.uid()))
 }
 
 fn cluster(text: &str) -> Result<ClusterName, Status> {
@@ -109,8 +127,10 @@ type Objects = Pin<Box<dyn Stream<Item = Result<v1::GetResponse, Status>> + Send
 #[tonic::async_trait]
 impl Admin for AdminService {
     type WatchStream = Objects;
+    type AuditStream = audit::Entries;
 
     async fn apply(&self, request: Request<v1::ApplyRequest>) -> Result<Response<v1::ApplyResponse>, Status> {
+        let operator = operator(&request);
         let v1::ApplyRequest { objects_json, dry_run } = request.into_inner();
         if objects_json.len() > MAX_OBJECTS {
             let text = format!("{} objects at once, at most {MAX_OBJECTS}", objects_json.len());
@@ -121,7 +141,8 @@ impl Admin for AdminService {
         let mut results = Vec::with_capacity(objects.len());
         for object in objects {
             let (key, warning) = (object.key(), object.warnings().join("; "));
-            let outcome = self.core.attempt(move |core, moment| core.apply(object, dry_run, moment)).await?;
+            let apply = move |core: &mut Core, moment| core.apply(object, dry_run, moment);
+            let outcome = self.attempt(operator.clone(), apply).await?;
             results.push(v1::ApplyResult {
                 kind: key.kind.to_owned(),
                 namespace: key.namespace,
@@ -172,6 +193,7 @@ impl Admin for AdminService {
         &self,
         request: Request<v1::DeleteRequest>,
     ) -> Result<Response<v1::DeleteResponse>, Status> {
+        let operator = operator(&request);
         let v1::DeleteRequest { kind: name, namespace, name: object, dry_run } = request.into_inner();
         let info = kind(&name)?;
         let namespace = match (info.namespaced, namespace.is_empty()) {
@@ -180,7 +202,7 @@ impl Admin for AdminService {
             (true, false) => namespace,
         };
         let key = ObjectKey { kind: info.kind, namespace, name: object };
-        let existed = self.core.attempt(move |core, _| core.delete(&key, dry_run)).await?;
+        let existed = self.attempt(operator, move |core, moment| core.delete(&key, dry_run, moment)).await?;
         Ok(Response::new(v1::DeleteResponse { existed }))
     }
 
@@ -195,9 +217,11 @@ impl Admin for AdminService {
         &self,
         request: Request<v1::CreateLinkTokenRequest>,
     ) -> Result<Response<v1::TokenResponse>, Status> {
+        let operator = operator(&request);
         let request = request.into_inner();
         let peer = cluster(&request.peer)?;
-        let made = self.core.attempt(move |core, moment| core.create_link_token(&request, moment)).await?;
+        let made =
+            self.attempt(operator, move |core, moment| core.create_link_token(&request, moment)).await?;
         let rules = link_rules(&self.newest().await?.0, &peer);
         Ok(self.token(made, rules))
     }
@@ -206,10 +230,16 @@ impl Admin for AdminService {
         &self,
         request: Request<v1::LinkJoinRequest>,
     ) -> Result<Response<v1::LinkJoinResponse>, Status> {
+        let operator = operator(&request);
         let token = request.into_inner().token;
         let chain = chain_with_root(&self.svid);
         let unix = self.core.now().unix;
-        let (peer, tag) = linking::join(&self.core, &token, chain, self.bind, unix).await?;
+        let linked = linking::join(&self.core, &token, chain, self.bind, unix, &operator).await;
+        if let Err(error) = &linked {
+            let event = Event { requester: operator, ..Event::refused(Action::Link, "", error.to_string()) };
+            let _ = self.core.call(move |core, moment| core.note_refusal(event, moment)).await;
+        }
+        let (peer, tag) = linked?;
         let firewall = link_rules(&self.newest().await?.0, &peer);
         Ok(Response::new(v1::LinkJoinResponse { peer: peer.to_string(), tag: tag.value(), firewall }))
     }
@@ -218,8 +248,9 @@ impl Admin for AdminService {
         &self,
         request: Request<v1::AcceptLinkRequest>,
     ) -> Result<Response<v1::AcceptLinkResponse>, Status> {
+        let operator = operator(&request);
         let peer = cluster(&request.into_inner().peer)?;
-        let tag = self.core.attempt(move |core, moment| core.accept_link(&peer, moment)).await?;
+        let tag = self.attempt(operator, move |core, moment| core.accept_link(&peer, moment)).await?;
         Ok(Response::new(v1::AcceptLinkResponse { tag: tag.value() }))
     }
 
@@ -227,8 +258,9 @@ impl Admin for AdminService {
         &self,
         request: Request<v1::UnlinkRequest>,
     ) -> Result<Response<v1::UnlinkResponse>, Status> {
+        let operator = operator(&request);
         let peer = cluster(&request.into_inner().peer)?;
-        let unlinked = self.core.attempt(move |core, moment| core.unlink(&peer, moment)).await?;
+        let unlinked = self.attempt(operator, move |core, moment| core.unlink(&peer, moment)).await?;
         Ok(Response::new(v1::UnlinkResponse { existed: unlinked.existed, removed: unlinked.removed }))
     }
 
@@ -236,9 +268,11 @@ impl Admin for AdminService {
         &self,
         request: Request<v1::CreateJoinTokenRequest>,
     ) -> Result<Response<v1::TokenResponse>, Status> {
+        let operator = operator(&request);
         let request = request.into_inner();
         let (via_gateways, name) = (request.via_gateways, request.name.clone());
-        let made = self.core.attempt(move |core, moment| core.create_join_token(&request, moment)).await?;
+        let made =
+            self.attempt(operator, move |core, moment| core.create_join_token(&request, moment)).await?;
         let rules = if via_gateways {
             let own = gateways_text(&self.newest().await?.0);
             vec![format!("inbound  UDP  from {name}  to {own}; on {name} itself only outbound UDP to there")]
@@ -246,5 +280,10 @@ impl Admin for AdminService {
             Vec::new()
         };
         Ok(self.token(made, rules))
+    }
+
+    async fn audit(&self, request: Request<v1::AuditRequest>) -> Result<Response<Self::AuditStream>, Status> {
+        let query = audit::Query::from_wire(request.into_inner())?;
+        Ok(Response::new(audit::stream(self.core.audit().clone(), query, &self.tasks)))
     }
 }

@@ -7,6 +7,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 use tombolo_identity::SvidHandle;
+use tombolo_model::audit::{Action, Event};
 use tombolo_proto::v1;
 use tombolo_proto::v1::join_server::Join;
 use tonic::{Request, Response, Status};
@@ -24,6 +25,8 @@ const BURST: f64 = 100.0;
 struct Bucket {
     level: f64,
     at: Instant,
+    /// Since the last request that was let in: counted here, because a job for each would be a way to flood the core.
+    turned_away: u64,
 }
 
 pub struct JoinService {
@@ -35,19 +38,26 @@ pub struct JoinService {
 
 impl JoinService {
     pub fn new(core: CoreHandle, svid: SvidHandle, metrics: Metrics) -> Self {
-        Self { core, svid, metrics, bucket: Mutex::new(Bucket { level: BURST, at: Instant::now() }) }
+        Self {
+            core,
+            svid,
+            metrics,
+            bucket: Mutex::new(Bucket { level: BURST, at: Instant::now(), turned_away: 0 }),
+        }
     }
 
-    fn admit(&self) -> Result<(), Status> {
+    /// Lets a request in; how many were turned away before it.
+    fn admit(&self) -> Result<u64, Status> {
         let mut bucket = self.bucket.lock().unwrap_or_else(PoisonError::into_inner);
         let now = Instant::now();
         bucket.level = (bucket.level + (now - bucket.at).as_secs_f64() * PER_SECOND).min(BURST);
         bucket.at = now;
         if bucket.level < 1.0 {
+            bucket.turned_away += 1;
             return Err(Status::resource_exhausted("too many join requests: try again in a second"));
         }
         bucket.level -= 1.0;
-        Ok(())
+        Ok(std::mem::take(&mut bucket.turned_away))
     }
 }
 
@@ -64,9 +74,13 @@ impl Join for JoinService {
         &self,
         request: Request<v1::JoinWorkloadRequest>,
     ) -> Result<Response<v1::JoinWorkloadResponse>, Status> {
-        self.admit()?;
+        let turned_away = self.admit()?;
         let request = request.into_inner();
-        let joined = self.core.attempt(move |core, moment| core.join_workload(&request, moment)).await;
+        let join = move |core: &mut Core, moment| {
+            core.turned_away(Action::Join, turned_away, moment);
+            core.join_workload(&request, moment)
+        };
+        let joined = self.core.attempt(join).await;
         self.metrics.issued("join", &joined);
         Ok(Response::new(joined?))
     }
@@ -75,10 +89,22 @@ impl Join for JoinService {
         &self,
         request: Request<v1::JoinLinkRequest>,
     ) -> Result<Response<v1::JoinLinkResponse>, Status> {
-        self.admit()?;
+        let turned_away = self.admit()?;
         let request = request.into_inner();
         let chain = chain_with_root(&self.svid);
-        let answer = self.core.attempt(move |core, moment| join_link(core, &request, chain, moment)).await;
+        let join = move |core: &mut Core, moment| {
+            core.turned_away(Action::Join, turned_away, moment);
+            let answer = join_link(core, &request, chain, moment);
+            if let Err(error) = &answer {
+                let claimed = request.joiner.as_ref().map(|party| party.cluster.as_str()).unwrap_or_default();
+                let claimed: String = claimed.chars().take(64).collect();
+                let token = request.token_id.chars().take(64).collect();
+                let event = Event::refused(Action::Link, format!("cluster:{claimed}"), "");
+                core.refused(Event { token, ..event }, error, moment);
+            }
+            answer
+        };
+        let answer = self.core.attempt(join).await;
         self.metrics.issued("link", &answer);
         Ok(Response::new(answer?))
     }

@@ -1,22 +1,23 @@
 //! The embedded store: one redb file, fsync before a commit returns, opened at once after a crash (quick repair).
 //!
-//! All tables are mirrored in memory (a cluster's facts are a few megabytes): reads never touch the disk, so a failing
-//! disk stops writes and nothing else. redb refuses everything after an IO error; then the file is reopened by the next
-//! commit, and whatever the failed transaction may have left there is put back to the mirror's state first: an error
-//! always means "unchanged". Ends when dropped.
+//! All tables but the audit log are mirrored in memory (a cluster's facts are a few megabytes): reads never touch the disk,
+//! so a failing disk stops writes and nothing else. redb refuses everything after an IO error; then the file is reopened by the next
+//! commit, and whatever the failed transaction may have left there is put back to the mirror's state first (of a log, what
+//! it appended is removed): an error always means "unchanged". Ends when dropped.
 
 use std::collections::BTreeMap;
+use std::ops::Bound;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError, RwLock};
 
 use redb::backends::InMemoryBackend;
 use redb::{
-    CommitError, Database, DatabaseError, Durability, ReadableDatabase, ReadableTable, StorageBackend,
-    StorageError, TableDefinition, TableError, TransactionError,
+    AccessGuard, CommitError, Database, DatabaseError, Durability, ReadableDatabase, ReadableTable,
+    StorageBackend, StorageError, TableDefinition, TableError, TransactionError,
 };
 
-use super::{Store, StoreError, Table, Transaction, Write};
+use super::{Page, Store, StoreError, Table, Transaction, Write};
 
 /// redb's own page cache: everything is mirrored already.
 const CACHE_BYTES: usize = 4 * 1024 * 1024;
@@ -30,10 +31,18 @@ fn definition(table: Table) -> TableDefinition<'static, &'static str, &'static [
 /// A store in one file.
 pub struct RedbStore {
     path: PathBuf,
-    /// `None` after an IO error, until a commit has reopened it. The lock also serialises commits.
-    database: Mutex<Option<Database>>,
+    /// The lock also serialises commits.
+    file: Mutex<Opened>,
     mirror: RwLock<Mirror>,
     writable: AtomicBool,
+}
+
+#[derive(Default)]
+struct Opened {
+    /// `None` after an IO error, until a commit has reopened it.
+    database: Option<Database>,
+    /// Keys that a failed commit may have appended to logs.
+    doubtful: Vec<(Table, String)>,
 }
 
 impl RedbStore {
@@ -43,13 +52,13 @@ impl RedbStore {
         let mirror = load(path, &database)?;
         Ok(Self {
             path: path.to_owned(),
-            database: Mutex::new(Some(database)),
+            file: Mutex::new(Opened { database: Some(database), doubtful: Vec::new() }),
             mirror: RwLock::new(mirror),
             writable: AtomicBool::new(true),
         })
     }
 
-    fn reopen(&self) -> Result<Database, StoreError> {
+    fn reopen(&self, doubtful: &[(Table, String)]) -> Result<Database, StoreError> {
         let database = open(&self.path)?;
         let found = load(&self.path, &database)?;
         let mirror = self.mirror.read().unwrap_or_else(PoisonError::into_inner);
@@ -60,12 +69,47 @@ impl RedbStore {
         for ((table, key), value) in mirror.iter().filter(|(key, value)| found.get(*key) != Some(*value)) {
             repair.push(Write::Put { table: *table, key: key.clone(), value: value.clone() });
         }
+        repair.extend(doubtful.iter().map(|(table, key)| Write::Delete { table: *table, key: key.clone() }));
         if !repair.is_empty() {
             tracing::warn!(values = repair.len(), "a failed transaction is undone in the store");
             write(&self.path, &database, &repair)?;
         }
         Ok(database)
     }
+
+    /// A part of a log, from the disk. The file is locked only to begin: commits go on meanwhile.
+    fn page(&self, table: Table, range: Range<'_>, limit: usize) -> Result<Page, StoreError> {
+        let begun = {
+            let file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
+            let closed = || io_text(&self.path, "it is closed after a failed write".to_owned());
+            file.database.as_ref().ok_or_else(closed)?.begin_read()
+        };
+        let transaction = begun.map_err(|e| transaction_error(&self.path, e))?;
+        let opened = match transaction.open_table(definition(table)) {
+            Ok(opened) => opened,
+            Err(TableError::TableDoesNotExist(_)) => return Ok(Page::new()),
+            Err(error) => return Err(table_error(&self.path, error)),
+        };
+        let owned = |entry: Result<(AccessGuard<'_, &'static str>, AccessGuard<'_, &'static [u8]>), _>| {
+            let (key, value) = entry.map_err(|e| storage_error(&self.path, e))?;
+            Ok((key.value().to_owned(), value.value().to_vec()))
+        };
+        let bounds = match range {
+            Range::After(key) => (Bound::Excluded(key), Bound::Unbounded),
+            Range::Before(key) => (Bound::Unbounded, Bound::Excluded(key)),
+        };
+        let found = opened.range::<&str>(bounds).map_err(|e| storage_error(&self.path, e))?;
+        match range {
+            Range::After(_) => found.take(limit).map(owned).collect(),
+            Range::Before(_) => found.rev().take(limit).map(owned).collect(),
+        }
+    }
+}
+
+#[derive(Clone, Copy)]
+enum Range<'a> {
+    After(&'a str),
+    Before(&'a str),
 }
 
 impl Store for RedbStore {
@@ -80,8 +124,16 @@ impl Store for RedbStore {
         from.map(|((_, key), value)| (key.clone(), value.clone())).collect()
     }
 
+    fn after(&self, table: Table, key: &str, limit: usize) -> Result<Page, StoreError> {
+        self.page(table, Range::After(key), limit)
+    }
+
+    fn before(&self, table: Table, key: &str, limit: usize) -> Result<Page, StoreError> {
+        self.page(table, Range::Before(key), limit)
+    }
+
     fn commit(&self, transaction: &Transaction) -> Result<(), StoreError> {
-        let mut slot = self.database.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
         {
             let mirror = self.mirror.read().unwrap_or_else(PoisonError::into_inner);
             for check in &transaction.checks {
@@ -93,20 +145,22 @@ impl Store for RedbStore {
         if transaction.is_empty() {
             return Ok(());
         }
-        let database = match slot.take() {
+        let database = match file.database.take() {
             Some(database) => database,
-            None => self.reopen()?,
+            None => self.reopen(&file.doubtful)?,
         };
         if let Err(error) = write(&self.path, &database, &transaction.writes) {
             self.writable.store(false, Ordering::Relaxed);
             drop(database);
+            file.doubtful.extend(transaction.appended());
             return Err(error);
         }
-        *slot = Some(database);
+        *file = Opened { database: Some(database), doubtful: Vec::new() };
         self.writable.store(true, Ordering::Relaxed);
         let mut mirror = self.mirror.write().unwrap_or_else(PoisonError::into_inner);
         for change in &transaction.writes {
             match change {
+                Write::Put { table, .. } | Write::Delete { table, .. } if !table.is_mirrored() => {}
                 Write::Put { table, key, value } => {
                     mirror.insert((*table, key.clone()), value.clone());
                 }
@@ -171,7 +225,7 @@ fn load(path: &Path, database: &Database) -> Result<Mirror, StoreError> {
     let read = || -> Result<Mirror, StoreError> {
         let mut mirror = Mirror::new();
         let transaction = database.begin_read().map_err(|e| transaction_error(path, e))?;
-        for table in Table::ALL {
+        for table in Table::ALL.into_iter().filter(|table| table.is_mirrored()) {
             let opened = match transaction.open_table(definition(table)) {
                 Ok(opened) => opened,
                 Err(TableError::TableDoesNotExist(_)) => continue,

@@ -146,7 +146,7 @@ impl Play {
                 let _ = east.core.apply(export(SERVICES[service], to), false, moment);
             }
             Step::Unexport(service) => {
-                let _ = east.core.delete(&export(SERVICES[service], "*").key(), false);
+                let _ = east.core.delete(&export(SERVICES[service], "*").key(), false, moment);
             }
             Step::Workload(services) => {
                 let names: std::collections::BTreeSet<_> =
@@ -173,7 +173,7 @@ impl Play {
             }
             Step::RestartWatch => {}
             Step::Unlink => drop(east.core.unlink(&name("west"), moment)),
-            Step::EndedByPeer => drop(east.core.ended_by_peer(&name("west"))),
+            Step::EndedByPeer => drop(east.core.ended_by_peer(&name("west"), moment)),
             Step::Link => {
                 let request = v1::CreateLinkTokenRequest { peer: "west".into(), ttl_seconds: 0 };
                 let Ok(made) = east.core.create_link_token(&request, moment) else { return };

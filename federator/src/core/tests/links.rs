@@ -165,7 +165,7 @@ fn a_link_that_the_peer_has_ended_carries_nothing_and_may_be_made_anew() {
     east.core.publish(at(1));
     assert!(east.handle("west", "shop/web").is_some());
     west.core.unlink(&name("east"), at(2)).unwrap();
-    east.core.ended_by_peer(&name("west")).unwrap();
+    east.core.ended_by_peer(&name("west"), at(3)).unwrap();
     east.core.publish(at(2));
     assert!(east.handle("west", "shop/web").is_none());
     assert!(east.import("west").exports.is_empty());
