@@ -1,6 +1,7 @@
 //! The core, called directly: a store in a file, a real trust directory, and times that the test passes in.
 
 mod any_order;
+mod audit;
 mod boot;
 mod crashes;
 mod handles;

@@ -3,6 +3,8 @@
 use std::io::{BufRead, BufReader};
 use std::process::Stdio;
 
+use tombolo_model::audit::Action;
+
 use super::stores::{child, child_store};
 use super::*;
 
@@ -86,6 +88,10 @@ fn nothing_that_was_acknowledged_is_lost_by_kill_9() {
             "{leases} leases, {} joined",
             blocks.len()
         );
+        // Each has its entry in the audit log, and the log has no other join.
+        let (entries, _) = super::audit::whole(&core);
+        let joins = entries.iter().filter(|entry| entry.action == Action::Join).count();
+        assert_eq!(joins, leases, "an identity without an entry, or an entry without an identity");
         let tokens = crate::store::list::<crate::facts::TokenRecord>(&*core.store).unwrap();
         let used = tokens.iter().filter(|(_, token)| token.used_by.is_some()).count();
         assert_eq!(used, leases, "a token was used without a lease, or a lease given without a token");

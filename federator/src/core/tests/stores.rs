@@ -18,6 +18,28 @@ impl Record for Counted {
     const TABLE: Table = Table::Links;
 }
 
+/// A value of a log.
+#[derive(Serialize, Deserialize)]
+struct Logged(u64);
+impl Record for Logged {
+    const TABLE: Table = Table::Audit;
+}
+
+#[test]
+fn a_log_is_read_page_by_page_in_both_directions() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = RedbStore::open(&dir.path().join("store")).unwrap();
+    assert_eq!(store.after(Table::Audit, "", 5).unwrap(), []);
+    for n in 0..10 {
+        store.commit(&Transaction::new().put(format!("{n:04}"), &Logged(n))).unwrap();
+    }
+    let keys = |page: Page| page.into_iter().map(|(key, _)| key).collect::<Vec<_>>();
+    assert_eq!(keys(store.after(Table::Audit, "0003", 2).unwrap()), ["0004", "0005"]);
+    assert_eq!(keys(store.before(Table::Audit, "0003", 9).unwrap()), ["0002", "0001", "0000"]);
+    assert_eq!(keys(store.before(Table::Audit, "~", 1).unwrap()), ["0009"]);
+    assert_eq!(store.list(Table::Audit), [], "a log is not held in memory");
+}
+
 fn counted(count: u64, bytes: usize) -> Counted {
     Counted { count, padding: "x".repeat(bytes) }
 }
@@ -164,7 +186,10 @@ fn full_disk_child() {
     let mut written = 0;
     let error = loop {
         assert!(written < 10_000, "the limit on file sizes does not hold");
-        match store.commit(&Transaction::new().put(format!("{written:04}"), &counted(written, 8000))) {
+        let key = format!("{written:04}");
+        match store
+            .commit(&Transaction::new().put(key.as_str(), &counted(written, 8000)).put(key, &Logged(written)))
+        {
             Ok(()) => written += 1,
             Err(error) => break error,
         }
@@ -173,6 +198,7 @@ fn full_disk_child() {
     assert!(!store.is_writable());
     let expected = store.list(Table::Links);
     assert_eq!(expected.len() as u64, written);
+    assert!(store.after(Table::Audit, "", 1).is_err(), "a log is read from the disk");
     for _ in 0..3 {
         let large = Transaction::new().put("large", &counted(0, 200_000)).delete(Table::Links, "0000");
         assert_eq!(store.commit(&large).unwrap_err().kind(), "full");
@@ -181,6 +207,8 @@ fn full_disk_child() {
     drop(store);
     let store = RedbStore::open(&path).unwrap();
     assert!(store.list(Table::Links) == expected, "a failed commit reached the disk");
+    let logged = store.after(Table::Audit, "", usize::MAX).unwrap();
+    assert_eq!(logged.len() as u64, written, "a log has what its transactions have");
     println!("written {written}");
 }
 
