@@ -217,7 +217,7 @@ impl Core {
         let before = time_text(moment.unix.saturating_sub(age));
         let over = self.audit.entries() > keep.entries;
         // Ages are looked at once a minute: the oldest entry is read from the disk for it.
-        if !over && moment.monotonic.as_secs() % 60 != 0 {
+        if !over && !moment.monotonic.as_secs().is_multiple_of(60) {
             return Ok(());
         }
         let page = self.store.after(Table::Audit, "", PRUNED_AT_ONCE)?;

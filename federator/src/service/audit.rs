@@ -101,7 +101,10 @@ async fn send(reader: &AuditReader, query: &Query, sender: &Sender) -> Result<()
         }
         last
     };
-    while query.follow {
+    if !query.follow {
+        return Ok(());
+    }
+    loop {
         tokio::select! {
             changed = heads.changed() => if changed.is_err() { return Ok(()) },
             () = sender.closed() => return Ok(()),
@@ -111,7 +114,6 @@ async fn send(reader: &AuditReader, query: &Query, sender: &Sender) -> Result<()
             return Ok(());
         }
     }
-    Ok(())
 }
 
 /// The newest `limit` that are wanted, in order.
