@@ -1,5 +1,8 @@
 //! `tombolo trust`: the offline root of the federation and the intermediates of its clusters.
 
+mod csr;
+mod keys;
+
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
@@ -12,6 +15,8 @@ use tombolo_model::names::ClusterName;
 use tombolo_runtime::clock;
 use tombolo_runtime::dirs::{self, Dirs};
 
+use keys::{Encryption, KeyArgs};
+
 use crate::args::{Format, Output};
 use crate::failure::{Exit, Failure};
 use crate::output;
@@ -19,8 +24,9 @@ use crate::output;
 /// Make the federation's offline root and the intermediates of its clusters
 #[derive(Debug, Args)]
 #[command(after_help = "\
-The root key stays where it is made and is needed only to add or renew clusters: keep it offline. What
-`trust cluster` writes is what the federator of that cluster needs.
+The root key stays where it is made and is needed only to add or renew clusters: keep it offline, and under a
+passphrase or behind a program that signs (a PKCS#11 tool, a KMS). What `trust cluster` writes is what the federator of
+that cluster needs; with `trust csr` and `trust sign` its key never leaves the federator's machine.
 
 Examples:
   tombolo trust init --trust-domain acme.example
@@ -35,15 +41,28 @@ pub struct TrustArgs {
 enum Verb {
     /// Make the root of a new federation
     #[command(after_help = "\
+At a terminal it asks for a passphrase for the root's key, and an empty one leaves the key in a plain file; elsewhere the
+key is encrypted when a passphrase is given. --encrypt insists, --no-encrypt asks nothing.
+
+With --signer-command the key lies elsewhere and no root.key is written. The program is started with one more argument:
+`public-key` (it prints the public key as PEM) or `sign` (it reads the bytes to sign, not their hash, and prints an
+ECDSA signature in DER or base64). `openssl pkey -pubout` and `openssl dgst -sha256 -sign` answer like that.
+
 Examples:
   tombolo trust init --trust-domain acme.example
+  tombolo trust init --trust-domain acme.example --encrypt --passphrase-file /run/secrets/root
+  tombolo trust init --trust-domain acme.example --signer-command '/usr/local/bin/hsm-sign --slot 3'
   tombolo trust init --trust-domain acme.example --dir /media/offline/acme")]
     Init {
         /// The federation's SPIFFE trust domain
         #[arg(long, env = "TOMBOLO_TRUST_DOMAIN")]
         trust_domain: String,
         #[command(flatten)]
+        encryption: Encryption,
+        #[command(flatten)]
         place: Place,
+        #[command(flatten)]
+        key: KeyArgs,
     },
     /// Make the intermediate of a cluster
     #[command(after_help = "\
@@ -52,6 +71,7 @@ Give the directory it writes to the cluster's federator (--trust-dir).
 Examples:
   tombolo trust cluster east
   tombolo trust cluster west --out /media/west
+  tombolo trust cluster west --csr west.csr  for a key that was made there with `tombolo trust csr`
   tombolo trust cluster west --renew         a further intermediate, with the same tag
   tombolo trust cluster west --recreate      the cluster was lost: a new tag")]
     Cluster {
@@ -60,6 +80,9 @@ Examples:
         /// Directory to write to [default: <dir>/clusters/<name>]
         #[arg(long, value_name = "DIR")]
         out: Option<PathBuf>,
+        /// Sign this certificate request instead of making a key
+        #[arg(long, value_name = "FILE")]
+        csr: Option<PathBuf>,
         /// A further intermediate of a known cluster, with its tag
         #[arg(long, conflicts_with = "recreate")]
         renew: bool,
@@ -68,6 +91,52 @@ Examples:
         recreate: bool,
         #[command(flatten)]
         place: Place,
+        #[command(flatten)]
+        key: KeyArgs,
+    },
+    /// Make a cluster's key and certificate request where its federator runs
+    #[command(after_help = "\
+Writes ca.key, which stays there, and ca.csr for `tombolo trust sign`. A ca.key that is there already is kept.
+
+Examples:
+  tombolo trust csr east --out /etc/tombolo/east
+  tombolo trust csr east")]
+    Csr(csr::CsrArgs),
+    /// Sign a cluster's certificate request, where the root is
+    #[command(after_help = "\
+Checks that whoever made the request holds its key, and writes ca.crt, bundle.json and cluster.json. Each federator replica
+may have a key of its own: sign further ones with --renew.
+
+Examples:
+  tombolo trust sign /media/usb/ca.csr --out /media/usb/east
+  tombolo trust sign east-2.csr --renew --out /media/usb/east-2")]
+    Sign(csr::SignArgs),
+    /// Encrypt the root's key, change its passphrase, or take it away
+    #[command(after_help = "\
+The current passphrase comes from --passphrase-file or TOMBOLO_TRUST_PASSPHRASE, the new one from --new-passphrase-file or
+TOMBOLO_TRUST_NEW_PASSPHRASE; a terminal is asked for what is missing. The file is PKCS#8 (PBES2, scrypt, AES-256), which
+`openssl pkey` reads too.
+
+Examples:
+  tombolo trust passphrase
+  tombolo trust passphrase --passphrase-file old --new-passphrase-file new
+  tombolo trust passphrase --remove")]
+    Passphrase {
+        /// File with the new passphrase
+        #[arg(
+            long,
+            env = "TOMBOLO_TRUST_NEW_PASSPHRASE_FILE",
+            value_name = "FILE",
+            conflicts_with = "remove"
+        )]
+        new_passphrase_file: Option<PathBuf>,
+        /// Keep the key in a plain file from now on
+        #[arg(long)]
+        remove: bool,
+        #[command(flatten)]
+        place: Place,
+        #[command(flatten)]
+        key: KeyArgs,
     },
     /// Show the root and the clusters it has signed
     #[command(after_help = "\
@@ -105,25 +174,35 @@ pub fn cluster_dir(root: &Path, cluster: &str) -> PathBuf {
 
 pub fn run(args: TrustArgs) -> Result<Exit, Failure> {
     match args.verb {
-        Verb::Init { trust_domain, place } => init(&trust_domain, &place.resolve()?),
-        Verb::Cluster { name, out, renew, recreate, place } => {
-            let existing = match (renew, recreate) {
-                (true, _) => Existing::Renew,
-                (_, true) => Existing::Recreate,
-                _ => Existing::Refuse,
-            };
-            cluster(&name, out, existing, &place.resolve()?)
+        Verb::Init { trust_domain, encryption, place, key } => {
+            init(&trust_domain, encryption, &key, &place.resolve()?)
+        }
+        Verb::Cluster { name, out, csr: Some(file), renew, recreate, place, key } => {
+            let name: ClusterName = name.parse().map_err(Failure::usage)?;
+            let existing = Existing::from_flags(renew, recreate);
+            csr::signed(&name, &csr::read(&file)?, out, existing, &place.resolve()?, &key)
+        }
+        Verb::Cluster { name, out, csr: None, renew, recreate, place, key } => {
+            cluster(&name, out, Existing::from_flags(renew, recreate), &place.resolve()?, &key)
+        }
+        Verb::Csr(args) => csr::make(args),
+        Verb::Sign(args) => csr::sign(args),
+        Verb::Passphrase { new_passphrase_file, remove, place, key } => {
+            keys::change(&key, new_passphrase_file.as_deref(), remove, &place.resolve()?)
         }
         Verb::Show { place, output } => show(&place.resolve()?, output.format),
     }
 }
 
-fn init(trust_domain: &str, dir: &Path) -> Result<Exit, Failure> {
+fn init(trust_domain: &str, encryption: Encryption, key: &KeyArgs, dir: &Path) -> Result<Exit, Failure> {
     let trust_domain: TrustDomain = trust_domain
         .parse()
         .map_err(|e| Failure::usage(e).at("--trust-domain").remedy("give a name such as acme.example"))?;
     dirs::ensure_private(dir).map_err(Failure::new)?;
-    let root = RootAuthority::init(dir, trust_domain, clock::since_unix_epoch()).map_err(Failure::new)?;
+    let root = key.protect(encryption, |protection| {
+        RootAuthority::init_with(dir, trust_domain, protection, clock::since_unix_epoch())
+            .map_err(|e| Failure::new(crate::failure::chain(&e)))
+    })?;
     output::line(format_args!("root of {} made in {}", root.trust_domain, dir.display()))?;
     output::line(format_args!("fingerprint {}", root.fingerprint()))?;
     eprintln!("keep {} offline and backed up; next: tombolo trust cluster NAME", dir.display());
@@ -132,14 +211,23 @@ fn init(trust_domain: &str, dir: &Path) -> Result<Exit, Failure> {
 
 fn load(dir: &Path) -> Result<RootAuthority, Failure> {
     RootAuthority::load(dir).map_err(|e| {
-        Failure::new(crate::failure::chain(&e))
-            .remedy("make a root with `tombolo trust init`, or name its directory with --dir")
+        let failure = Failure::new(crate::failure::chain(&e));
+        if dir.join("root.crt").exists() {
+            return failure;
+        }
+        failure.remedy("make a root with `tombolo trust init`, or name its directory with --dir")
     })
 }
 
-fn cluster(name: &str, out: Option<PathBuf>, existing: Existing, dir: &Path) -> Result<Exit, Failure> {
+fn cluster(
+    name: &str,
+    out: Option<PathBuf>,
+    existing: Existing,
+    dir: &Path,
+    key: &KeyArgs,
+) -> Result<Exit, Failure> {
     let name: ClusterName = name.parse().map_err(Failure::usage)?;
-    let mut root = load(dir)?;
+    let mut root = key.open(dir)?;
     let out = out.unwrap_or_else(|| cluster_dir(dir, name.as_str()));
     let made = !out.exists();
     // Before signing: a name is not used up by a directory that can't be written.
@@ -148,7 +236,7 @@ fn cluster(name: &str, out: Option<PathBuf>, existing: Existing, dir: &Path) -> 
         if made {
             let _ = std::fs::remove_dir(&out);
         }
-        Failure::new(refusal)
+        Failure::new(crate::failure::chain(&refusal))
     })?;
     material.save(&out).map_err(Failure::new)?;
     output::line(format_args!("intermediate of {name} (tag {}) written to {}", material.tag, out.display()))?;
@@ -205,20 +293,42 @@ fn time_text(unix: u64) -> String {
 
 #[cfg(test)]
 mod tests {
+    use clap::Parser;
+
     use super::*;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        encryption: Encryption,
+        #[command(flatten)]
+        key: KeyArgs,
+    }
+
+    fn plain() -> Encryption {
+        Line::parse_from(["trust", "--no-encrypt"]).encryption
+    }
+    fn plain_key() -> KeyArgs {
+        Line::parse_from(["trust"]).key
+    }
 
     #[test]
     fn a_root_a_cluster_and_what_goes_wrong_with_them() {
         let dir = std::env::temp_dir().join(format!("tombolo-trust-{}", std::process::id()));
-        init("acme.example", &dir).unwrap();
-        assert!(init("acme.example", &dir).unwrap_err().to_string().contains("exists already"));
-        cluster("east", None, Existing::Refuse, &dir).unwrap();
+        init("acme.example", plain(), &plain_key(), &dir).unwrap();
+        assert!(
+            init("acme.example", plain(), &plain_key(), &dir)
+                .unwrap_err()
+                .to_string()
+                .contains("exists already")
+        );
+        cluster("east", None, Existing::Refuse, &dir, &plain_key()).unwrap();
         assert!(cluster_dir(&dir, "east").join("cluster.json").exists());
-        let again = cluster("east", None, Existing::Refuse, &dir).unwrap_err().to_string();
+        let again = cluster("east", None, Existing::Refuse, &dir, &plain_key()).unwrap_err().to_string();
         assert!(again.contains("--renew") && again.contains("--recreate"), "{again}");
-        let bad = cluster("East!", None, Existing::Refuse, &dir).unwrap_err();
+        let bad = cluster("East!", None, Existing::Refuse, &dir, &plain_key()).unwrap_err();
         assert!(bad.exit == Exit::Usage && bad.to_string().contains("East!"), "{bad}");
-        cluster("east", None, Existing::Recreate, &dir).unwrap();
+        cluster("east", None, Existing::Recreate, &dir, &plain_key()).unwrap();
         let table = registry(load(&dir).unwrap().registry(), false);
         std::fs::remove_dir_all(&dir).unwrap();
         assert!(table.contains("superseded") && table.contains("current"), "{table}");
@@ -226,7 +336,7 @@ mod tests {
 
     #[test]
     fn a_wrong_trust_domain_is_named() {
-        let error = init("Acme Example", Path::new("/nonexistent")).unwrap_err();
+        let error = init("Acme Example", plain(), &plain_key(), Path::new("/nonexistent")).unwrap_err();
         assert!(error.exit == Exit::Usage && error.to_string().contains("--trust-domain"), "{error}");
     }
 

@@ -129,7 +129,8 @@ impl Plan {
 
     fn trust(&mut self) {
         let root = text(&self.root.join("trust"));
-        self.run("trust root", ["trust", "init", "--trust-domain", TRUST_DOMAIN, "--dir", &root], None, None);
+        let init = ["trust", "init", "--no-encrypt", "--trust-domain", TRUST_DOMAIN, "--dir", &root];
+        self.run("trust root", init, None, None);
         for cluster in CLUSTERS {
             let out = text(&self.trust_dir(cluster));
             let what = format!("intermediate of {cluster}");

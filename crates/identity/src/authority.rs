@@ -1,14 +1,18 @@
 //! The offline root: signs one intermediate per cluster, bound to its name and tag, and keeps the register of tags.
 //!
 //! A directory of four files: `root.key` (0600), `root.crt`, `trust-domain`, `registry.json`. It is needed only when a
-//! cluster is made or renewed, so keep it off the clusters.
+//! cluster is made or renewed, so keep it off the clusters. The key may lie elsewhere, or under a passphrase ([`keys`]); a
+//! cluster's key may be made where it is used ([`csr`]).
+
+pub mod csr;
+mod keys;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rcgen::{
     BasicConstraints, CertificateParams, CustomExtension, DistinguishedName, DnType, IsCa, Issuer, KeyPair,
-    KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, SanType, SerialNumber,
+    KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, PublicKeyData, SanType, SerialNumber,
 };
 use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject;
@@ -22,6 +26,8 @@ use zeroize::Zeroizing;
 use crate::bundle::{TrustBundle, fingerprint};
 use crate::cluster_binding::{ClusterBinding, OID};
 use crate::files::{self, FileError};
+use crate::signer::file::SecretKey;
+use crate::signer::{CaKey, KeyError, SignerError};
 use crate::spiffe_id::TrustDomain;
 
 /// Roots are rotated, not renewed: ten years leave nine to do it in.
@@ -49,6 +55,16 @@ pub enum AuthorityError {
     NoTagLeft,
     #[error("signing failed: {0}")]
     Sign(#[from] rcgen::Error),
+    #[error(transparent)]
+    Key(#[from] KeyError),
+    #[error("the CSR can't be signed: {0}; make one with `tombolo trust csr NAME`")]
+    Csr(String),
+}
+
+impl From<SignerError> for AuthorityError {
+    fn from(error: SignerError) -> Self {
+        Self::Key(error.into())
+    }
 }
 
 /// One registered intermediate.
@@ -76,13 +92,34 @@ pub enum Existing {
     Recreate,
 }
 
+impl Existing {
+    /// As the command line says it; the two exclude each other there.
+    pub fn from_flags(renew: bool, recreate: bool) -> Self {
+        match (renew, recreate) {
+            (true, _) => Self::Renew,
+            (_, true) => Self::Recreate,
+            _ => Self::Refuse,
+        }
+    }
+}
+
 /// The offline root.
 pub struct RootAuthority {
     dir: PathBuf,
     pub trust_domain: TrustDomain,
-    key: KeyPair,
+    key: CaKey,
     certificate: CertificateDer<'static>,
     registry: Vec<RegistryEntry>,
+}
+
+/// How the key of a new root is kept.
+pub enum Protection<'a> {
+    /// In `root.key`, readable by its owner alone.
+    Plain,
+    /// In `root.key`, under a passphrase.
+    Passphrase(&'a str),
+    /// Elsewhere: this one signs.
+    Signer(Box<dyn crate::signer::Signer>),
 }
 
 /// Everything a federator needs to be its cluster's CA; written by `tombolo trust cluster`.
@@ -93,6 +130,19 @@ pub struct ClusterMaterial {
     pub key_pem: Zeroizing<String>,
     pub certificate: CertificateDer<'static>,
     pub bundle: TrustBundle,
+}
+
+/// What is no secret of a cluster's material.
+fn save_public(
+    dir: &Path,
+    cluster: &ClusterFile,
+    certificate: &CertificateDer<'_>,
+    bundle: &TrustBundle,
+) -> Result<(), AuthorityError> {
+    files::write_atomic(&dir.join("ca.crt"), pem(certificate).as_bytes(), 0o644)?;
+    files::write_atomic(&dir.join("bundle.json"), bundle.to_json().as_bytes(), 0o644)?;
+    let json = serde_json::to_vec_pretty(cluster).unwrap_or_default();
+    Ok(files::write_atomic(&dir.join("cluster.json"), &json, 0o644)?)
 }
 
 #[derive(Serialize, Deserialize)]
@@ -146,19 +196,32 @@ fn signer_params(trust_domain: &TrustDomain, common_name: String, path_len: u8) 
 }
 
 impl RootAuthority {
-    /// Makes a new root in `dir`, which must not hold one yet.
+    /// Makes a new root in `dir`, which must not hold one yet, with its key in a file.
     pub fn init(dir: &Path, trust_domain: TrustDomain, now: Duration) -> Result<Self, AuthorityError> {
-        let key_path = dir.join("root.key");
-        if key_path.exists() {
-            return Err(AuthorityError::Exists(key_path));
+        Self::init_with(dir, trust_domain, Protection::Plain, now)
+    }
+
+    /// The same, with its key kept as `protection` says.
+    pub fn init_with(
+        dir: &Path,
+        trust_domain: TrustDomain,
+        protection: Protection<'_>,
+        now: Duration,
+    ) -> Result<Self, AuthorityError> {
+        // One with its key elsewhere has only the certificate.
+        for name in ["root.key", "root.crt"] {
+            if dir.join(name).exists() {
+                return Err(AuthorityError::Exists(dir.join(name)));
+            }
         }
-        let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
+        let (key, key_pem) = keys::made(protection)?;
         let mut params = signer_params(&trust_domain, format!("{trust_domain} root"), 1);
         validity(&mut params, now, ROOT_LIFE);
-        let certificate = params.self_signed(&key)?.der().clone();
+        let certificate = params.self_signed(&key).map_err(|e| key.why(e))?.der().clone();
         files::private_dir(dir)?;
-        let key_pem = Zeroizing::new(key.serialize_pem());
-        files::write_atomic(&key_path, key_pem.as_bytes(), 0o600)?;
+        if let Some(key_pem) = key_pem {
+            files::write_atomic(&dir.join("root.key"), key_pem.as_bytes(), 0o600)?;
+        }
         files::write_atomic(&dir.join("root.crt"), pem(&certificate).as_bytes(), 0o644)?;
         files::write_atomic(&dir.join("trust-domain"), trust_domain.as_str().as_bytes(), 0o644)?;
         let root = Self { dir: dir.to_owned(), trust_domain, key, certificate, registry: Vec::new() };
@@ -166,16 +229,17 @@ impl RootAuthority {
         Ok(root)
     }
 
+    /// Reads a root. Its key opens at once when it lies in a plain file; else see [`RootAuthority::unlock`] and
+    /// [`RootAuthority::attach`]. What needs no signature works with a closed key.
     pub fn load(dir: &Path) -> Result<Self, AuthorityError> {
         let damaged = |name: &str, reason: String| AuthorityError::Damaged { path: dir.join(name), reason };
         let text = |name: &str| -> Result<String, AuthorityError> {
             let bytes = files::read(&dir.join(name), MAX_FILE)?;
             String::from_utf8(bytes).map_err(|e| damaged(name, e.to_string()))
         };
-        let key_pem = Zeroizing::new(text("root.key")?);
-        let key = KeyPair::from_pem(&key_pem).map_err(|e| damaged("root.key", e.to_string()))?;
         let certificate = CertificateDer::from_pem_slice(text("root.crt")?.as_bytes())
             .map_err(|e| damaged("root.crt", format!("{e:?}")))?;
+        let key = keys::found(&dir.join("root.key"), &certificate)?;
         let trust_domain = text("trust-domain")?
             .trim()
             .parse()
@@ -227,9 +291,27 @@ impl RootAuthority {
         existing: Existing,
         now: Duration,
     ) -> Result<ClusterMaterial, AuthorityError> {
+        let key = SecretKey::new(KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?);
+        let Certified { tag, certificate } = self.certify_cluster(name, &*key, existing, now)?;
+        Ok(ClusterMaterial {
+            cluster: name.clone(),
+            tag,
+            trust_domain: self.trust_domain.clone(),
+            key_pem: Zeroizing::new(key.serialize_pem()),
+            certificate,
+            bundle: self.bundle(),
+        })
+    }
+
+    fn certify_cluster(
+        &mut self,
+        name: &ClusterName,
+        key: &impl PublicKeyData,
+        existing: Existing,
+        now: Duration,
+    ) -> Result<Certified, AuthorityError> {
         let tag = self.tag_for(name, existing)?;
-        let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
-        let spki = hex::encode(Sha256::digest(key.public_key_raw()));
+        let spki = hex::encode(Sha256::digest(key.der_bytes()));
         // A subject of its own per key: revocation lists are found by the issuer's name.
         let short = spki.get(..16).unwrap_or_default();
         let mut params = signer_params(&self.trust_domain, format!("cluster {name} {short}"), 0);
@@ -238,7 +320,7 @@ impl RootAuthority {
         params.custom_extensions = vec![CustomExtension::from_oid_content(OID, binding.to_der())];
         params.use_authority_key_identifier_extension = true;
         let issuer = Issuer::from_ca_cert_der(&self.certificate, &self.key)?;
-        let certificate = params.signed_by(&key, &issuer)?.der().clone();
+        let certificate = params.signed_by(key, &issuer).map_err(|e| self.key.why(e))?.der().clone();
         if existing == Existing::Recreate {
             self.registry.iter_mut().filter(|e| e.name == *name).for_each(|e| e.superseded = true);
         }
@@ -250,30 +332,26 @@ impl RootAuthority {
             superseded: false,
         });
         self.save_registry()?;
-        Ok(ClusterMaterial {
-            cluster: name.clone(),
-            tag,
-            trust_domain: self.trust_domain.clone(),
-            key_pem: Zeroizing::new(key.serialize_pem()),
-            certificate,
-            bundle: self.bundle(),
-        })
+        Ok(Certified { tag, certificate })
     }
+}
+
+/// A cluster's certificate, just signed and registered.
+struct Certified {
+    tag: ClusterTag,
+    certificate: CertificateDer<'static>,
 }
 
 impl ClusterMaterial {
     pub fn save(&self, dir: &Path) -> Result<(), AuthorityError> {
         files::private_dir(dir)?;
+        files::write_atomic(&dir.join("ca.key"), self.key_pem.as_bytes(), 0o600)?;
         let cluster = ClusterFile {
             name: self.cluster.clone(),
             tag: self.tag,
             trust_domain: self.trust_domain.clone(),
         };
-        files::write_atomic(&dir.join("ca.key"), self.key_pem.as_bytes(), 0o600)?;
-        files::write_atomic(&dir.join("ca.crt"), pem(&self.certificate).as_bytes(), 0o644)?;
-        files::write_atomic(&dir.join("bundle.json"), self.bundle.to_json().as_bytes(), 0o644)?;
-        let json = serde_json::to_vec_pretty(&cluster).unwrap_or_default();
-        Ok(files::write_atomic(&dir.join("cluster.json"), &json, 0o644)?)
+        save_public(dir, &cluster, &self.certificate, &self.bundle)
     }
 
     pub fn load(dir: &Path) -> Result<Self, AuthorityError> {
@@ -288,7 +366,13 @@ impl ClusterMaterial {
             .map_err(|e| damaged("ca.crt", format!("{e:?}")))?;
         let bundle = TrustBundle::from_json(trust_domain.clone(), &text("bundle.json")?)
             .map_err(|e| damaged("bundle.json", e.to_string()))?;
-        let key_pem = Zeroizing::new(text("ca.key")?);
+        let key_pem = files::read_secret(&dir.join("ca.key"), MAX_FILE)?;
+        let key = SecretKey::from_pem(&key_pem).map_err(|e| damaged("ca.key", e.to_string()))?;
+        if !keys::is_about(&certificate, &*key) {
+            let reason =
+                "it is about another key than ca.key: put the files of one `tombolo trust cluster` together";
+            return Err(damaged("ca.crt", reason.to_owned()));
+        }
         Ok(Self { cluster: name, tag, trust_domain, key_pem, certificate, bundle })
     }
 }

@@ -2,8 +2,10 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+
+use zeroize::Zeroizing;
 
 /// A file or directory that could not be used.
 #[derive(Debug, thiserror::Error)]
@@ -50,6 +52,31 @@ pub fn write_atomic(path: &Path, contents: &[u8], mode: u32) -> Result<(), FileE
         let _ = fs::remove_file(&temporary);
         FileError { action: "can't write", path: path.to_owned(), source }
     })
+}
+
+/// Reads a file with a secret. As ssh does with its keys, one that belongs to this user and that others may read is
+/// refused: whoever could read it may have.
+pub fn read_secret(path: &Path, max: u64) -> Result<Zeroizing<String>, FileError> {
+    let metadata = fs::metadata(path).map_err(FileError::new("can't read", path))?;
+    let mode = metadata.mode() & 0o777;
+    if metadata.uid() == nix::unistd::geteuid().as_raw() && mode & 0o077 != 0 {
+        let text = format!(
+            "others may read it (mode {mode:04o}): `chmod 600 {}`, and make a new key if they may have",
+            path.display()
+        );
+        return Err(FileError {
+            action: "won't use",
+            path: path.to_owned(),
+            source: std::io::Error::other(text),
+        });
+    }
+    let bytes = Zeroizing::new(read(path, max)?);
+    let text = std::str::from_utf8(&bytes).map_err(|e| FileError {
+        action: "can't read",
+        path: path.to_owned(),
+        source: std::io::Error::new(std::io::ErrorKind::InvalidData, e),
+    })?;
+    Ok(Zeroizing::new(text.to_owned()))
 }
 
 /// Reads a file of at most `max` bytes.

@@ -16,6 +16,7 @@ use x509_parser::prelude::{FromDer, X509Certificate};
 use zeroize::Zeroizing;
 
 use crate::authority::{self, AuthorityError, ClusterMaterial};
+use crate::signer::file::SecretKey;
 use crate::spiffe_id::SpiffeId;
 
 /// Leaves live a day and renew at half their life.
@@ -59,13 +60,13 @@ pub struct IssuedLeaf {
 /// Issues for one cluster.
 pub struct LeafIssuer {
     pub material: ClusterMaterial,
-    key: KeyPair,
+    key: SecretKey,
     not_after: u64,
 }
 
 impl LeafIssuer {
     pub fn new(material: ClusterMaterial) -> Result<Self, IssueError> {
-        let key = KeyPair::from_pem(&material.key_pem).map_err(|e| IssueError::Sign(e.to_string()))?;
+        let key = SecretKey::from_pem(&material.key_pem).map_err(|e| IssueError::Sign(e.to_string()))?;
         let (_, certificate) =
             X509Certificate::from_der(&material.certificate).map_err(|e| IssueError::Sign(e.to_string()))?;
         let not_after = u64::try_from(certificate.validity().not_after.timestamp()).unwrap_or(0);
@@ -120,7 +121,7 @@ impl LeafIssuer {
         params.serial_number = Some(serial.clone());
         authority::validity(&mut params, now, life);
         request.params = params;
-        let issuer = Issuer::from_ca_cert_der(&self.material.certificate, &self.key)
+        let issuer = Issuer::from_ca_cert_der(&self.material.certificate, &*self.key)
             .map_err(|e| IssueError::Sign(e.to_string()))?;
         let leaf = request.signed_by(&issuer).map_err(|e| IssueError::Sign(e.to_string()))?;
         let (_, parsed) =
@@ -171,10 +172,10 @@ pub struct KeyAndCsr {
 impl KeyAndCsr {
     pub fn generate() -> Result<Self, IssueError> {
         let sign = |e: rcgen::Error| IssueError::Sign(e.to_string());
-        let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).map_err(sign)?;
+        let key = SecretKey::new(KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).map_err(sign)?);
         let mut params = CertificateParams::default();
         params.distinguished_name = DistinguishedName::new();
-        let csr = params.serialize_request(&key).map_err(sign)?;
+        let csr = params.serialize_request(&*key).map_err(sign)?;
         Ok(Self { key_der: Zeroizing::new(key.serialize_der()), csr_der: csr.der().to_vec() })
     }
 }
