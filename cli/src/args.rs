@@ -61,6 +61,7 @@ pub enum Command {
     Describe(cmd::describe::DescribeArgs),
     Delete(cmd::delete::DeleteArgs),
     Status(cmd::status::StatusArgs),
+    Check(cmd::check::CheckArgs),
     Audit(cmd::audit::AuditArgs),
     Revoke(cmd::revoke::RevokeArgs),
     Unrevoke(cmd::revoke::UnrevokeArgs),

@@ -7,6 +7,7 @@ use crate::failure::{Exit, Failure};
 
 pub mod apply;
 pub mod audit;
+pub mod check;
 pub mod completion;
 pub mod confirm;
 pub mod delete;
@@ -45,6 +46,7 @@ pub fn run(cli: Cli) -> Result<Exit, Failure> {
         Command::Get(args) => operate(get::run(args, connect)),
         Command::Describe(args) => operate(describe::run(args, connect)),
         Command::Delete(args) => operate(delete::run(args, connect)),
+        Command::Check(args) => operate(check::run(args, connect)),
         Command::Status(args) => operate(status::run(args, connect)),
         Command::Audit(args) => audit::run(args, connect),
         Command::Revoke(args) => operate(revoke::revoke(args, connect)),

@@ -25,10 +25,12 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, oneshot, watch};
 use tombolo_identity::issuer::LeafIssuer;
+use tombolo_model::expiry::Urgency;
 use tombolo_model::ids::Handle;
 use tombolo_model::names::ClusterName;
 use tombolo_runtime::clock;
 
+use crate::authorities::Announcements;
 use crate::facts::Facts;
 use crate::store::Store;
 use members::Session;
@@ -55,6 +57,7 @@ pub struct Core {
     store: Arc<dyn Store>,
     issuer: LeafIssuer,
     audit: audit::AuditLog,
+    announcements: Announcements,
     /// Every handle in `facts.handles`.
     in_use: BTreeSet<Handle>,
     /// Services, exports or links have changed: who needs a handle is to be looked at again.
@@ -192,6 +195,16 @@ impl Core {
         self.facts.store_writable = self.store.is_writable();
     }
 
+    /// CAs that end are said loudly: once they have, nobody is let in.
+    fn announce_expiry(&mut self, moment: Moment) {
+        for (urgency, text) in self.announcements.due(&self.facts, moment.unix) {
+            match urgency {
+                Urgency::Month => tracing::warn!("{text}"),
+                _ => tracing::error!("{text}"),
+            }
+        }
+    }
+
     /// From now on nobody is blamed for a connection that ends.
     pub fn end(&mut self, moment: Moment) {
         self.ending = true;
@@ -217,6 +230,7 @@ impl Core {
             self.remember_absent();
             self.forget_expired(unix, moment.monotonic);
             self.keep_audit_log(moment);
+            self.announce_expiry(moment);
         }
     }
 }

@@ -1,10 +1,11 @@
 //! The control plane of one cluster.
 //!
 //! [`core`] is the one writer of [`facts`] and [`store`]; [`registry`] says who is there; [`exports`] and [`policies`]
-//! read the operators' objects; [`snapshot`], [`records`] and [`view`] turn facts into what members, peers and operators
+//! read the operators' objects, [`authorities`] says which CAs end; [`snapshot`], [`records`] and [`view`] turn facts into what members, peers and operators
 //! are told, [`import`] reads what peers tell; [`service`] and [`peers`] carry it over the overlay, [`linking`] makes
 //! links; [`role`] binds and runs the whole.
 
+pub mod authorities;
 pub mod core;
 pub mod exports;
 pub mod facts;

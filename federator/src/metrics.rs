@@ -12,6 +12,7 @@ use prometheus_client::registry::Registry;
 use tombolo_model::sync::Freshness;
 use tombolo_overlay::{Overlay, OverlayStats};
 
+use crate::authorities::{self, Authority};
 use crate::core::{CoreError, CoreHandle};
 use crate::facts::Facts;
 use crate::registry::Presence;
@@ -31,6 +32,14 @@ pub struct PeerLabels {
 pub struct IssueLabels {
     pub call: &'static str,
     pub result: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct CaLabels {
+    /// `root` or `intermediate`.
+    pub ca: &'static str,
+    /// Of a root: the start of its certificate's SHA-256.
+    pub fingerprint: String,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -55,6 +64,7 @@ pub struct Metrics {
     store_writable: Gauge,
     intermediate_expiry: Gauge<f64, AtomicU64>,
     root_expiry: Gauge<f64, AtomicU64>,
+    ca_expiry: Family<CaLabels, Gauge<f64, AtomicU64>>,
     attestations: Family<AttestationLabels, Counter>,
     expired_connections: Counter,
     revoked_connections: Counter,
@@ -78,6 +88,7 @@ impl Metrics {
             store_writable: Gauge::default(),
             intermediate_expiry: Gauge::default(),
             root_expiry: Gauge::default(),
+            ca_expiry: Family::default(),
             attestations: Family::default(),
             expired_connections: Counter::default(),
             revoked_connections: Counter::default(),
@@ -111,6 +122,11 @@ impl Metrics {
             metrics.intermediate_expiry.clone(),
         );
         registry.register("root_expiry_seconds", "Until the root expires", metrics.root_expiry.clone());
+        registry.register(
+            "ca_expiry_seconds",
+            "Until a CA that this cluster lives on expires: its intermediate and every root that it trusts",
+            metrics.ca_expiry.clone(),
+        );
         registry.register(
             "attestations",
             "New chains that peers showed on live connections, by result",
@@ -173,6 +189,10 @@ impl Metrics {
         let left = |end: u64| end as f64 - unix.as_secs_f64();
         self.intermediate_expiry.set(left(facts.cluster.intermediate_not_after));
         self.root_expiry.set(left(facts.cluster.root_not_after));
+        self.ca_expiry.clear();
+        for Authority { role, fingerprint, not_after } in authorities::of(facts) {
+            self.ca_expiry.get_or_create_owned(&CaLabels { ca: role, fingerprint }).set(left(not_after));
+        }
     }
 
     fn show_overlay(&self, stats: &OverlayStats) {

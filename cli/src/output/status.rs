@@ -4,8 +4,8 @@ use comfy_table::Table;
 use time::OffsetDateTime;
 use tombolo_model::resource::Condition;
 use tombolo_model::status::{
-    ClusterStatus, Consumer, EndpointStatus, ExportStatus, FederatorStatus, GatewayStatus, IdentityStatus,
-    ImportCluster, ImportStatus, LinkStatus, PathStatus, ShiftStatus,
+    ClusterStatus, Consumer, EndpointStatus, ExportStatus, FederatorStatus, Finding, GatewayStatus,
+    IdentityStatus, ImportCluster, ImportStatus, LinkStatus, PathStatus, ShiftStatus,
 };
 
 use super::objects::{age, span};
@@ -26,6 +26,7 @@ pub fn page(status: &ClusterStatus, wide: bool, now: OffsetDateTime) -> String {
         imports,
         endpoints,
         identities,
+        findings,
     } = status;
     let FederatorStatus { version, epoch, revision, started_at, overlay } = federator;
     let head = format!("cluster {cluster} (tag {tag}) of {trust_domain}");
@@ -38,6 +39,9 @@ pub fn page(status: &ClusterStatus, wide: bool, now: OffsetDateTime) -> String {
         let text = if table.is_empty() { nothing.to_owned() } else { table_text(&table) };
         page.push_str(&indented(&text));
     };
+    if !findings.is_empty() {
+        section("NEEDS ATTENTION", finding_table(findings), "nothing");
+    }
     section("GATEWAYS", gateway_table(gateways, now), "none: start one with `tombolo gateway`");
     section("LINKS", link_table(links), "none: make one with `tombolo link token`");
     if wide {
@@ -67,6 +71,14 @@ fn row(table: &mut Table, cells: impl IntoIterator<Item = impl AsRef<str>>) {
         let cell = printable(cell.as_ref());
         if cell.is_empty() { "-".to_owned() } else { cell }
     }));
+}
+
+fn finding_table(findings: &[Finding]) -> Table {
+    let mut table = table(&["severity", "reason", "what", "what to do"]);
+    for Finding { severity, reason, about: _, message, remedy } in findings {
+        row(&mut table, [severity, reason, message, remedy]);
+    }
+    table
 }
 
 fn gateway_table(gateways: &[GatewayStatus], now: OffsetDateTime) -> Table {

@@ -7,6 +7,7 @@
 pub mod access;
 pub mod audit;
 pub mod balance;
+pub mod expiry;
 pub mod failover;
 pub mod ids;
 pub mod names;

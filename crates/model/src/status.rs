@@ -23,6 +23,23 @@ pub struct ClusterStatus {
     pub imports: Vec<ImportStatus>,
     pub endpoints: Vec<EndpointStatus>,
     pub identities: Vec<IdentityStatus>,
+    /// What an operator should do something about, the worst first.
+    #[serde(default)]
+    pub findings: Vec<Finding>,
+}
+
+/// Something that needs attention.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Finding {
+    /// `notice`, `warning` or `critical`.
+    pub severity: String,
+    /// `CaExpiresSoon`, `CaExpired` or `StoreNotWritable`.
+    pub reason: String,
+    pub about: String,
+    pub message: String,
+    /// What to do.
+    pub remedy: String,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]

@@ -154,9 +154,9 @@ impl Core {
         Ok(())
     }
 
-    /// Records a step that has no facts of its own in this store, such as one of a rotation of the root.
-    pub fn record_event(&mut self, event: Event, moment: Moment) -> Result<(), CoreError> {
-        Ok(self.commit_audited(Transaction::new(), event, moment)?)
+    /// Records what has no facts of its own in this store, such as steps of a rotation of the root.
+    pub fn record_events(&mut self, events: Vec<Event>, moment: Moment) -> Result<(), CoreError> {
+        Ok(self.commit_events(Transaction::new(), events, moment)?)
     }
 
     /// Notes a refusal for the log. What could not be done because of this side's own state is none.

@@ -24,6 +24,7 @@ use tombolo_overlay::keys::{ClusterKey, LinkKey};
 use super::Core;
 use super::audit::AuditLog;
 use super::imports::View;
+use crate::authorities::Announcements;
 use crate::facts::{
     ClusterFacts, Facts, HandleRecord, IdentityRecord, Import, ImportRecord, LeaseRecord, Link, MetaRecord,
     ObjectRecord, Role, ShiftRecord, StoredObject,
@@ -112,6 +113,7 @@ impl Core {
         let audit = AuditLog::load(&*store)?;
         Ok(Self {
             audit,
+            announcements: Announcements::default(),
             in_use: facts.handles.values().map(|record| record.handle).collect(),
             handles_stale: true,
             facts,

@@ -2,6 +2,7 @@
 
 mod any_order;
 mod audit;
+mod authorities;
 mod boot;
 mod crashes;
 mod handles;

@@ -17,6 +17,7 @@ use super::members;
 use super::supply::{self, Share};
 use super::text::{message, rfc3339, rfc3339_seconds};
 use super::{View, conditions};
+use crate::authorities;
 use crate::exports::{Export, exports};
 use crate::facts::{IdentityRecord, Role, ShiftRecord};
 use crate::policies::policy_for;
@@ -47,6 +48,7 @@ pub fn document(view: &View<'_>) -> ClusterStatus {
         imports: imports(view),
         endpoints: facts.registry.members.values().map(|member| endpoint(view, member)).collect(),
         identities: identities(view),
+        findings: authorities::findings(facts, view.unix),
     }
 }
 

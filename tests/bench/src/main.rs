@@ -7,6 +7,7 @@ mod certificates;
 mod cluster;
 mod footprint;
 mod forward;
+mod issuance;
 mod load;
 mod measure;
 mod mesh;
@@ -48,6 +49,8 @@ enum Command {
     Forward(forward::ForwardArgs),
     /// Simulates many linked clusters on one federator's core: memory and time per cluster, export and change.
     Scale(scale::ScaleArgs),
+    /// Measures what a federator issues against bare signing with openssl, and a thousand members that come at once.
+    Issuance(issuance::IssuanceArgs),
     /// (internal) One load generator; prints its report as JSON.
     #[command(hide = true)]
     Load(load::LoadArgs),
@@ -87,6 +90,7 @@ fn main() -> ExitCode {
         Command::Footprint(args) => footprint::run(&args),
         Command::Forward(args) => forward::run(&args),
         Command::Scale(args) => scale::run(&args),
+        Command::Issuance(args) => issuance::run(&args),
         Command::Load(args) => load::run(&args),
         Command::Origin(args) => origin::run(&args),
         Command::QuicHop(args) => quic_hop::run(args),

@@ -109,7 +109,7 @@ impl KeyArgs {
             return Ok(root);
         }
         if root.is_encrypted().map_err(failed)? {
-            root.unlock(&*self.passphrase(dir)?).map_err(failed)?;
+            root.unlock(&self.passphrase(dir)?).map_err(failed)?;
         }
         Ok(root)
     }

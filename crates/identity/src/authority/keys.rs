@@ -79,7 +79,7 @@ impl RootAuthority {
         if !path.exists() {
             return Ok(false);
         }
-        Ok(file::is_encrypted(&*files::read_secret(&path, MAX_FILE)?))
+        Ok(file::is_encrypted(&files::read_secret(&path, MAX_FILE)?))
     }
 
     /// Whether the key lies in this directory at all.
@@ -90,7 +90,7 @@ impl RootAuthority {
     /// Opens an encrypted `root.key`.
     pub fn unlock(&mut self, passphrase: &str) -> Result<(), AuthorityError> {
         let path = self.dir.join("root.key");
-        let pem = file::decrypt(&*files::read_secret(&path, MAX_FILE)?, passphrase, &path)?;
+        let pem = file::decrypt(&files::read_secret(&path, MAX_FILE)?, passphrase, &path)?;
         let signer = FileSigner::from_pem(&pem, &path)?;
         let signer = fitting(Box::new(signer), self.key.public_key(), &path.display().to_string())?;
         self.key = CaKey::new(signer);

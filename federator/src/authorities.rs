@@ -1,0 +1,136 @@
+//! The CAs that this cluster lives on, and who is told how soon they end. Pure: the time is passed in.
+//!
+//! One function names them ([`of`]); findings, metrics and the log are made of what it says.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use tombolo_identity::bundle::{TrustBundle, fingerprint};
+use tombolo_identity::verify;
+use tombolo_model::expiry::{self, Urgency};
+use tombolo_model::status::Finding;
+
+use crate::facts::Facts;
+use crate::view::rfc3339_seconds;
+
+/// A certificate that others depend on.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Authority {
+    /// `root` or `intermediate`.
+    pub role: &'static str,
+    /// Tells roots apart: the start of the SHA-256 of the certificate; empty for the intermediate.
+    pub fingerprint: String,
+    /// Unix seconds.
+    pub not_after: u64,
+}
+
+/// The cluster's intermediate and every root that it trusts.
+pub fn of(facts: &Facts) -> Vec<Authority> {
+    let cluster = &facts.cluster;
+    let intermediate = Authority {
+        role: "intermediate",
+        fingerprint: String::new(),
+        not_after: cluster.intermediate_not_after,
+    };
+    let bundle = TrustBundle::from_json(cluster.trust_domain.clone(), &cluster.bundle_json);
+    let roots = bundle.map(|bundle| bundle.roots).unwrap_or_default();
+    let roots = roots.iter().filter_map(|root| {
+        let hash = fingerprint(root);
+        let hash = hash.rsplit(':').next().unwrap_or_default();
+        let fingerprint = hash.chars().take(16).collect();
+        Some(Authority { role: "root", fingerprint, not_after: verify::not_after(root).ok()? })
+    });
+    [intermediate].into_iter().filter(|authority| authority.not_after > 0).chain(roots).collect()
+}
+
+impl Authority {
+    fn name(&self, cluster: &str) -> String {
+        match self.role {
+            "root" => format!("root {}", self.fingerprint),
+            role => format!("{role} of {cluster}"),
+        }
+    }
+
+    fn message(&self, cluster: &str, unix: u64) -> String {
+        let verb = if self.not_after > unix { "expires" } else { "has expired" };
+        let (words, end) = (expiry::in_words(self.not_after, unix), rfc3339_seconds(self.not_after));
+        let then = match self.role {
+            "root" => "then nobody in the federation is believed any more",
+            _ => "then nobody in this cluster gets an identity or is believed any more",
+        };
+        format!("the {} {verb} {words} ({end}); {then}", self.name(cluster))
+    }
+
+    fn remedy(&self, cluster: &str) -> String {
+        match self.role {
+            "root" => "make a new root and reissue the intermediates of every cluster before".to_owned(),
+            _ => format!(
+                "where the root is, run `tombolo trust cluster {cluster} --renew` (or `tombolo trust sign` with its CSR), put the files into the federator's --trust-dir and restart it"
+            ),
+        }
+    }
+}
+
+/// What an operator should do something about.
+pub fn findings(facts: &Facts, unix: Duration) -> Vec<Finding> {
+    let now = unix.as_secs();
+    let cluster = facts.cluster.name.as_str();
+    let mut found: Vec<(Urgency, Finding)> = of(facts)
+        .iter()
+        .filter_map(|authority| {
+            let urgency = Urgency::at(authority.not_after, now)?;
+            let finding = Finding {
+                severity: urgency.severity().to_owned(),
+                reason: if urgency == Urgency::Expired { "CaExpired" } else { "CaExpiresSoon" }.to_owned(),
+                about: authority.name(cluster),
+                message: authority.message(cluster, now),
+                remedy: authority.remedy(cluster),
+            };
+            Some((urgency, finding))
+        })
+        .collect();
+    if !facts.store_writable {
+        let finding = Finding {
+            severity: "critical".to_owned(),
+            reason: "StoreNotWritable".to_owned(),
+            about: format!("federator of {cluster}"),
+            message: "the store can't be written: nothing new is issued, applied or linked".to_owned(),
+            remedy: "free space on its disk, or see what the federator's log says of it".to_owned(),
+        };
+        found.push((Urgency::Day, finding));
+    }
+    found.sort_by_key(|(urgency, _)| std::cmp::Reverse(*urgency));
+    found.into_iter().map(|(_, finding)| finding).collect()
+}
+
+/// What the log was told of each authority.
+#[derive(Debug, Default)]
+pub struct Announcements(BTreeMap<(&'static str, String), (Urgency, Duration)>);
+
+impl Announcements {
+    /// What is to be logged now: each step at once, then again as often as it is urgent.
+    pub fn due(&mut self, facts: &Facts, unix: Duration) -> Vec<(Urgency, String)> {
+        let (now, cluster) = (unix.as_secs(), facts.cluster.name.as_str());
+        let authorities = of(facts);
+        let mut due = Vec::new();
+        for authority in &authorities {
+            let key = (authority.role, authority.fingerprint.clone());
+            let Some(urgency) = Urgency::at(authority.not_after, now) else {
+                self.0.remove(&key);
+                continue;
+            };
+            let told = self.0.get(&key);
+            let silent = told.is_some_and(|(before, at)| {
+                *before == urgency && unix.saturating_sub(*at) < urgency.repeat_after()
+            });
+            if !silent {
+                self.0.insert(key, (urgency, unix));
+                due.push((
+                    urgency,
+                    format!("{}: {}", authority.message(cluster, now), authority.remedy(cluster)),
+                ));
+            }
+        }
+        due
+    }
+}
