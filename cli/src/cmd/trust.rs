@@ -15,7 +15,7 @@ use tombolo_model::names::ClusterName;
 use tombolo_runtime::clock;
 use tombolo_runtime::dirs::{self, Dirs};
 
-use keys::{Encryption, KeyArgs};
+use keys::{Encryption, KeyArgs, Passphrase};
 
 use crate::args::{Format, Output};
 use crate::failure::{Exit, Failure};
@@ -136,7 +136,7 @@ Examples:
         #[command(flatten)]
         place: Place,
         #[command(flatten)]
-        key: KeyArgs,
+        passphrase: Passphrase,
     },
     /// Show the root and the clusters it has signed
     #[command(after_help = "\
@@ -187,8 +187,8 @@ pub fn run(args: TrustArgs) -> Result<Exit, Failure> {
         }
         Verb::Csr(args) => csr::make(args),
         Verb::Sign(args) => csr::sign(args),
-        Verb::Passphrase { new_passphrase_file, remove, place, key } => {
-            keys::change(&key, new_passphrase_file.as_deref(), remove, &place.resolve()?)
+        Verb::Passphrase { new_passphrase_file, remove, place, passphrase } => {
+            keys::change(&passphrase, new_passphrase_file.as_deref(), remove, &place.resolve()?)
         }
         Verb::Show { place, output } => show(&place.resolve()?, output.format),
     }

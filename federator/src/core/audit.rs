@@ -34,7 +34,7 @@ pub struct Retention {
 }
 
 impl Default for Retention {
-    /// Some 60 MB, and fifty days of a thousand members that renew twice a day; a year of a small cluster.
+    /// Some 70 MB, and fifty days of a thousand members that renew twice a day; a year of a small cluster.
     fn default() -> Self {
         Self { entries: 100_000, days: 400 }
     }

@@ -21,13 +21,21 @@ const NEW_PASSPHRASE: &str = "TOMBOLO_TRUST_NEW_PASSPHRASE";
 const MAX_PASSPHRASE: u64 = 4096;
 const TYPING_ERRORS: usize = 3;
 
+/// Where the passphrase of `root.key` comes from.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Root key")]
+pub struct Passphrase {
+    /// File with the passphrase of root.key [default: TOMBOLO_TRUST_PASSPHRASE, else asked for at a terminal]
+    #[arg(long, env = "TOMBOLO_TRUST_PASSPHRASE_FILE", value_name = "FILE")]
+    passphrase_file: Option<PathBuf>,
+}
+
 /// How the root's key is reached.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Root key")]
 pub struct KeyArgs {
-    /// File with the passphrase of root.key [default: TOMBOLO_TRUST_PASSPHRASE, else asked for at a terminal]
-    #[arg(long, env = "TOMBOLO_TRUST_PASSPHRASE_FILE", value_name = "FILE")]
-    passphrase_file: Option<PathBuf>,
+    #[command(flatten)]
+    passphrase: Passphrase,
     /// Program with its arguments that holds the root's key and signs with it; no shell reads this
     #[arg(long, env = "TOMBOLO_TRUST_SIGNER_COMMAND", value_name = "COMMAND")]
     signer_command: Option<String>,
@@ -109,24 +117,9 @@ impl KeyArgs {
             return Ok(root);
         }
         if root.is_encrypted().map_err(failed)? {
-            root.unlock(&self.passphrase(dir)?).map_err(failed)?;
+            root.unlock(&self.passphrase.current(dir)?).map_err(failed)?;
         }
         Ok(root)
-    }
-
-    /// The passphrase that `root.key` has.
-    fn passphrase(&self, dir: &Path) -> Result<Zeroizing<String>, Failure> {
-        if let Some(given) = given(self.passphrase_file.as_deref(), PASSPHRASE)? {
-            return Ok(given);
-        }
-        if at_a_terminal() {
-            return prompt(&format!("Passphrase of {}: ", dir.join("root.key").display()));
-        }
-        Err(Failure::usage(format_args!(
-            "{} is encrypted, and nobody can be asked",
-            dir.join("root.key").display()
-        ))
-        .remedy(format_args!("give its passphrase with --passphrase-file FILE or {PASSPHRASE}")))
     }
 
     /// Makes a new root as the flags, a given passphrase or an asked operator want it.
@@ -142,7 +135,7 @@ impl KeyArgs {
         if no_encrypt {
             return make(Protection::Plain);
         }
-        let passphrase = match given(self.passphrase_file.as_deref(), PASSPHRASE)? {
+        let passphrase = match self.passphrase.given()? {
             Some(given) => Some(given),
             None if at_a_terminal() => prompt_new(if encrypt {
                 "Passphrase for the root's key: "
@@ -165,8 +158,35 @@ impl KeyArgs {
     }
 }
 
+impl Passphrase {
+    /// What was given without asking anybody.
+    fn given(&self) -> Result<Option<Zeroizing<String>>, Failure> {
+        given(self.passphrase_file.as_deref(), PASSPHRASE)
+    }
+
+    /// The passphrase that `root.key` has.
+    fn current(&self, dir: &Path) -> Result<Zeroizing<String>, Failure> {
+        if let Some(given) = self.given()? {
+            return Ok(given);
+        }
+        if at_a_terminal() {
+            return prompt(&format!("Passphrase of {}: ", dir.join("root.key").display()));
+        }
+        Err(Failure::usage(format_args!(
+            "{} is encrypted, and nobody can be asked",
+            dir.join("root.key").display()
+        ))
+        .remedy(format_args!("give its passphrase with --passphrase-file FILE or {PASSPHRASE}")))
+    }
+}
+
 /// Gives `root.key` another passphrase, or none.
-pub fn change(key: &KeyArgs, new_file: Option<&Path>, remove: bool, dir: &Path) -> Result<Exit, Failure> {
+pub fn change(
+    passphrase: &Passphrase,
+    new_file: Option<&Path>,
+    remove: bool,
+    dir: &Path,
+) -> Result<Exit, Failure> {
     let root = super::load(dir)?;
     if !root.holds_key() {
         return Err(Failure::new(format_args!(
@@ -175,7 +195,7 @@ pub fn change(key: &KeyArgs, new_file: Option<&Path>, remove: bool, dir: &Path) 
         )));
     }
     let encrypted = root.is_encrypted().map_err(failed)?;
-    let current = if encrypted { Some(key.passphrase(dir)?) } else { None };
+    let current = if encrypted { Some(passphrase.current(dir)?) } else { None };
     let new = match (remove, given(new_file, NEW_PASSPHRASE)?) {
         (true, _) => None,
         (false, Some(given)) => Some(given),
