@@ -1,6 +1,6 @@
 //! Identities of the federation: SPIFFE IDs, the offline root, cluster intermediates, leaves, bundles, verification.
 //!
-//! [`authority`] signs clusters (offline), [`issuer`] signs leaves (federator), [`verify`] is the one place where a
+//! [`authority`] signs clusters (offline), [`issuer`] signs leaves and [`jwt`] JWT-SVIDs (federator), [`verify`] is the one place where a
 //! chain becomes a [`PeerIdentity`], [`tls`] puts it under rustls with hot-swappable snapshots. No clock is read
 //! except inside the rustls verifiers, which are handed the time by rustls.
 
@@ -9,6 +9,7 @@ pub mod bundle;
 pub mod cluster_binding;
 pub mod files;
 pub mod issuer;
+pub mod jwt;
 pub mod revocation;
 pub mod spiffe_id;
 pub mod tls;
