@@ -3,13 +3,14 @@
 //! A thread of its own, because commits wait for the disk. Everybody else sends it jobs through [`CoreHandle::call`]
 //! and reads what it publishes: an `Arc<Facts>`, replaced whole after each batch of jobs that changed something. A job
 //! commits to the store before it changes a fact, so an error always means "unchanged". Operations live in the modules
-//! below, each `impl Core`: [`boot`], [`allot`], [`leases`], [`tokens`], [`members`], [`links`], [`imports`] and
-//! [`objects`]. Ends when the last handle is dropped.
+//! below, each `impl Core`: [`boot`], [`allot`], [`leases`], [`tokens`], [`members`], [`links`], [`imports`],
+//! `jwt` and [`objects`]. Ends when the last handle is dropped.
 
 pub mod allot;
 pub mod boot;
 mod error;
 pub mod imports;
+mod jwt;
 pub mod leases;
 pub mod links;
 pub mod members;
@@ -29,6 +30,7 @@ use tombolo_model::names::ClusterName;
 use tombolo_runtime::clock;
 
 use crate::facts::Facts;
+use crate::jwt::JwtKeys;
 use crate::store::Store;
 use members::Session;
 
@@ -53,6 +55,7 @@ pub struct Core {
     pub facts: Facts,
     store: Arc<dyn Store>,
     issuer: LeafIssuer,
+    jwt: JwtKeys,
     /// Every handle in `facts.handles`.
     in_use: BTreeSet<Handle>,
     /// Services, exports or links have changed: who needs a handle is to be looked at again.
@@ -206,6 +209,7 @@ impl Core {
             self.keep_own_lease(moment);
             self.remember_absent();
             self.forget_expired(unix, moment.monotonic);
+            self.renew_jwt_keys(unix);
         }
     }
 }

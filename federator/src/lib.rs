@@ -9,6 +9,7 @@ pub mod core;
 pub mod exports;
 pub mod facts;
 pub mod import;
+pub mod jwt;
 pub mod linking;
 pub mod metrics;
 pub mod peers;

@@ -30,6 +30,7 @@ use tombolo_proto::v1::admin_server::AdminServer;
 use tombolo_proto::v1::config_server::ConfigServer;
 use tombolo_proto::v1::federation_server::FederationServer;
 use tombolo_proto::v1::join_server::JoinServer;
+use tombolo_proto::v1::workload_server::WorkloadServer;
 use tombolo_runtime::admin::{Admin, AdminError};
 use tombolo_runtime::clock;
 use tombolo_runtime::dirs::{self, DirsError};
@@ -48,6 +49,7 @@ use crate::service::admin::{AdminService, check_operator};
 use crate::service::config::ConfigService;
 use crate::service::federation::{FederationService, Logs};
 use crate::service::join::JoinService;
+use crate::service::workload::WorkloadService;
 use crate::snapshot::rings::Rings;
 use crate::store::redb::RedbStore;
 use crate::store::{Store, StoreError};
@@ -241,7 +243,11 @@ impl Bound {
             FederationService { core: core.clone(), logs: Arc::new(Logs::default()), tasks: tasks.clone() };
         let server = Server::builder()
             .add_service(ConfigServer::new(config_service))
-            .add_service(FederationServer::new(federation));
+            .add_service(FederationServer::new(federation))
+            .add_service(WorkloadServer::new(WorkloadService {
+                core: core.clone(),
+                metrics: metrics.clone(),
+            }));
         tasks.spawn("control services", served("control", server.serve_with_incoming(control_incoming)));
         let joins = JoinService::new(core.clone(), svid.clone(), metrics);
         let server = Server::builder().add_service(JoinServer::new(joins));

@@ -5,6 +5,7 @@ pub mod admin;
 pub mod config;
 pub mod federation;
 pub mod join;
+pub mod workload;
 
 use std::sync::Arc;
 

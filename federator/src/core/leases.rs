@@ -167,6 +167,7 @@ impl Core {
             serial: serial.clone(),
             issued_unix: moment.unix.as_secs(),
             not_after: leaf.not_after,
+            workload: false,
         };
         let transaction = transaction.put(serial.as_str(), &record);
         Ok((svid_to_wire(&leaf, &self.facts.cluster.bundle_json), transaction, (serial, record)))
@@ -194,8 +195,13 @@ impl Core {
         let role = member_role(id)?;
         let record = self.shown_lease(id, role, request.lease.as_ref())?;
         let record = self.keep_lease(record, moment)?;
-        let (svid, transaction, identity) =
+        let (svid, mut transaction, mut identity) =
             self.issue(&request.csr_der, id, role, moment, Transaction::new())?;
+        if request.workload {
+            identity.1.workload = true;
+            // The later write of a key stands.
+            transaction = transaction.put(identity.0.as_str(), &identity.1);
+        }
         self.store.commit(&transaction)?;
         self.facts.identities.insert(identity.0, identity.1);
         self.dirty = true;

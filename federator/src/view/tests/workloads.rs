@@ -114,6 +114,7 @@ fn who_joined_and_serves_is_a_workload_in_each_namespace() {
             serial: "1".into(),
             issued_unix: UNIX,
             not_after: UNIX + 1,
+            workload: false,
         },
     );
     let all = get(&facts, "wl");
