@@ -94,6 +94,7 @@ fn go_spiffe_applications_of_two_clusters_know_each_other_by_our_sockets() -> Re
     let address = world.mesh.cluster("west")?.address(30, 9443).to_string();
     let (west, east, other) = (world.west.clone(), world.east.clone(), world.other.clone());
     world.spawn("west", "server", &["serve", "-socket", &west, "-address", &address, "-peer", EAST])?;
+    world.spawn("east", "watcher", &["watch", "-socket", &east])?;
     world.line("server", "the server listens", |line| line.get("listening").is_some())?;
     let call = |socket: &str, peer: &str| {
         world.run("east", &["call", "-socket", socket, "-address", &address, "-peer", peer])
@@ -118,7 +119,6 @@ fn go_spiffe_applications_of_two_clusters_know_each_other_by_our_sockets() -> Re
     ensure!(judged["apiError"] == "InvalidArgument" && judged.get("bundlesError").is_some(), "{judged}");
 
     // A certificate that is revoked by its serial is replaced, key and all, and pushed.
-    world.spawn("east", "watcher", &["watch", "-socket", &east])?;
     let first = world.line("watcher", "the SVID is there", |line| line["id"] == EAST)?;
     ensure!(first["chain"] == 2 && first["domains"] == serde_json::json!(["acme.example"]), "{first}");
     let serial = first["serial"].as_str().context("no serial")?;

@@ -168,8 +168,7 @@ fn check_time(claims: &Map<String, Value>, id: &SpiffeId, now: Duration) -> Resu
     let seconds = |claim: &str| claims.get(claim).and_then(Value::as_f64);
     let (now, leeway) = (now.as_secs_f64(), LEEWAY.as_secs_f64());
     let exp = seconds("exp").ok_or(JwtError::Missing("exp"))?;
-    // Written so that a NaN would be refused; JSON has none.
-    if !(now < exp + leeway) {
+    if now >= exp + leeway {
         return Err(JwtError::Expired(id.clone()));
     }
     let late = |claim| seconds(claim).is_some_and(|at| at > now + leeway);
