@@ -4,10 +4,11 @@
 //! and reads what it publishes: an `Arc<Facts>`, replaced whole after each batch of jobs that changed something. A job
 //! commits to the store before it changes a fact, so an error always means "unchanged". Operations live in the modules
 //! below, each `impl Core`: [`boot`], [`allot`], [`leases`], [`tokens`], [`members`], [`links`], [`imports`],
-//! `jwt` and [`objects`]. Ends when the last handle is dropped.
+//! `crl`, `jwt` and [`objects`]. Ends when the last handle is dropped.
 
 pub mod allot;
 pub mod boot;
+mod crl;
 mod error;
 pub mod imports;
 mod jwt;
@@ -56,6 +57,8 @@ pub struct Core {
     store: Arc<dyn Store>,
     issuer: LeafIssuer,
     jwt: JwtKeys,
+    /// Number of the last CRL: they only grow.
+    crl_number: u64,
     /// Every handle in `facts.handles`.
     in_use: BTreeSet<Handle>,
     /// Services, exports or links have changed: who needs a handle is to be looked at again.

@@ -430,6 +430,9 @@ pub struct IdentityRecord {
     /// Shown by the workload itself, not by the sidecar on the overlay.
     #[serde(default)]
     pub workload: bool,
+    /// SHA-256 of the issuing key, hex: a CRL lists what its signer has issued. Empty: of before this was noted.
+    #[serde(default)]
+    pub issuer: String,
 }
 impl Record for IdentityRecord {
     const TABLE: Table = Table::Identities;

@@ -6,6 +6,7 @@
 //! links; [`role`] binds and runs the whole.
 
 pub mod core;
+pub mod crl;
 pub mod exports;
 pub mod facts;
 pub mod import;

@@ -41,6 +41,7 @@ use tonic::transport::Server;
 
 use crate::core::boot::BootError;
 use crate::core::{Core, CoreError, CoreHandle};
+use crate::crl::{self, CrlTask};
 use crate::facts::FederatorEndpoint;
 use crate::metrics::Metrics;
 use crate::peers::PeersTask;
@@ -128,6 +129,7 @@ pub struct Bound {
     operators: UnixListener,
     socket: PathBuf,
     metrics: Metrics,
+    crl: crl::Published,
     bind: IpAddr,
     /// Dropped when everything serves.
     serving: BlockReady,
@@ -152,7 +154,8 @@ impl Federator {
         let serving = readiness.block("serving");
         let mut registry = MetricsRegistry::default();
         let metrics = Metrics::register(&mut registry);
-        let admin = Admin::bind(admin, registry, readiness).await?;
+        let crl = crl::Published::register(&mut registry);
+        let admin = Admin::bind(admin, registry, readiness).await?.with_routes(crl::routes(crl.clone()));
         let operators = bind_socket(&socket).await?;
 
         let core = Core::load(store, material, properties, clock::since_unix_epoch())?;
@@ -195,6 +198,7 @@ impl Federator {
             operators,
             socket,
             metrics,
+            crl,
             bind: listen.ip(),
             serving,
             tasks,
@@ -216,12 +220,25 @@ impl Bound {
 
     /// Runs until `shutdown` starts.
     pub async fn run(self, shutdown: Drain) -> Result<(), AdminError> {
-        let Self { core, overlay, svid, enforcer, admin, operators, socket, metrics, bind, serving, tasks } =
-            self;
+        let Self {
+            core,
+            overlay,
+            svid,
+            enforcer,
+            admin,
+            operators,
+            socket,
+            metrics,
+            crl,
+            bind,
+            serving,
+            tasks,
+        } = self;
         tasks.spawn("ticks", tick(core.clone()));
         tasks.spawn("own SVID", renew_own_svid(core.clone(), svid.clone()));
         tasks.spawn("own overlay", wiring::follow(core.clone(), overlay.clone()));
         tasks.spawn("revocations", wiring::enforce(core.clone(), overlay.clone(), enforcer));
+        tasks.spawn("CRL", CrlTask { core: core.clone(), published: crl }.run());
         tasks.spawn("metrics", metrics.clone().follow(core.clone(), overlay.clone()));
         let peers = PeersTask {
             core: core.clone(),

@@ -56,7 +56,7 @@ pub struct IssuedLeaf {
 /// Issues for one cluster.
 pub struct LeafIssuer {
     pub material: ClusterMaterial,
-    key: KeyPair,
+    pub(crate) key: KeyPair,
     not_after: u64,
 }
 

@@ -7,6 +7,7 @@
 pub mod authority;
 pub mod bundle;
 pub mod cluster_binding;
+pub mod crl;
 pub mod files;
 pub mod issuer;
 pub mod jwt;

@@ -117,6 +117,7 @@ impl Core {
             store,
             issuer: LeafIssuer::new(material)?,
             jwt,
+            crl_number: 0,
             released,
             views,
             sessions: HashMap::new(),

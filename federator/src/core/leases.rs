@@ -168,6 +168,7 @@ impl Core {
             issued_unix: moment.unix.as_secs(),
             not_after: leaf.not_after,
             workload: false,
+            issuer: self.issuer.spki_sha256(),
         };
         let transaction = transaction.put(serial.as_str(), &record);
         Ok((svid_to_wire(&leaf, &self.facts.cluster.bundle_json), transaction, (serial, record)))

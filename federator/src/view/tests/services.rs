@@ -242,6 +242,7 @@ fn identities_are_the_authorities_and_the_newest_of_each_id() {
             issued_unix: UNIX - 1000 + issued,
             not_after: if left == 0 { UNIX - 9 } else { UNIX + left },
             workload: false,
+            issuer: String::new(),
         };
         facts.identities.insert(serial.into(), record);
     }

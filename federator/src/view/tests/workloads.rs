@@ -115,6 +115,7 @@ fn who_joined_and_serves_is_a_workload_in_each_namespace() {
             issued_unix: UNIX,
             not_after: UNIX + 1,
             workload: false,
+            issuer: String::new(),
         },
     );
     let all = get(&facts, "wl");
