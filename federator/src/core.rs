@@ -4,10 +4,12 @@
 //! and reads what it publishes: an `Arc<Facts>`, replaced whole after each batch of jobs that changed something. A job
 //! commits to the store before it changes a fact, so an error always means "unchanged". Operations live in the modules
 //! below, each `impl Core`: [`boot`], [`allot`], [`leases`], [`tokens`], [`members`], [`links`], [`imports`],
-//! `crl`, `jwt` and [`objects`]. Ends when the last handle is dropped.
+//! `bundle_document`, `crl`, `jwt` and
+//! [`objects`]. Ends when the last handle is dropped.
 
 pub mod allot;
 pub mod boot;
+mod bundle_document;
 mod crl;
 mod error;
 pub mod imports;

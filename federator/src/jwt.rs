@@ -3,13 +3,12 @@
 //! A key is published before it signs, so that linked clusters and workloads know it by then, and stays published until
 //! every token that it signed has ended. The keys lie in the store (mode 0600) and nowhere else.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use tombolo_identity::jwt::{JwtAuthority, JwtKeyError, JwtSigner, TOKEN_LIFE};
-use tombolo_identity::revocation::Target;
 use tombolo_model::names::ClusterName;
-use tombolo_overlay::revoking;
 use tombolo_proto::convert::FieldError;
 use tombolo_proto::v1;
 
@@ -133,16 +132,16 @@ pub fn authorities_of(
     wire.authorities.iter().map(read).collect()
 }
 
-/// Those that workloads of this cluster believe: its own and those of live links, but of no cluster that is revoked here.
-pub fn believed(facts: &Facts) -> Vec<v1::JwtAuthority> {
-    let in_force = revocations::in_force(facts);
-    let revoked = |cluster: &ClusterName| {
-        let whole = |r: &v1::Revocation| revoking::from_wire(r).ok().map(|(target, _)| target);
-        in_force.iter().filter_map(whole).any(|target| target == Target::Cluster(cluster.clone()))
-    };
-    let peers = facts.live_links().filter(|link| !revoked(&link.peer));
-    let theirs = peers.filter_map(|link| facts.imports.get(&link.peer)).flat_map(|i| &i.jwt_authorities);
-    facts.jwt_authorities.iter().chain(theirs).map(to_wire).collect()
+/// Those that workloads of this cluster believe: its own and those of live links, but of no cluster that is revoked here,
+/// by this cluster's word or its own.
+pub fn believed(facts: &Facts) -> Vec<&JwtAuthority> {
+    let everything = |r: &v1::Revocation| matches!(r.target, Some(v1::revocation::Target::Everything(_)));
+    let revoked: BTreeSet<String> =
+        revocations::own(facts).map(|(_, r)| r).filter(everything).map(|r| r.cluster).collect();
+    let peers = facts.live_links().filter(|link| !revoked.contains(link.peer.as_str()));
+    let imports = peers.filter_map(|link| facts.imports.get(&link.peer));
+    let theirs = imports.filter(|import| !import.revocations.values().any(everything));
+    facts.jwt_authorities.iter().chain(theirs.flat_map(|import| &import.jwt_authorities)).collect()
 }
 
 #[cfg(test)]

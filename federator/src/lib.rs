@@ -5,6 +5,7 @@
 //! are told, [`import`] reads what peers tell; [`service`] and [`peers`] carry it over the overlay, [`linking`] makes
 //! links; [`role`] binds and runs the whole.
 
+pub mod bundle_endpoint;
 pub mod core;
 pub mod crl;
 pub mod exports;

@@ -39,6 +39,7 @@ use tombolo_runtime::readiness::{BlockReady, Readiness};
 use tombolo_runtime::tasks::TaskGroup;
 use tonic::transport::Server;
 
+use crate::bundle_endpoint::{BundleEndpoint, BundleEndpointConfig, BundleEndpointError};
 use crate::core::boot::BootError;
 use crate::core::{Core, CoreError, CoreHandle};
 use crate::crl::{self, CrlTask};
@@ -78,6 +79,8 @@ pub struct FederatorConfig {
     pub admin: SocketAddr,
     pub socket: PathBuf,
     pub properties: BTreeMap<String, String>,
+    /// Where foreign trust domains fetch this one's bundle; `None`: nowhere.
+    pub bundle_endpoint: Option<BundleEndpointConfig>,
 }
 
 /// Why a federator did not start.
@@ -113,6 +116,8 @@ pub enum BuildError {
     SocketInUse { path: PathBuf },
     #[error(transparent)]
     Admin(#[from] AdminError),
+    #[error(transparent)]
+    BundleEndpoint(#[from] BundleEndpointError),
 }
 
 /// Builds federators.
@@ -130,6 +135,7 @@ pub struct Bound {
     socket: PathBuf,
     metrics: Metrics,
     crl: crl::Published,
+    bundle_endpoint: Option<BundleEndpoint>,
     bind: IpAddr,
     /// Dropped when everything serves.
     serving: BlockReady,
@@ -139,8 +145,17 @@ pub struct Bound {
 impl Federator {
     /// Opens the store and binds every socket. Needs a one-thread runtime, which then runs it.
     pub async fn build(config: FederatorConfig) -> Result<Bound, BuildError> {
-        let FederatorConfig { cluster, trust_dir, state_dir, listen, advertise, admin, socket, properties } =
-            config;
+        let FederatorConfig {
+            cluster,
+            trust_dir,
+            state_dir,
+            listen,
+            advertise,
+            admin,
+            socket,
+            properties,
+            bundle_endpoint,
+        } = config;
         let trust = |source| BuildError::Trust { cluster: cluster.clone(), dir: trust_dir.clone(), source };
         let material = ClusterMaterial::load(&trust_dir).map_err(trust)?;
         if material.cluster != cluster {
@@ -161,6 +176,10 @@ impl Federator {
         let core = Core::load(store, material, properties, clock::since_unix_epoch())?;
         let core = core.start().map_err(BuildError::Thread)?;
         let svid = SvidHandle::new(own_svid(&core).await?);
+        let bundle_endpoint = match &bundle_endpoint {
+            Some(config) => Some(BundleEndpoint::bind(config, &svid).await?),
+            None => None,
+        };
         // Before anybody can connect.
         let enforcer = Enforcer::new(svid.clone());
         enforcer.learn(&revocations::in_force(&core.facts()));
@@ -199,6 +218,7 @@ impl Federator {
             socket,
             metrics,
             crl,
+            bundle_endpoint,
             bind: listen.ip(),
             serving,
             tasks,
@@ -230,6 +250,7 @@ impl Bound {
             socket,
             metrics,
             crl,
+            bundle_endpoint,
             bind,
             serving,
             tasks,
@@ -238,6 +259,9 @@ impl Bound {
         tasks.spawn("own SVID", renew_own_svid(core.clone(), svid.clone()));
         tasks.spawn("own overlay", wiring::follow(core.clone(), overlay.clone()));
         tasks.spawn("revocations", wiring::enforce(core.clone(), overlay.clone(), enforcer));
+        if let Some(endpoint) = bundle_endpoint {
+            endpoint.spawn(&core, &svid, &tasks);
+        }
         tasks.spawn("CRL", CrlTask { core: core.clone(), published: crl }.run());
         tasks.spawn("metrics", metrics.clone().follow(core.clone(), overlay.clone()));
         let peers = PeersTask {
@@ -261,10 +285,7 @@ impl Bound {
         let server = Server::builder()
             .add_service(ConfigServer::new(config_service))
             .add_service(FederationServer::new(federation))
-            .add_service(WorkloadServer::new(WorkloadService {
-                core: core.clone(),
-                metrics: metrics.clone(),
-            }));
+            .add_service(WorkloadServer::new(WorkloadService::new(core.clone(), metrics.clone())));
         tasks.spawn("control services", served("control", server.serve_with_incoming(control_incoming)));
         let joins = JoinService::new(core.clone(), svid.clone(), metrics);
         let server = Server::builder().add_service(JoinServer::new(joins));

@@ -16,6 +16,8 @@ import (
 	"os"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
+	"github.com/spiffe/go-spiffe/v2/federation"
 	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/spiffetls"
@@ -33,12 +35,13 @@ const patience = 20 * time.Second
 
 type options struct {
 	socket, address, peer, audience, token string
+	url, domain, roots                     string
 }
 
 type command func(context.Context, options) error
 
 var commands = map[string]command{
-	"serve": serve, "call": call, "watch": watch, "jwt": jwt, "validate": validate, "codes": codes,
+	"serve": serve, "call": call, "watch": watch, "jwt": jwt, "validate": validate, "codes": codes, "bundle": bundle,
 }
 
 func main() {
@@ -50,7 +53,7 @@ func main() {
 
 func run(args []string) error {
 	if len(args) == 0 || commands[args[0]] == nil {
-		return errors.New("usage: spiffe-probe serve|call|watch|jwt|validate|codes [flags]")
+		return errors.New("usage: spiffe-probe serve|call|watch|jwt|validate|codes|bundle [flags]")
 	}
 	var o options
 	flags := flag.NewFlagSet(args[0], flag.ContinueOnError)
@@ -59,6 +62,9 @@ func run(args []string) error {
 	flags.StringVar(&o.peer, "peer", "", "SPIFFE ID that the peer must have")
 	flags.StringVar(&o.audience, "audience", "", "of a token")
 	flags.StringVar(&o.token, "token", "", "a JWT-SVID to judge")
+	flags.StringVar(&o.url, "url", "", "of a bundle endpoint")
+	flags.StringVar(&o.domain, "domain", "", "trust domain of a bundle")
+	flags.StringVar(&o.roots, "roots", "", "PEM file with what a bundle endpoint is judged by")
 	if err := flags.Parse(args[1:]); err != nil {
 		return err
 	}
@@ -247,5 +253,45 @@ func codes(ctx context.Context, o options) error {
 		"otherID":        status.Code(token(&workload.JWTSVIDRequest{Audience: []string{"a"}, SpiffeId: other})).String(),
 		"invalidToken":   status.Code(invalid).String(),
 		"witUnsupported": status.Code(wit).String(),
+	})
+}
+
+// bundle fetches a bundle: by profile https_spiffe when a peer is named, else by https_web.
+func bundle(ctx context.Context, o options) error {
+	domain, err := spiffeid.TrustDomainFromString(o.domain)
+	if err != nil {
+		return err
+	}
+	var how federation.FetchOption
+	if o.peer != "" {
+		roots, err := x509bundle.Load(domain, o.roots)
+		if err != nil {
+			return err
+		}
+		peer, err := spiffeid.FromString(o.peer)
+		if err != nil {
+			return err
+		}
+		how = federation.WithSPIFFEAuth(roots, peer)
+	} else {
+		pem, err := os.ReadFile(o.roots)
+		if err != nil {
+			return err
+		}
+		pool := x509.NewCertPool()
+		if !pool.AppendCertsFromPEM(pem) {
+			return errors.New("no roots in " + o.roots)
+		}
+		how = federation.WithWebPKIRoots(pool)
+	}
+	fetched, err := federation.FetchBundle(ctx, domain, o.url, how)
+	if err != nil {
+		return err
+	}
+	sequence, _ := fetched.SequenceNumber()
+	hint, _ := fetched.RefreshHint()
+	return say(map[string]any{
+		"x509": len(fetched.X509Authorities()), "jwt": len(fetched.JWTAuthorities()),
+		"sequence": sequence, "hintSeconds": hint.Seconds(),
 	})
 }

@@ -6,6 +6,7 @@
 
 pub mod authority;
 pub mod bundle;
+pub mod bundle_document;
 pub mod cluster_binding;
 pub mod crl;
 pub mod files;

@@ -83,6 +83,7 @@ fn config(dir: &Path, cluster: &str, listen: SocketAddr) -> FederatorConfig {
         admin: local(),
         socket: dir.join("run").join("federator.sock"),
         properties: Default::default(),
+        bundle_endpoint: None,
     }
 }
 

@@ -5,6 +5,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustls::pki_types::CertificateDer;
 use tokio::sync::watch;
 use tombolo_identity::peer_identity_from_certs;
 use tombolo_overlay::Overlay;
@@ -28,6 +29,7 @@ pub(super) async fn keep_issued(
 ) {
     let mut backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(60));
     while !svid.is_closed() {
+        let issuer = issuer_of(&member);
         match member.workload_svid(&overlay).await {
             Ok(issued) => {
                 backoff.worked();
@@ -36,7 +38,7 @@ pub(super) async fn keep_issued(
                     "the application's SVID is issued");
                 let issued = Arc::new(issued);
                 svid.send_replace(Some(Arc::clone(&issued)));
-                while clock::unix_seconds() < due && still_good(&member, &issued) {
+                while clock::unix_seconds() < due && still_good(&member, &issued, &issuer) {
                     // A configuration brings revocations; without any there is the time.
                     if let Ok(Err(_)) = tokio::time::timeout(LOOK, tables.changed()).await {
                         return;
@@ -51,10 +53,16 @@ pub(super) async fn keep_issued(
     }
 }
 
-/// Whether peers accept it as well as they do the sidecar's own.
-fn still_good(member: &Member, issued: &WorkloadSvid) -> bool {
+/// Whose chain the sidecar shows itself.
+fn issuer_of(member: &Member) -> Option<CertificateDer<'static>> {
+    member.svid().load().chain().get(1).cloned()
+}
+
+/// Whether peers accept it as well as they do the sidecar's own. `issuer`: the sidecar's when it was asked for. The
+/// federator may have issued this one by a newer, which is no reason to ask again.
+fn still_good(member: &Member, issued: &WorkloadSvid, issuer: &Option<CertificateDer<'static>>) -> bool {
     let own = member.svid().load();
     let revoked = peer_identity_from_certs(&issued.chain)
         .is_ok_and(|identity| own.bundles.revocations().of(&identity).is_some());
-    !revoked && own.chain().get(1) == issued.chain.get(1)
+    !revoked && issuer_of(member) == *issuer
 }

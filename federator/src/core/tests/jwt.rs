@@ -80,8 +80,9 @@ fn a_linked_cluster_believes_the_peers_keys_until_it_is_unlinked_or_revoked() {
     let told = records::records(&west.core.facts, &name("east"));
     let record = told[jwt::AUTHORITIES].clone();
     take(&mut east, snapshot(1, vec![(record.key.clone(), record.clone())]), at(5)).unwrap();
-    let believed =
-        |east: &Cluster| jwt::believed(&east.core.facts).into_iter().map(|a| a.cluster).collect::<Vec<_>>();
+    let believed = |east: &Cluster| {
+        jwt::believed(&east.core.facts).into_iter().map(|a| a.cluster().to_string()).collect::<Vec<_>>()
+    };
     assert_eq!(believed(&east), ["east", "west"]);
     // A peer that speaks for another cluster is not believed, and what was good stays.
     let mut forged = record;
