@@ -249,6 +249,7 @@ func codes(ctx context.Context, o options) error {
 		"good":           status.Code(first(with)).String(),
 		"noMetadata":     status.Code(first(ctx)).String(),
 		"otherMetadata":  status.Code(first(metadata.AppendToOutgoingContext(ctx, "workload.spiffe.io", "yes"))).String(),
+		"token":          status.Code(token(&workload.JWTSVIDRequest{Audience: []string{"a"}})).String(),
 		"noAudience":     status.Code(token(&workload.JWTSVIDRequest{})).String(),
 		"otherID":        status.Code(token(&workload.JWTSVIDRequest{Audience: []string{"a"}, SpiffeId: other})).String(),
 		"invalidToken":   status.Code(invalid).String(),

@@ -132,7 +132,8 @@ fn go_spiffe_applications_of_two_clusters_know_each_other_by_our_sockets() -> Re
     // A revoked identity gets nothing more, and what it has is not believed.
     world.mesh.operate("east", &["revoke", EAST, "--reason", "stolen", "--yes"])?;
     world.line("watcher", "the stream ends", |line| line["error"] == "PermissionDenied")?;
-    ensure!(world.run("east", &["jwt", "-socket", &east, "-audience", "west-api"]).is_err());
+    let codes = world.run("east", &["codes", "-socket", &east])?;
+    ensure!(codes["good"] == "PermissionDenied" && codes["token"] == "PermissionDenied", "{codes}");
     world.mesh.eventually("west refuses the token", PATIENCE, |_| {
         let judged = world.judged("west", &west, &token, "west-api")?;
         ensure!(judged["apiError"] == "InvalidArgument", "{judged}");
@@ -156,7 +157,7 @@ fn the_socket_answers_with_the_specifications_codes_and_to_its_users_alone() -> 
     })?;
     let codes = world.run("east", &args)?;
     let expected = serde_json::json!({
-        "good": "OK", "noMetadata": "InvalidArgument", "otherMetadata": "InvalidArgument",
+        "good": "OK", "noMetadata": "InvalidArgument", "otherMetadata": "InvalidArgument", "token": "OK",
         "noAudience": "InvalidArgument", "otherID": "PermissionDenied", "invalidToken": "InvalidArgument",
         "witUnsupported": "Unimplemented",
     });
