@@ -7,8 +7,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         "tombolo/v1/federation.proto",
         "tombolo/v1/admin.proto",
         "tombolo/v1/stream.proto",
+        "tombolo/v1/workload.proto",
+        "spiffe/workload.proto",
     ];
     println!("cargo:rerun-if-changed=tombolo");
+    println!("cargo:rerun-if-changed=spiffe");
     let descriptors = protox::compile(files, ["."])?;
     tonic_prost_build::configure().compile_fds(descriptors)?;
     Ok(())

@@ -4,13 +4,16 @@
 //! and reads what it publishes: an `Arc<Facts>`, replaced whole after each batch of jobs that changed something. A job
 //! commits to the store before it changes a fact, so an error always means "unchanged". Operations live in the modules
 //! below, each `impl Core`: [`boot`], [`allot`], [`leases`], [`tokens`], [`members`], [`links`], [`imports`],
-//! [`objects`] and [`audit`]. Ends when the last handle is dropped.
+//! `bundle_document`, `crl`, `jwt`, [`objects`] and [`audit`]. Ends when the last handle is dropped.
 
 pub mod allot;
 pub mod audit;
 pub mod boot;
+mod bundle_document;
+mod crl;
 mod error;
 pub mod imports;
+mod jwt;
 pub mod leases;
 pub mod links;
 pub mod members;
@@ -32,6 +35,7 @@ use tombolo_runtime::clock;
 
 use crate::authorities::Announcements;
 use crate::facts::Facts;
+use crate::jwt::JwtKeys;
 use crate::store::Store;
 use members::Session;
 
@@ -58,6 +62,9 @@ pub struct Core {
     issuer: LeafIssuer,
     audit: audit::AuditLog,
     announcements: Announcements,
+    jwt: JwtKeys,
+    /// Number of the last CRL: they only grow.
+    crl_number: u64,
     /// Every handle in `facts.handles`.
     in_use: BTreeSet<Handle>,
     /// Services, exports or links have changed: who needs a handle is to be looked at again.
@@ -231,6 +238,7 @@ impl Core {
             self.forget_expired(unix, moment.monotonic);
             self.keep_audit_log(moment);
             self.announce_expiry(moment);
+            self.renew_jwt_keys(unix);
         }
     }
 }

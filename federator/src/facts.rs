@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use tombolo_identity::jwt::JwtAuthority;
 use tombolo_identity::{SpiffeId, TrustDomain};
 use tombolo_model::ids::{Block, ClusterTag, EndpointId, Epoch, Handle, Revision};
 use tombolo_model::names::{ClusterName, ServiceKey};
@@ -70,6 +71,8 @@ pub struct Facts {
     /// Newest first, per service.
     pub shifts: BTreeMap<String, VecDeque<ShiftRecord>>,
     pub identities: BTreeMap<String, IdentityRecord>,
+    /// Of this cluster, published.
+    pub jwt_authorities: Vec<JwtAuthority>,
     pub store_writable: bool,
 }
 
@@ -340,6 +343,8 @@ pub struct Import {
     pub revocations: BTreeMap<String, v1::Revocation>,
     /// How far our revocations are enforced there, by record key.
     pub enforced: BTreeMap<String, v1::EnforcedRecord>,
+    /// Of the peer's cluster.
+    pub jwt_authorities: Vec<JwtAuthority>,
     pub position: (Epoch, Revision),
     /// Records that were refused, by key, with the reason.
     pub rejected: BTreeMap<String, String>,
@@ -358,6 +363,7 @@ impl Default for Import {
             properties: BTreeMap::new(),
             revocations: BTreeMap::new(),
             enforced: BTreeMap::new(),
+            jwt_authorities: Vec::new(),
             position: (Epoch(0), Revision(0)),
             rejected: BTreeMap::new(),
             freshness: Freshness::Expired,
@@ -421,6 +427,12 @@ pub struct IdentityRecord {
     pub serial: String,
     pub issued_unix: u64,
     pub not_after: u64,
+    /// Shown by the workload itself, not by the sidecar on the overlay.
+    #[serde(default)]
+    pub workload: bool,
+    /// SHA-256 of the issuing key, hex: a CRL lists what its signer has issued. Empty: of before this was noted.
+    #[serde(default)]
+    pub issuer: String,
 }
 impl Record for IdentityRecord {
     const TABLE: Table = Table::Identities;

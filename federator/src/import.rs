@@ -17,6 +17,7 @@ use tombolo_proto::convert::{self, FieldError};
 use tombolo_proto::v1;
 
 use crate::facts::{Facts, Import, ImportedExport, PeerGateway, Port};
+use crate::jwt;
 use crate::revocations::{MAX_PEER_BYTES, MAX_REVOCATIONS, enforced_key, object_of, record_key};
 
 /// Key of the record with a cluster's gateways.
@@ -89,6 +90,7 @@ pub fn remove(import: &mut Import, key: &str) {
     match key {
         GATEWAYS => {}
         PROPERTIES => import.properties.clear(),
+        jwt::AUTHORITIES => import.jwt_authorities.clear(),
         key => {
             import.revocations.remove(key);
             import.enforced.remove(key);
@@ -128,6 +130,10 @@ fn read(import: &mut Import, scope: &PeerScope, record: &v1::Record) -> Result<(
                 return Err(FieldError::new("revocation", &record.key, expected));
             }
             import.revocations.insert(record.key.clone(), revocation.clone());
+        }
+        Some(v1::record::Value::JwtAuthorities(authorities)) => {
+            expect_key(&record.key, jwt::AUTHORITIES)?;
+            import.jwt_authorities = jwt::authorities_of(&scope.peer, authorities)?;
         }
         Some(v1::record::Value::Enforced(enforced)) => {
             expect_key(&record.key, &enforced_key(&enforced.revocation))?;

@@ -6,10 +6,13 @@
 //! links; [`role`] binds and runs the whole.
 
 pub mod authorities;
+pub mod bundle_endpoint;
 pub mod core;
+pub mod crl;
 pub mod exports;
 pub mod facts;
 pub mod import;
+pub mod jwt;
 pub mod linking;
 pub mod metrics;
 pub mod peers;

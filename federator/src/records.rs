@@ -1,4 +1,4 @@
-//! What a linked peer is told: this cluster's gateways and properties, its revocations and how far the
+//! What a linked peer is told: this cluster's gateways, properties and JWT authorities, its revocations and how far the
 //! peer's are enforced here, and the services that are exported to it. Pure.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -11,6 +11,7 @@ use tombolo_proto::v1::record::Value;
 use crate::exports;
 use crate::facts::{CONTROL, Facts};
 use crate::import::{GATEWAYS, MAX_ENDPOINTS, PROPERTIES, export_key};
+use crate::jwt;
 use crate::revocations;
 use crate::snapshot::{port_to_wire, usable_gateways};
 
@@ -29,6 +30,10 @@ pub fn records(facts: &Facts, peer: &ClusterName) -> BTreeMap<String, v1::Record
     put(GATEWAYS.to_owned(), Value::Gateways(v1::GatewaysRecord { gateways: gateways.collect() }));
     let properties = facts.cluster.properties.clone().into_iter().collect();
     put(PROPERTIES.to_owned(), Value::Properties(v1::PropertiesRecord { properties }));
+    if !facts.jwt_authorities.is_empty() {
+        let authorities = facts.jwt_authorities.iter().map(jwt::to_wire).collect();
+        put(jwt::AUTHORITIES.to_owned(), Value::JwtAuthorities(v1::JwtAuthoritiesRecord { authorities }));
+    }
     for (object, revocation) in revocations::for_peers(facts) {
         put(revocations::record_key(object), Value::Revocation(revocation));
     }

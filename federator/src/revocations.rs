@@ -179,7 +179,8 @@ fn is_meant(facts: &Facts, target: &Target, member: &Member) -> bool {
     match target {
         Target::Serial { serial, .. } => {
             let issued = facts.identities.values().filter(|record| record.spiffe_id == id.as_str());
-            let newest = issued.max_by_key(|record| record.issued_unix);
+            // What the workload shows is not what the member holds connections with.
+            let newest = issued.filter(|record| !record.workload).max_by_key(|record| record.issued_unix);
             newest.is_some_and(|record| is_serial(&record.serial, serial))
         }
         target => target.names(id),

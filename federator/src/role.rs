@@ -30,6 +30,7 @@ use tombolo_proto::v1::admin_server::AdminServer;
 use tombolo_proto::v1::config_server::ConfigServer;
 use tombolo_proto::v1::federation_server::FederationServer;
 use tombolo_proto::v1::join_server::JoinServer;
+use tombolo_proto::v1::workload_server::WorkloadServer;
 use tombolo_runtime::admin::{Admin, AdminError};
 use tombolo_runtime::clock;
 use tombolo_runtime::dirs::{self, DirsError};
@@ -39,8 +40,10 @@ use tombolo_runtime::tasks::TaskGroup;
 use tonic::transport::Server;
 
 use crate::core::audit::Retention;
+use crate::bundle_endpoint::{BundleEndpoint, BundleEndpointConfig, BundleEndpointError};
 use crate::core::boot::BootError;
 use crate::core::{Core, CoreError, CoreHandle};
+use crate::crl::{self, CrlTask};
 use crate::facts::FederatorEndpoint;
 use crate::metrics::Metrics;
 use crate::peers::PeersTask;
@@ -49,6 +52,7 @@ use crate::service::admin::{AdminService, check_operator};
 use crate::service::config::ConfigService;
 use crate::service::federation::{FederationService, Logs};
 use crate::service::join::JoinService;
+use crate::service::workload::WorkloadService;
 use crate::snapshot::rings::Rings;
 use crate::store::redb::RedbStore;
 use crate::store::{Store, StoreError};
@@ -78,6 +82,8 @@ pub struct FederatorConfig {
     pub properties: BTreeMap<String, String>,
     /// How much of the audit log is kept.
     pub audit: Retention,
+    /// Where foreign trust domains fetch this one's bundle; `None`: nowhere.
+    pub bundle_endpoint: Option<BundleEndpointConfig>,
 }
 
 /// Why a federator did not start.
@@ -113,6 +119,8 @@ pub enum BuildError {
     SocketInUse { path: PathBuf },
     #[error(transparent)]
     Admin(#[from] AdminError),
+    #[error(transparent)]
+    BundleEndpoint(#[from] BundleEndpointError),
 }
 
 /// Builds federators.
@@ -129,6 +137,8 @@ pub struct Bound {
     operators: UnixListener,
     socket: PathBuf,
     metrics: Metrics,
+    crl: crl::Published,
+    bundle_endpoint: Option<BundleEndpoint>,
     bind: IpAddr,
     /// Dropped when everything serves.
     serving: BlockReady,
@@ -148,6 +158,7 @@ impl Federator {
             socket,
             properties,
             audit,
+            bundle_endpoint,
         } = config;
         let trust = |source| BuildError::Trust { cluster: cluster.clone(), dir: trust_dir.clone(), source };
         let material = ClusterMaterial::load(&trust_dir).map_err(trust)?;
@@ -162,13 +173,18 @@ impl Federator {
         let serving = readiness.block("serving");
         let mut registry = MetricsRegistry::default();
         let metrics = Metrics::register(&mut registry);
-        let admin = Admin::bind(admin, registry, readiness).await?;
+        let crl = crl::Published::register(&mut registry);
+        let admin = Admin::bind(admin, registry, readiness).await?.with_routes(crl::routes(crl.clone()));
         let operators = bind_socket(&socket).await?;
 
         let mut core = Core::load(store, material, properties, clock::since_unix_epoch())?;
         core.set_audit_retention(audit);
         let core = core.start().map_err(BuildError::Thread)?;
         let svid = SvidHandle::new(own_svid(&core).await?);
+        let bundle_endpoint = match &bundle_endpoint {
+            Some(config) => Some(BundleEndpoint::bind(config, &svid).await?),
+            None => None,
+        };
         // Before anybody can connect.
         let enforcer = Enforcer::new(svid.clone());
         enforcer.learn(&revocations::in_force(&core.facts()));
@@ -206,6 +222,8 @@ impl Federator {
             operators,
             socket,
             metrics,
+            crl,
+            bundle_endpoint,
             bind: listen.ip(),
             serving,
             tasks,
@@ -227,12 +245,29 @@ impl Bound {
 
     /// Runs until `shutdown` starts.
     pub async fn run(self, shutdown: Drain) -> Result<(), AdminError> {
-        let Self { core, overlay, svid, enforcer, admin, operators, socket, metrics, bind, serving, tasks } =
-            self;
+        let Self {
+            core,
+            overlay,
+            svid,
+            enforcer,
+            admin,
+            operators,
+            socket,
+            metrics,
+            crl,
+            bundle_endpoint,
+            bind,
+            serving,
+            tasks,
+        } = self;
         tasks.spawn("ticks", tick(core.clone()));
         tasks.spawn("own SVID", renew_own_svid(core.clone(), svid.clone()));
         tasks.spawn("own overlay", wiring::follow(core.clone(), overlay.clone()));
         tasks.spawn("revocations", wiring::enforce(core.clone(), overlay.clone(), enforcer));
+        if let Some(endpoint) = bundle_endpoint {
+            endpoint.spawn(&core, &svid, &tasks);
+        }
+        tasks.spawn("CRL", CrlTask { core: core.clone(), published: crl }.run());
         tasks.spawn("metrics", metrics.clone().follow(core.clone(), overlay.clone()));
         let peers = PeersTask {
             core: core.clone(),
@@ -254,7 +289,8 @@ impl Bound {
             FederationService { core: core.clone(), logs: Arc::new(Logs::default()), tasks: tasks.clone() };
         let server = Server::builder()
             .add_service(ConfigServer::new(config_service))
-            .add_service(FederationServer::new(federation));
+            .add_service(FederationServer::new(federation))
+            .add_service(WorkloadServer::new(WorkloadService::new(core.clone(), metrics.clone())));
         tasks.spawn("control services", served("control", server.serve_with_incoming(control_incoming)));
         let joins = JoinService::new(core.clone(), svid.clone(), metrics);
         let server = Server::builder().add_service(JoinServer::new(joins));

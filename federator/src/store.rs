@@ -27,7 +27,7 @@ pub enum Table {
     Links,
     /// SVIDs issued, by serial.
     Identities,
-    /// Epoch, start counter, keys.
+    /// Epoch, start counter, keys; JWT signing keys.
     Meta,
     /// Failover decisions that sidecars reported, by reporter and sequence.
     Shifts,

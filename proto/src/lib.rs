@@ -12,3 +12,9 @@ pub mod token;
 pub mod v1 {
     tonic::include_proto!("tombolo.v1");
 }
+
+/// Generated from `proto/spiffe/workload.proto`, which has no package.
+#[allow(clippy::all, clippy::unwrap_used, clippy::expect_used, missing_docs)]
+pub mod spiffe {
+    tonic::include_proto!("_");
+}

@@ -54,6 +54,7 @@ fn merge(new: &v1::SidecarSnapshot, old: &v1::SidecarSnapshot) -> v1::SidecarSna
     add(&mut merged.revocations, &old.revocations, |revocation| revocation.name.clone());
     add(&mut merged.access_policies, &old.access_policies, |policy| policy.name.clone());
     add(&mut merged.cluster_properties, &old.cluster_properties, |properties| properties.cluster.clone());
+    add(&mut merged.jwt_authorities, &old.jwt_authorities, |authority| authority.public_key.clone());
     for upstream in &mut merged.upstreams {
         let Some(known) = old.upstreams.iter().find(|known| known.service == upstream.service) else {
             continue;

@@ -93,6 +93,7 @@ impl ControlTask {
                 // Peers have cut us; their word may not get here any more, since no gateway leads to us.
                 tracing::error!(spiffe_id = %self.member.spiffe_id(),
                     "this sidecar's identity is revoked: its connections are cut, and it is let in again once an operator takes the revocation back (`tombolo unrevoke`)");
+                self.member.set_refused(true);
                 self.overlay.cut_all().await;
             }
             tokio::time::sleep(REOPEN_PAUSE.mul_f64(0.5 + rand::random::<f64>())).await;
@@ -114,6 +115,7 @@ impl ControlTask {
             let next = tokio::time::timeout(SILENCE, snapshots.message()).await?;
             let Some(snapshot) = next.map_err(|status| status.message().to_owned())? else { return Ok(()) };
             self.metrics.control_connected.set(1);
+            self.member.set_refused(false);
             let unix = clock::since_unix_epoch();
             // Unchanged ones are heartbeats.
             if last.as_ref() == Some(&snapshot) && !self.carry.is_over(unix) {

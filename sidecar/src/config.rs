@@ -13,6 +13,7 @@ use tombolo_overlay::MAX_PARTS;
 use crate::health::HealthCheck;
 use crate::inbound::InboundLimits;
 use crate::pool::PoolLimits;
+use crate::workload_api::WorkloadApiConfig;
 
 /// Where the overlay listens unless told otherwise (design section 3).
 pub const DEFAULT_PORT: u16 = 7442;
@@ -80,6 +81,8 @@ pub struct SidecarConfig {
     pub drain: Duration,
     pub inbound: InboundLimits,
     pub pool: PoolLimits,
+    /// Where the application gets its own identity; `None`: nowhere.
+    pub workload_api: Option<WorkloadApiConfig>,
 }
 
 /// What is wrong with a setting, and what would be right.
@@ -97,7 +100,7 @@ pub enum ConfigError {
     NoPort { service: ServiceKey },
     #[error("upstreams {first} and {second} both listen on {listen}: choose another address for one")]
     ListenTwice { first: ServiceKey, second: ServiceKey, listen: SocketAddr },
-    #[error("nothing to do: give at least one --service or --upstream, or a --workload file")]
+    #[error("nothing to do: give at least one --service or --upstream, a --workload file, or --workload-api")]
     Nothing,
     #[error(
         "--max-udp-payload {bytes} is not in 1200..={MAX_UDP_PAYLOAD}: 1452 fits the usual 1500-byte paths, 8952 those of 9000 bytes"
@@ -114,7 +117,7 @@ pub enum ConfigError {
 impl SidecarConfig {
     /// Checks what can be checked before anything is bound.
     pub fn check(&self) -> Result<(), ConfigError> {
-        if self.services.is_empty() && self.upstreams.is_empty() {
+        if self.services.is_empty() && self.upstreams.is_empty() && self.workload_api.is_none() {
             return Err(ConfigError::Nothing);
         }
         if let Some(address) = self.announce
@@ -245,6 +248,7 @@ mod tests {
             drain: DEFAULT_DRAIN,
             inbound: InboundLimits::default(),
             pool: PoolLimits::default(),
+            workload_api: None,
         }
     }
 

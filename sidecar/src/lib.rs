@@ -4,7 +4,8 @@
 //!  application --TCP--> outbound --> failover --> pool ==overlay==> peer's inbound --TCP--> application
 //! ```
 //! [`role`] builds and runs a sidecar from a [`config`]; [`client`] keeps the configuration coming; [`tables`] is that
-//! configuration, parsed once; [`access`] says who may open streams here; [`copy`] is the byte path.
+//! configuration, parsed once; [`access`] says who may open streams here; [`copy`] is the byte path. [`workload_api`] hands the
+//! application its own identity.
 
 pub mod access;
 pub mod carry;
@@ -22,3 +23,4 @@ pub mod outbound;
 pub mod pool;
 pub mod role;
 pub mod tables;
+pub mod workload_api;

@@ -33,6 +33,7 @@ use crate::failover::ShiftLog;
 use crate::health;
 use crate::metrics::Metrics;
 use crate::tables::Tables;
+use crate::workload_api::{self, WorkloadApi};
 
 /// The last report and the closing frames.
 const GOODBYE: Duration = Duration::from_secs(2);
@@ -66,6 +67,8 @@ pub enum BuildError {
     Upstream { service: String, listen: SocketAddr, source: std::io::Error },
     #[error(transparent)]
     Admin(#[from] AdminError),
+    #[error(transparent)]
+    WorkloadApi(#[from] workload_api::BindError),
 }
 
 /// Why a running sidecar ended.
@@ -97,6 +100,7 @@ pub struct Bound {
     parts: Vec<Part>,
     admin: Admin,
     metrics: Metrics,
+    workload_api: Option<WorkloadApi>,
     configured: BlockReady,
     tasks: TaskGroup,
 }
@@ -120,6 +124,10 @@ impl Sidecar {
         let configured = readiness.block("configuration");
         let mut registry = Registry::default();
         let metrics = Metrics::register(&mut registry);
+        let workload_api = match &config.workload_api {
+            Some(api) => Some(WorkloadApi::bind(api, &mut registry).await?),
+            None => None,
+        };
         let admin = Admin::bind(config.admin, registry, readiness).await?;
 
         let member = match (Member::load(&dir)?, &config.token) {
@@ -158,7 +166,18 @@ impl Sidecar {
         overlay.set_routes(Routes { zone: config.zone.clone(), ..member.first_routes() });
         tracing::info!(spiffe_id = %member.spiffe_id(), endpoint = %overlay.endpoint_id(),
             overlay = %overlay.local_addr(), admin = %admin.local_addr(), "sidecar bound");
-        Ok(Bound { config, member, overlay, listeners, parts, admin, metrics, configured, tasks })
+        Ok(Bound {
+            config,
+            member,
+            overlay,
+            listeners,
+            parts,
+            admin,
+            metrics,
+            workload_api,
+            configured,
+            tasks,
+        })
     }
 }
 
@@ -177,7 +196,18 @@ impl Bound {
 
     /// Runs until `shutdown` starts and the drain is over. A forced `shutdown` ends at once.
     pub async fn run(self, shutdown: Drain) -> Result<(), RunError> {
-        let Self { config, member, overlay, listeners, parts, admin, metrics, configured, tasks } = self;
+        let Self {
+            config,
+            member,
+            overlay,
+            listeners,
+            parts,
+            admin,
+            metrics,
+            workload_api,
+            configured,
+            tasks,
+        } = self;
         let (trigger, watcher) = drain::channel();
         let log = ShiftLog::open(member.dir());
         let (tables, received) = watch::channel(None);
@@ -197,6 +227,10 @@ impl Bound {
         tasks.spawn("ready once configured", ready_once_configured(received.clone(), configured));
         tasks.spawn("control", control.run());
         member.spawn_renewal(vec![overlay.clone()], &tasks);
+
+        if let Some(api) = workload_api {
+            api.spawn(&member, &overlay, received.clone(), &tasks);
+        }
 
         let (admitted_sender, admitted) =
             watch::channel(Arc::new(Admission::nobody(member.cluster().clone())));

@@ -11,6 +11,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use tombolo_identity::SpiffeId;
+use tombolo_identity::jwt::{JwtAuthorities, JwtAuthority};
 use tombolo_model::ids::{ClusterTag, EndpointId, Handle};
 use tombolo_model::names::{ClusterName, ServiceKey};
 use tombolo_overlay::keys::KeyRing;
@@ -72,6 +73,8 @@ pub struct Tables {
     pub federators: Vec<(EndpointId, Option<SocketAddr>)>,
     pub gateways: Vec<GatewayHop>,
     pub trust_bundle: String,
+    /// Of this and every linked cluster.
+    pub jwt_authorities: Arc<JwtAuthorities>,
     pub rejected: Vec<Rejected>,
 }
 
@@ -129,6 +132,9 @@ impl Tables {
                 upstreams.insert(backends.service.clone(), Arc::new(backends));
             }
         }
+        let authorities =
+            wire.jwt_authorities.iter().filter_map(|a| sieve.take("jwt authority", jwt_authority(a)));
+        let jwt_authorities = Arc::new(JwtAuthorities::new(authorities));
         let lease = wire.lease.as_ref().and_then(|l| sieve.take("lease", EndpointLease::from_wire(l)));
         Ok(Self {
             revision: wire.revision,
@@ -141,9 +147,18 @@ impl Tables {
             federators,
             gateways,
             trust_bundle: wire.trust_bundle_json.clone(),
+            jwt_authorities,
             rejected: sieve.0,
         })
     }
+}
+
+fn jwt_authority(wire: &v1::JwtAuthority) -> Result<JwtAuthority, FieldError> {
+    let cluster = convert::parse("jwt_authorities.cluster", &wire.cluster)?;
+    JwtAuthority::new(cluster, &wire.public_key).map_err(|e| {
+        let found = format!("a key of {} bytes", wire.public_key.len());
+        FieldError::new("jwt_authorities.public_key", found, format!("a point of P-256: {e}"))
+    })
 }
 
 fn local_endpoint(

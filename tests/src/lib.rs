@@ -17,6 +17,7 @@ pub mod nat;
 pub mod netns;
 pub mod process;
 pub mod scenario;
+pub mod spiffe_probe;
 pub mod stolen;
 pub mod traffic;
 pub mod usage;

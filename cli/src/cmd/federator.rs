@@ -7,6 +7,7 @@ use clap::Args;
 use serde::Deserialize;
 
 use tombolo_federator::core::audit::Retention;
+use tombolo_federator::bundle_endpoint::{BundleEndpointConfig, WebCertificate};
 use tombolo_federator::role::{DEFAULT_LISTEN, Federator, FederatorConfig};
 use tombolo_model::names::ClusterName;
 use tombolo_runtime::dirs::Dirs;
@@ -22,7 +23,8 @@ use crate::failure::{Exit, Failure};
 Examples:
   tombolo federator --cluster east
   tombolo federator --cluster east --trust-dir /etc/tombolo/east --listen 10.0.0.5:7443
-  tombolo federator --config /etc/tombolo/federator.yaml --log-format json")]
+  tombolo federator --config /etc/tombolo/federator.yaml --log-format json
+  tombolo federator --cluster east --bundle-endpoint 0.0.0.0:8443")]
 pub struct FederatorArgs {
     #[command(flatten)]
     settings: Settings,
@@ -61,6 +63,26 @@ struct Settings {
     /// Metrics and readiness [default: 127.0.0.1:7445]
     #[arg(long, env = "TOMBOLO_ADMIN", value_name = "ADDRESS:PORT")]
     admin: Option<SocketAddr>,
+    /// Serve this trust domain's SPIFFE bundle over HTTPS here, for foreign trust domains. Off unless given. Shows the
+    /// federator's own SVID (profile https_spiffe) unless --bundle-endpoint-certificate is given
+    #[arg(
+        long,
+        env = "TOMBOLO_BUNDLE_ENDPOINT",
+        value_name = "ADDRESS:PORT",
+        help_heading = "Bundle endpoint"
+    )]
+    bundle_endpoint: Option<SocketAddr>,
+    /// Certificate chain (PEM) of a public CA, for profile https_web; read again when it changes
+    #[arg(
+        long,
+        env = "TOMBOLO_BUNDLE_ENDPOINT_CERTIFICATE",
+        value_name = "FILE",
+        help_heading = "Bundle endpoint"
+    )]
+    bundle_endpoint_certificate: Option<PathBuf>,
+    /// Its private key (PEM)
+    #[arg(long, env = "TOMBOLO_BUNDLE_ENDPOINT_KEY", value_name = "FILE", help_heading = "Bundle endpoint")]
+    bundle_endpoint_key: Option<PathBuf>,
     /// Level, or `target=level,...` [default: info]
     #[arg(long, env = "TOMBOLO_LOG", value_name = "FILTER", help_heading = "Logs")]
     log_level: Option<String>,
@@ -79,6 +101,9 @@ layered!(Settings {
     audit_entries,
     audit_days,
     admin,
+    bundle_endpoint,
+    bundle_endpoint_certificate,
+    bundle_endpoint_key,
     log_level,
     log_format
 });
@@ -108,6 +133,9 @@ impl Settings {
             audit_entries,
             audit_days,
             admin,
+            bundle_endpoint,
+            bundle_endpoint_certificate,
+            bundle_endpoint_key,
             log_level: _,
             log_format: _,
         } = self;
@@ -150,7 +178,33 @@ impl Settings {
                 .iter()
                 .map(|text| property(text))
                 .collect::<Result<_, _>>()?,
+            bundle_endpoint: endpoint(bundle_endpoint, bundle_endpoint_certificate, bundle_endpoint_key)?,
         })
+    }
+}
+
+/// A certificate and its key go together, and with an address.
+fn endpoint(
+    listen: Option<SocketAddr>,
+    certificate: Option<PathBuf>,
+    key: Option<PathBuf>,
+) -> Result<Option<BundleEndpointConfig>, Failure> {
+    let web = match (certificate, key) {
+        (Some(certificate), Some(key)) => Some(WebCertificate { certificate, key }),
+        (None, None) => None,
+        _ => {
+            return Err(Failure::usage(
+                "--bundle-endpoint-certificate and --bundle-endpoint-key go together",
+            )
+            .remedy("give both, or neither to show the federator's own SVID"));
+        }
+    };
+    match (listen, web) {
+        (None, Some(_)) => {
+            Err(Failure::usage("--bundle-endpoint-certificate: there is no --bundle-endpoint")
+                .remedy("give --bundle-endpoint 0.0.0.0:8443, or leave the certificate out"))
+        }
+        (listen, web) => Ok(listen.map(|listen| BundleEndpointConfig { listen, web })),
     }
 }
 

@@ -13,6 +13,7 @@ use tombolo_sidecar::config::{
 };
 use tombolo_sidecar::inbound::InboundLimits;
 use tombolo_sidecar::pool::PoolLimits;
+use tombolo_sidecar::workload_api::WorkloadApiConfig;
 
 use super::role::{self, Span, layered};
 use tombolo_runtime::signals;
@@ -31,7 +32,12 @@ Examples:
   tombolo sidecar --name web --join-token-file web.token \\
       --service shop/web:80=127.0.0.1:8080 --health shop/web=http:/healthz
   tombolo sidecar --name client --join-token-file client.token --upstream shop/web:80=127.0.0.1:9080
-  tombolo sidecar --name db-1 --join-token-file vm.token --workload db.yaml")]
+  tombolo sidecar --name db-1 --join-token-file vm.token --workload db.yaml
+
+With the SPIFFE Workload API, for applications that do their own mTLS or carry tokens; these are told where it is by
+SPIFFE_ENDPOINT_SOCKET=unix:///run/tombolo/web/workload.sock:
+  tombolo sidecar --name web --service shop/web:80=127.0.0.1:8080 \\
+      --workload-api /run/tombolo/web/workload.sock --workload-api-uid 1000")]
 pub struct SidecarArgs {
     #[command(flatten)]
     settings: Settings,
@@ -80,6 +86,18 @@ struct Settings {
     /// Threads that carry bytes: a number, or `auto` for as many as the CPU quota allows [default: 1]
     #[arg(long, env = "TOMBOLO_THREADS", value_name = "N|auto")]
     threads: Option<Threads>,
+    /// Serve the SPIFFE Workload API on this Unix socket: X.509 and JWT identities for the application itself. Off unless
+    /// given, because it hands out a private key to every process of the users that may ask
+    #[arg(long, env = "TOMBOLO_WORKLOAD_API", value_name = "PATH")]
+    workload_api: Option<PathBuf>,
+    /// A user, by number, who may ask there beside root and the sidecar's own; may be repeated
+    #[arg(
+        long = "workload-api-uid",
+        env = "TOMBOLO_WORKLOAD_API_UIDS",
+        value_delimiter = ',',
+        value_name = "UID"
+    )]
+    workload_api_uids: Option<Vec<u32>>,
     /// Time for open streams to end after SIGTERM [default: 10s]
     #[arg(long, env = "TOMBOLO_DRAIN", value_name = "DURATION")]
     drain: Option<Span>,
@@ -116,6 +134,8 @@ layered!(Settings {
     upstreams,
     workload,
     threads,
+    workload_api,
+    workload_api_uids,
     drain,
     connections,
     idle,
@@ -196,6 +216,8 @@ impl Settings {
             upstreams,
             workload,
             threads,
+            workload_api,
+            workload_api_uids,
             drain,
             connections,
             idle,
@@ -234,9 +256,26 @@ impl Settings {
             drain: drain.map_or(config::DEFAULT_DRAIN, |Span(drain)| drain),
             inbound,
             pool,
+            workload_api: workload_api_config(workload_api, workload_api_uids)?,
         };
         config.check().map_err(Failure::usage)?;
         Ok(config)
+    }
+}
+
+/// Users without a socket to ask at are a mistake.
+fn workload_api_config(
+    path: Option<PathBuf>,
+    uids: Option<Vec<u32>>,
+) -> Result<Option<WorkloadApiConfig>, Failure> {
+    match (path, uids) {
+        (None, Some(_)) => Err(Failure::usage("--workload-api-uid: there is no --workload-api to ask at")
+            .remedy("give --workload-api /run/tombolo/web/workload.sock, or leave it out")),
+        (Some(path), _) if !path.is_absolute() => {
+            Err(Failure::usage(format_args!("--workload-api {}: is not absolute", path.display()))
+                .remedy("give it as /run/tombolo/web/workload.sock, without unix://"))
+        }
+        (path, uids) => Ok(path.map(|path| WorkloadApiConfig { path, uids: uids.unwrap_or_default() })),
     }
 }
 

@@ -152,7 +152,7 @@ struct ClusterFile {
     trust_domain: TrustDomain,
 }
 
-fn offset(now: Duration) -> OffsetDateTime {
+pub(crate) fn offset(now: Duration) -> OffsetDateTime {
     OffsetDateTime::from_unix_timestamp(now.as_secs() as i64).unwrap_or(OffsetDateTime::UNIX_EPOCH)
 }
 

@@ -60,7 +60,7 @@ pub struct IssuedLeaf {
 /// Issues for one cluster.
 pub struct LeafIssuer {
     pub material: ClusterMaterial,
-    key: SecretKey,
+    pub(crate) key: SecretKey,
     not_after: u64,
 }
 

@@ -1,14 +1,17 @@
 //! Identities of the federation: SPIFFE IDs, the offline root, cluster intermediates, leaves, bundles, verification.
 //!
-//! [`authority`] signs clusters (offline) with a key that [`signer`] holds, [`issuer`] signs leaves (federator), [`verify`] is the one place where a
+//! [`authority`] signs clusters (offline) with a key that [`signer`] holds, [`issuer`] signs leaves and [`jwt`] JWT-SVIDs (federator), [`verify`] is the one place where a
 //! chain becomes a [`PeerIdentity`], [`tls`] puts it under rustls with hot-swappable snapshots. No clock is read
 //! except inside the rustls verifiers, which are handed the time by rustls.
 
 pub mod authority;
 pub mod bundle;
+pub mod bundle_document;
 pub mod cluster_binding;
+pub mod crl;
 pub mod files;
 pub mod issuer;
+pub mod jwt;
 pub mod revocation;
 pub mod signer;
 pub mod spiffe_id;

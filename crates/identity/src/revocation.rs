@@ -93,6 +93,20 @@ impl Revocations {
         by_id().or_else(by_serial).or_else(by_node).or_else(|| self.0.get(&Target::Cluster(cluster())))
     }
 
+    /// The name of a revocation that means an identity as such, whatever certificate or token it shows.
+    pub fn of_id(&self, id: &SpiffeId) -> Option<&Arc<str>> {
+        if self.0.is_empty() {
+            return None;
+        }
+        let cluster = id.cluster()?;
+        let node = || {
+            let name = node_of(id)?.to_owned();
+            self.0.get(&Target::Node { cluster: cluster.clone(), name })
+        };
+        let by_id = self.0.get(&Target::SpiffeId(id.clone()));
+        by_id.or_else(node).or_else(|| self.0.get(&Target::Cluster(cluster.clone())))
+    }
+
     pub fn len(&self) -> usize {
         self.0.len()
     }
@@ -142,6 +156,7 @@ mod tests {
                 assert_eq!(set.of(peer).is_some(), expected, "{target:?} {}", peer.spiffe_id);
                 let by_name = expected && !matches!(target, Target::Serial { .. });
                 assert_eq!(target.names(&peer.spiffe_id), by_name, "{target:?} {}", peer.spiffe_id);
+                assert_eq!(set.of_id(&peer.spiffe_id).is_some(), by_name, "{target:?} {}", peer.spiffe_id);
             }
         }
         assert!(Revocations::default().of(&cart).is_none());

@@ -358,6 +358,21 @@ pub fn join_server_config(svid: &SvidHandle) -> Result<Arc<ServerConfig>, Error>
     Ok(finish_server(config, ALPN_JOIN))
 }
 
+/// Server side of HTTPS for whoever asks, with the own SVID: a bundle endpoint of profile `https_spiffe`.
+pub fn https_server_config(svid: &SvidHandle) -> Result<Arc<ServerConfig>, Error> {
+    let resolver = Arc::new(Resolver { svid: svid.clone(), with_root: false });
+    https_server_config_with(resolver)
+}
+
+/// The same, with certificates that `resolver` knows: profile `https_web`.
+pub fn https_server_config_with(resolver: Arc<dyn ResolvesServerCert>) -> Result<Arc<ServerConfig>, Error> {
+    let config = ServerConfig::builder_with_provider(provider())
+        .with_protocol_versions(&[&rustls::version::TLS13])?
+        .with_no_client_auth()
+        .with_cert_resolver(resolver);
+    Ok(finish_server(config, b"http/1.1"))
+}
+
 /// Client side of application and control connections.
 pub fn mesh_client_config(svid: &SvidHandle, expected: ExpectedPeer) -> Result<Arc<ClientConfig>, Error> {
     let config = ClientConfig::builder_with_provider(provider())

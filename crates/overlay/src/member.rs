@@ -10,7 +10,7 @@
 //! in. A torn or foreign file is an error that says what to do, never a reason to start over.
 //!
 //! [`join`](mod@join) fills the directory, [`control`] keeps a connection to a federator, [`renewal`] renews the SVID at half its
-//! life. The key is made here and never leaves.
+//! life, [`workload`] asks for what the application behind it shows. The key is made here and never leaves.
 
 pub mod backoff;
 pub mod control;
@@ -19,9 +19,11 @@ pub mod renewal;
 mod state;
 #[cfg(test)]
 mod tests;
+pub mod workload;
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use arc_swap::ArcSwap;
@@ -94,6 +96,8 @@ struct Inner {
     /// What is on disk; also serialises writers.
     state: Mutex<State>,
     link: control::Link,
+    /// A federator has ended the connection because this identity is revoked, and none has let it in since.
+    refused: AtomicBool,
 }
 
 /// A joined sidecar or gateway; clones share it.
@@ -130,6 +134,7 @@ impl Member {
             control: ArcSwap::from_pointee(control),
             state: Mutex::new(state),
             link: control::Link::default(),
+            refused: AtomicBool::new(false),
         })))
     }
 
@@ -158,6 +163,13 @@ impl Member {
     }
     pub fn control(&self) -> Arc<Control> {
         self.0.control.load_full()
+    }
+    /// Whether the last federator that was heard refuses this identity as revoked.
+    pub fn is_refused(&self) -> bool {
+        self.0.refused.load(Ordering::Relaxed)
+    }
+    pub fn set_refused(&self, refused: bool) {
+        self.0.refused.store(refused, Ordering::Relaxed);
     }
 
     /// A fresh endpoint id for one overlay socket: burns an incarnation of the lease, on disk before it is returned.

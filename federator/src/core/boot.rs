@@ -33,7 +33,7 @@ use crate::import;
 use crate::registry::{Patience, Registry};
 use crate::store::{Record, Store, StoreError, Table, Transaction, record};
 
-/// Key of the one record of [`Table::Meta`].
+/// Key of the cluster's record in [`Table::Meta`].
 const META: &str = "cluster";
 /// Shifts kept per service, newest first.
 pub const SHIFTS_KEPT: usize = 50;
@@ -73,6 +73,7 @@ impl Core {
         unix: Duration,
     ) -> Result<Self, BootError> {
         let meta = meta(&*store, &material)?;
+        let jwt = super::jwt::load(&*store, &material.cluster, unix.as_secs())?;
         let root = material.bundle.roots.first().ok_or(BootError::NoRoot)?;
         let trust = |e: &dyn std::fmt::Display| BootError::Trust(e.to_string());
         let cluster = ClusterFacts {
@@ -103,6 +104,7 @@ impl Core {
             imports: BTreeMap::new(),
             shifts: shifts(&*store)?,
             identities: all::<IdentityRecord>(&*store)?.into_iter().collect(),
+            jwt_authorities: jwt.authorities(),
             store_writable: true,
         };
         let released = handles(&*store, &mut facts)?;
@@ -119,6 +121,8 @@ impl Core {
             facts,
             store,
             issuer: LeafIssuer::new(material)?,
+            jwt,
+            crl_number: 0,
             released,
             views,
             sessions: HashMap::new(),

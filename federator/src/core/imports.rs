@@ -70,6 +70,9 @@ impl Core {
             if !sent.contains_key(import::PROPERTIES) {
                 import.properties.clear();
             }
+            if !sent.contains_key(crate::jwt::AUTHORITIES) {
+                import.jwt_authorities.clear();
+            }
         }
         deleted.iter().filter(|key| view.get(key).is_none()).for_each(|key| import::remove(import, key));
         for (key, bytes) in sent {

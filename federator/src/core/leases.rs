@@ -193,6 +193,8 @@ impl Core {
             serial: serial.clone(),
             issued_unix: moment.unix.as_secs(),
             not_after: leaf.not_after,
+            workload: false,
+            issuer: self.issuer.spki_sha256(),
         };
         let transaction = transaction.put(serial.as_str(), &record);
         let svid = svid_to_wire(&leaf, &self.facts.cluster.bundle_json);
@@ -244,7 +246,12 @@ impl Core {
         let record = self.keep_lease(record, moment)?;
         let issued = self.issue(&request.csr_der, id, role, moment, Transaction::new())?;
         let event = Event { requester: requester.clone(), ..issued.event(Action::Renew) };
-        let Issued { svid, transaction, record: identity, .. } = issued;
+        let Issued { svid, mut transaction, record: mut identity, .. } = issued;
+        if request.workload {
+            identity.1.workload = true;
+            // The later write of a key stands.
+            transaction = transaction.put(identity.0.as_str(), &identity.1);
+        }
         self.commit_audited(transaction, event, moment)?;
         self.install_identity(identity);
         Ok(v1::RenewResponse {

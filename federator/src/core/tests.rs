@@ -7,6 +7,7 @@ mod boot;
 mod crashes;
 mod handles;
 mod imports;
+mod jwt;
 mod leases;
 mod links;
 mod members;

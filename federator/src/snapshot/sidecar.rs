@@ -14,6 +14,7 @@ use super::rings::Rings;
 use super::{gateways_for, port_to_wire};
 use crate::exports;
 use crate::facts::{Facts, Role};
+use crate::jwt;
 use crate::policies::{self, policy_for};
 use crate::revocations;
 
@@ -58,6 +59,7 @@ pub fn snapshot(
         },
         revocations: revocations::in_force(facts),
         cluster_properties: cluster_properties(facts, &access_policies),
+        jwt_authorities: jwt::believed(facts).into_iter().map(jwt::to_wire).collect(),
         access_policies: access_policies.into_iter().map(|(policy, _)| policy).collect(),
     }
 }

@@ -262,7 +262,8 @@ fn identities(view: &View<'_>) -> Vec<IdentityStatus> {
 
     let mut newest: BTreeMap<(Role, &str), &IdentityRecord> = BTreeMap::new();
     // A provisional lease comes with no SVID.
-    let issued = view.facts.identities.values().filter(|record| record.role != Role::Provisional);
+    let issued =
+        view.facts.identities.values().filter(|record| record.role != Role::Provisional && !record.workload);
     for record in issued {
         let age = |record: &IdentityRecord| (record.issued_unix, record.not_after);
         let kept = newest.entry((record.role, &record.spiffe_id)).or_insert(record);

@@ -88,6 +88,7 @@ pub fn east() -> Facts {
         imports: BTreeMap::new(),
         shifts: BTreeMap::new(),
         identities: BTreeMap::new(),
+        jwt_authorities: Vec::new(),
         store_writable: true,
     }
 }

@@ -84,6 +84,7 @@ fn config(dir: &Path, cluster: &str, listen: SocketAddr) -> FederatorConfig {
         socket: dir.join("run").join("federator.sock"),
         properties: Default::default(),
         audit: Default::default(),
+        bundle_endpoint: None,
     }
 }
 

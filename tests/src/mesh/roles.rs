@@ -28,12 +28,20 @@ impl Mesh {
     }
 
     pub(super) fn federator(&mut self, cluster: &str) -> Result<()> {
+        self.federator_with(cluster, &[])
+    }
+
+    /// A federator with more arguments, in the place of the one that runs.
+    pub fn federator_with(&mut self, cluster: &str, more: &[&str]) -> Result<()> {
+        if let Ok(running) = self.process_mut(&format!("{cluster}/federator")) {
+            running.stop()?;
+        }
         let c = self.cluster(cluster)?;
         let (listen, admin) = (c.address(1, 7443).to_string(), c.address(1, 7445).to_string());
         let trust = text(&self.path(&format!("{cluster}/trust")));
         let (state, socket) = (text(&self.state(cluster, "federator")), self.socket(cluster));
         let args = ["federator", "--cluster", cluster, "--trust-dir", &trust, "--state-dir", &state];
-        let args = [&args[..], &["--listen", &listen, "--admin", &admin, "--socket", &socket]].concat();
+        let args = [&args[..], &["--listen", &listen, "--admin", &admin, "--socket", &socket], more].concat();
         self.role(cluster, "federator", &args)?;
         self.ready(cluster, 1, "federator")
     }

@@ -90,7 +90,8 @@ impl Member {
         let mut client = ConfigClient::new(self.connect(overlay).await?);
         // Shown, so that a federator whose store was lost adopts it.
         let lease = v1::EndpointLease { keys: None, ..self.lease().to_wire() };
-        let request = v1::RenewRequest { csr_der: fresh.csr_der.clone(), lease: Some(lease) };
+        let request =
+            v1::RenewRequest { csr_der: fresh.csr_der.clone(), lease: Some(lease), workload: false };
         let answer = tokio::time::timeout(CALL_TIMEOUT, client.renew(request)).await;
         let answer = answer.map_err(|_| RenewError::Late)?.map_err(Box::new)?.into_inner();
         let v1::RenewResponse { svid, lease, control_keys } = answer;

@@ -138,7 +138,11 @@ impl Play {
             Step::Closed(watch) => east.core.closed(u64::try_from(watch).unwrap() + 1, moment),
             Step::Renew(member) => {
                 let Some(joined) = &self.joined[member] else { return };
-                let request = v1::RenewRequest { csr_der: csr(), lease: Some(joined.lease.clone()) };
+                let request = v1::RenewRequest {
+                    csr_der: csr(),
+                    lease: Some(joined.lease.clone()),
+                    ..Default::default()
+                };
                 let _ = east.core.renew(&joined.identity, &request, moment);
             }
             Step::Export { service, to } => {

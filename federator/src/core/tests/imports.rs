@@ -43,7 +43,7 @@ fn gateways_record(addresses: &[&str]) -> (String, v1::Record) {
     (GATEWAYS.into(), v1::Record { key: GATEWAYS.into(), value })
 }
 
-fn snapshot(revision: u64, records: Vec<(String, v1::Record)>) -> Update<v1::Record> {
+pub fn snapshot(revision: u64, records: Vec<(String, v1::Record)>) -> Update<v1::Record> {
     Update::Snapshot { epoch: EPOCH, revision: Revision(revision), records }
 }
 
@@ -51,7 +51,7 @@ fn delta(revision: u64, upserts: Vec<(String, v1::Record)>, deletes: &[String]) 
     Update::Delta { revision: Revision(revision), upserts, deletes: deletes.to_vec() }
 }
 
-fn take(cluster: &mut Cluster, update: Update<v1::Record>, moment: Moment) -> Result<(), CoreError> {
+pub fn take(cluster: &mut Cluster, update: Update<v1::Record>, moment: Moment) -> Result<(), CoreError> {
     cluster.core.apply_update(&name("west"), EPOCH, update, moment)
 }
 

@@ -113,7 +113,8 @@ fn a_lease_is_moved_on_when_half_of_its_life_is_over() {
     let mut world = World::new();
     let mut east = world.cluster("east");
     let member = east.join("sidecar", "web", at(0));
-    let request = v1::RenewRequest { csr_der: csr(), lease: Some(member.lease.clone()) };
+    let request =
+        v1::RenewRequest { csr_der: csr(), lease: Some(member.lease.clone()), ..Default::default() };
     let end = |answer: v1::RenewResponse| u64::try_from(answer.lease.unwrap().not_after_unix).unwrap();
     assert_eq!(end(east.core.renew(&member.identity, &request, at(HOUR)).unwrap()), UNIX + 2 * DAY);
     let late = at(DAY + 1);
@@ -128,7 +129,8 @@ fn renewing_is_for_members_only() {
     let mut world = World::new();
     let mut east = world.cluster("east");
     let member = east.join("sidecar", "web", at(0));
-    let request = v1::RenewRequest { csr_der: csr(), lease: Some(member.lease.clone()) };
+    let request =
+        v1::RenewRequest { csr_der: csr(), lease: Some(member.lease.clone()), ..Default::default() };
     for path in ["/federator", "/admin", "/ns/shop"] {
         let caller = identity_of(&east.core, &format!("spiffe://acme.example/cluster/east{path}"));
         let words = refusal(east.core.renew(&caller, &request, at(1)));

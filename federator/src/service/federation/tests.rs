@@ -74,7 +74,7 @@ async fn a_peer_gets_a_snapshot_then_deltas_and_resumes_where_it_was() {
     let mut stream = watched.from(0, 0).await;
     let first = news(&mut stream).await;
     assert!(matches!(first.event, Some(Event::Snapshot(_))));
-    assert_eq!(keys(&first), ["gateways", "properties"], "nothing is exported yet");
+    assert_eq!(keys(&first), ["gateways", "jwt-authorities", "properties"], "nothing is exported yet");
     watched
         .service
         .core

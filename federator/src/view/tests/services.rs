@@ -241,9 +241,15 @@ fn identities_are_the_authorities_and_the_newest_of_each_id() {
             serial: serial.into(),
             issued_unix: UNIX - 1000 + issued,
             not_after: if left == 0 { UNIX - 9 } else { UNIX + left },
+            workload: false,
+            issuer: String::new(),
         };
         facts.identities.insert(serial.into(), record);
     }
+    // What a workload shows is its sidecar's matter.
+    let web = facts.identities["6"].clone();
+    let workload = IdentityRecord { serial: "8".into(), issued_unix: UNIX, workload: true, ..web };
+    facts.identities.insert("8".into(), workload);
     let shown: Vec<_> = shown(&facts)
         .identities
         .into_iter()

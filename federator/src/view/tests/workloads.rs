@@ -114,6 +114,8 @@ fn who_joined_and_serves_is_a_workload_in_each_namespace() {
             serial: "1".into(),
             issued_unix: UNIX,
             not_after: UNIX + 1,
+            workload: false,
+            issuer: String::new(),
         },
     );
     let all = get(&facts, "wl");

@@ -1,0 +1,67 @@
+//! An application on go-spiffe (`tests/spiffe-go`), built here and run inside a namespace, so that the sockets of sidecars
+//! are judged by the library that SPIFFE users have.
+
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+
+use anyhow::{Context as _, Result, ensure};
+use serde_json::Value;
+
+use crate::capability::{find_program, require_programs};
+use crate::mesh;
+use crate::netns::Namespace;
+
+/// The built program.
+#[derive(Clone, Debug)]
+pub struct Probe(PathBuf);
+
+/// `None` after listing `test` as skipped, where there is no Go. A build that fails fails the test.
+pub fn require_probe(test: &str) -> Option<Result<Probe>> {
+    require_programs(test, &["go"])?;
+    static BUILT: OnceLock<Result<PathBuf, String>> = OnceLock::new();
+    let built = BUILT.get_or_init(|| build().map_err(|error| format!("{error:#}")));
+    Some(built.clone().map(Probe).map_err(anyhow::Error::msg))
+}
+
+/// Beside the binary under test; Go's own cache makes the second build a matter of a second.
+fn build() -> Result<PathBuf> {
+    let program = mesh::binary()?.with_file_name("spiffe-probe");
+    let go = find_program("go").context("go is not installed")?;
+    let built = Command::new(go)
+        .args(["build", "-buildvcs=false", "-o"])
+        .arg(&program)
+        .arg(".")
+        .current_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("spiffe-go"))
+        .output()?;
+    ensure!(built.status.success(), "go build: {}", String::from_utf8_lossy(&built.stderr));
+    Ok(program)
+}
+
+impl Probe {
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// Runs a command that ends by itself; the last line that it printed.
+    pub fn run(&self, namespace: &Namespace, args: &[&str]) -> Result<Value> {
+        Self::finish(namespace, Command::new(&self.0).args(args))
+    }
+
+    /// The same as another user. The program is copied into `dir`, which that user must be able to enter.
+    pub fn run_as(&self, uid: u32, dir: &Path, namespace: &Namespace, args: &[&str]) -> Result<Value> {
+        let copy = dir.join("spiffe-probe");
+        std::fs::copy(&self.0, &copy)?;
+        Self::finish(namespace, Command::new(&copy).args(args).uid(uid).gid(uid))
+    }
+
+    fn finish(namespace: &Namespace, command: &mut Command) -> Result<Value> {
+        let output = namespace.run(|| command.output())??;
+        let errors = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "{command:?}: {errors}");
+        let text = String::from_utf8(output.stdout)?;
+        let last = text.lines().last().with_context(|| format!("{command:?} printed nothing: {errors}"))?;
+        serde_json::from_str(last).with_context(|| format!("not JSON: {last}"))
+    }
+}
