@@ -39,8 +39,8 @@ use tombolo_runtime::readiness::{BlockReady, Readiness};
 use tombolo_runtime::tasks::TaskGroup;
 use tonic::transport::Server;
 
-use crate::core::audit::Retention;
 use crate::bundle_endpoint::{BundleEndpoint, BundleEndpointConfig, BundleEndpointError};
+use crate::core::audit::Retention;
 use crate::core::boot::BootError;
 use crate::core::{Core, CoreError, CoreHandle};
 use crate::crl::{self, CrlTask};

@@ -6,8 +6,8 @@ use std::path::PathBuf;
 use clap::Args;
 use serde::Deserialize;
 
-use tombolo_federator::core::audit::Retention;
 use tombolo_federator::bundle_endpoint::{BundleEndpointConfig, WebCertificate};
+use tombolo_federator::core::audit::Retention;
 use tombolo_federator::role::{DEFAULT_LISTEN, Federator, FederatorConfig};
 use tombolo_model::names::ClusterName;
 use tombolo_runtime::dirs::Dirs;

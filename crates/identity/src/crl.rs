@@ -60,7 +60,7 @@ impl LeafIssuer {
             key_identifier_method: KeyIdMethod::Sha256,
         };
         let sign = |e: rcgen::Error| IssueError::Sign(e.to_string());
-        let issuer = Issuer::from_ca_cert_der(&self.material.certificate, &self.key).map_err(sign)?;
+        let issuer = Issuer::from_ca_cert_der(&self.material.certificate, &*self.key).map_err(sign)?;
         Ok(params.signed_by(&issuer).map_err(sign)?.der().to_vec())
     }
 }

@@ -248,9 +248,9 @@ impl Core {
         let event = Event { requester: requester.clone(), ..issued.event(Action::Renew) };
         let Issued { svid, mut transaction, record: mut identity, .. } = issued;
         if request.workload {
-            identity.1.workload = true;
+            identity.workload = true;
             // The later write of a key stands.
-            transaction = transaction.put(identity.0.as_str(), &identity.1);
+            transaction = transaction.put(&identity.serial.clone(), &identity);
         }
         self.commit_audited(transaction, event, moment)?;
         self.install_identity(identity);

@@ -119,7 +119,7 @@ fn join(core: &mut Core, dir: &Path, number: usize, moment: Moment) -> Result<Me
     );
     std::fs::write(&csr_pem, pem)?;
     let lease = joined.lease.map(|lease| v1::EndpointLease { keys: None, ..lease });
-    Ok(Member { identity, request: v1::RenewRequest { csr_der: csr, lease }, csr_pem })
+    Ok(Member { identity, request: v1::RenewRequest { csr_der: csr, lease, workload: false }, csr_pem })
 }
 
 fn by_federator(core: &mut Core, members: &[Member], count: usize, origin: Instant) -> Result<f64> {

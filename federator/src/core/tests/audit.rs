@@ -58,7 +58,7 @@ fn what_is_issued_renewed_made_linked_and_revoked_is_in_the_log_with_who_asked()
     assert_eq!(join.requester, Requester::default(), "nobody yet: the token alone speaks for it");
 
     let caller = identity_of(&east.core, db);
-    let renew = v1::RenewRequest { csr_der: csr(), lease: answer.lease };
+    let renew = v1::RenewRequest { csr_der: csr(), lease: answer.lease, workload: false };
     east.core.renew(&caller, &renew, at(3)).unwrap();
     let renewed = shown(&east.core, Action::Renew).pop().unwrap();
     assert_eq!((renewed.subject.as_str(), renewed.requester.identity.as_str()), (db, db));

@@ -95,7 +95,7 @@ fn a_linked_cluster_believes_the_peers_keys_until_it_is_unlinked_or_revoked() {
     east.core.apply(revocation(json!({ "cluster": "west", "reason": "test" })), false, at(7)).unwrap();
     assert_eq!(believed(&east), ["east"]);
     let key = revocation(json!({ "cluster": "west", "reason": "test" })).key();
-    east.core.delete(&key, false).unwrap();
+    east.core.delete(&key, false, at(7)).unwrap();
     assert_eq!(believed(&east), ["east", "west"]);
     east.core.unlink(&name("west"), at(8)).unwrap();
     assert_eq!(believed(&east), ["east"]);
