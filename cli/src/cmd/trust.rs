@@ -15,7 +15,7 @@ use tombolo_model::names::ClusterName;
 use tombolo_runtime::clock;
 use tombolo_runtime::dirs::{self, Dirs};
 
-use keys::{Encryption, KeyArgs, Passphrase};
+use keys::{CurrentPassphrase, Encryption, KeyArgs};
 
 use crate::args::{Format, Output};
 use crate::failure::{Exit, Failure};
@@ -136,7 +136,7 @@ Examples:
         #[command(flatten)]
         place: Place,
         #[command(flatten)]
-        passphrase: Passphrase,
+        passphrase: CurrentPassphrase,
     },
     /// Show the root and the clusters it has signed
     #[command(after_help = "\

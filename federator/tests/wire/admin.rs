@@ -197,3 +197,34 @@ async fn another_user_is_refused_even_where_the_socket_lets_it_in() {
     );
     federator.stop();
 }
+
+#[tokio::test]
+async fn the_audit_log_is_followed_as_it_grows_and_filtered() {
+    let home = Home::new("east");
+    let federator = home.start();
+    let mut admin = federator.admin().await;
+    let request = v1::AuditRequest { follow: true, actions: vec!["token".into()], ..Default::default() };
+    let mut followed = admin.audit(request.clone()).await.unwrap().into_inner();
+    let first = next(&mut followed, "the present state", |_| true).await;
+    assert!(first.entries_json.is_empty() && first.anchor_hash.len() == 64, "{first:?}");
+    for name in ["web", "api"] {
+        federator.token("sidecar", name).await;
+        let seen = next(&mut followed, "the new token", |seen| !seen.entries_json.is_empty()).await;
+        assert_says(&seen.entries_json[0], &["\"action\":\"token\"", &format!("sa/{name}"), "\"uid\""]);
+    }
+    drop(followed);
+    let newest = v1::AuditRequest { limit: 1, follow: false, ..request.clone() };
+    let newest = admin.audit(newest).await.unwrap().into_inner().message().await.unwrap().unwrap();
+    assert_eq!(newest.entries_json.len(), 1);
+    assert_says(&newest.entries_json[0], &["sa/api"]);
+    for (bad, words) in [
+        (v1::AuditRequest { actions: vec!["issue".into()], ..request.clone() }, "own-svid"),
+        (v1::AuditRequest { outcome: "maybe".into(), ..request.clone() }, "done or refused"),
+        (v1::AuditRequest { limit: 20_000, ..request }, "at most 10000"),
+    ] {
+        let status = admin.audit(bad).await.err().unwrap();
+        assert_eq!(status.code(), Code::InvalidArgument);
+        assert_says(status.message(), &[words]);
+    }
+    federator.stop();
+}

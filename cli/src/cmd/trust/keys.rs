@@ -24,7 +24,7 @@ const TYPING_ERRORS: usize = 3;
 /// Where the passphrase of `root.key` comes from.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Root key")]
-pub struct Passphrase {
+pub struct CurrentPassphrase {
     /// File with the passphrase of root.key [default: TOMBOLO_TRUST_PASSPHRASE, else asked for at a terminal]
     #[arg(long, env = "TOMBOLO_TRUST_PASSPHRASE_FILE", value_name = "FILE")]
     passphrase_file: Option<PathBuf>,
@@ -35,7 +35,7 @@ pub struct Passphrase {
 #[command(next_help_heading = "Root key")]
 pub struct KeyArgs {
     #[command(flatten)]
-    passphrase: Passphrase,
+    passphrase: CurrentPassphrase,
     /// Program with its arguments that holds the root's key and signs with it; no shell reads this
     #[arg(long, env = "TOMBOLO_TRUST_SIGNER_COMMAND", value_name = "COMMAND")]
     signer_command: Option<String>,
@@ -158,7 +158,7 @@ impl KeyArgs {
     }
 }
 
-impl Passphrase {
+impl CurrentPassphrase {
     /// What was given without asking anybody.
     fn given(&self) -> Result<Option<Zeroizing<String>>, Failure> {
         given(self.passphrase_file.as_deref(), PASSPHRASE)
@@ -182,7 +182,7 @@ impl Passphrase {
 
 /// Gives `root.key` another passphrase, or none.
 pub fn change(
-    passphrase: &Passphrase,
+    passphrase: &CurrentPassphrase,
     new_file: Option<&Path>,
     remove: bool,
     dir: &Path,
