@@ -1,7 +1,9 @@
 //! The offline root: signs one intermediate per cluster, bound to its name and tag, and keeps the register of tags.
 //!
-//! A directory of four files: `root.key` (0600), `root.crt`, `trust-domain`, `registry.json`. It is needed only when a
-//! cluster is made or renewed, so keep it off the clusters.
+//! A directory of four files: `root.key` (0600), `root.crt`, `trust-domain`, `registry.json`; `bundle.json` after a first
+//! rotation ([`rotating`]). It is needed only when a cluster is made or renewed, so keep it off the clusters.
+
+mod rotating;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -49,6 +51,8 @@ pub enum AuthorityError {
     NoTagLeft,
     #[error("signing failed: {0}")]
     Sign(#[from] rcgen::Error),
+    #[error("a certificate can't be signed anew: {0}")]
+    Reissue(String),
 }
 
 /// One registered intermediate.
@@ -83,6 +87,8 @@ pub struct RootAuthority {
     key: KeyPair,
     certificate: CertificateDer<'static>,
     registry: Vec<RegistryEntry>,
+    /// What the federation is told to trust.
+    bundle: TrustBundle,
 }
 
 /// Everything a federator needs to be its cluster's CA; written by `tombolo trust cluster`.
@@ -153,7 +159,10 @@ impl RootAuthority {
             return Err(AuthorityError::Exists(key_path));
         }
         let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
-        let mut params = signer_params(&trust_domain, format!("{trust_domain} root"), 1);
+        // A name of its own per key: a root and its successor are told apart by it.
+        let spki = hex::encode(Sha256::digest(key.public_key_raw()));
+        let short = spki.get(..16).unwrap_or_default();
+        let mut params = signer_params(&trust_domain, format!("{trust_domain} root {short}"), 1);
         validity(&mut params, now, ROOT_LIFE);
         let certificate = params.self_signed(&key)?.der().clone();
         files::private_dir(dir)?;
@@ -161,7 +170,8 @@ impl RootAuthority {
         files::write_atomic(&key_path, key_pem.as_bytes(), 0o600)?;
         files::write_atomic(&dir.join("root.crt"), pem(&certificate).as_bytes(), 0o644)?;
         files::write_atomic(&dir.join("trust-domain"), trust_domain.as_str().as_bytes(), 0o644)?;
-        let root = Self { dir: dir.to_owned(), trust_domain, key, certificate, registry: Vec::new() };
+        let bundle = rotating::bundle_of(dir, &trust_domain, &certificate)?;
+        let root = Self { dir: dir.to_owned(), trust_domain, key, certificate, registry: Vec::new(), bundle };
         root.save_registry()?;
         Ok(root)
     }
@@ -182,7 +192,8 @@ impl RootAuthority {
             .map_err(|e: crate::spiffe_id::SpiffeIdError| damaged("trust-domain", e.to_string()))?;
         let registry = serde_json::from_str(&text("registry.json")?)
             .map_err(|e| damaged("registry.json", e.to_string()))?;
-        Ok(Self { dir: dir.to_owned(), trust_domain, key, certificate, registry })
+        let bundle = rotating::bundle_of(dir, &trust_domain, &certificate)?;
+        Ok(Self { dir: dir.to_owned(), trust_domain, key, certificate, registry, bundle })
     }
 
     fn save_registry(&self) -> Result<(), AuthorityError> {
@@ -197,11 +208,7 @@ impl RootAuthority {
         fingerprint(&self.certificate)
     }
     pub fn bundle(&self) -> TrustBundle {
-        TrustBundle {
-            trust_domain: self.trust_domain.clone(),
-            sequence: 1,
-            roots: vec![self.certificate.clone()],
-        }
+        self.bundle.clone()
     }
 
     fn tag_for(&self, name: &ClusterName, existing: Existing) -> Result<ClusterTag, AuthorityError> {

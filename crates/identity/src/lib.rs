@@ -1,6 +1,6 @@
 //! Identities of the federation: SPIFFE IDs, the offline root, cluster intermediates, leaves, bundles, verification.
 //!
-//! [`authority`] signs clusters (offline), [`issuer`] signs leaves (federator), [`verify`] is the one place where a
+//! [`authority`] signs clusters (offline), [`rotation`] is what a federation is told to trust, [`issuer`] signs leaves (federator), [`verify`] is the one place where a
 //! chain becomes a [`PeerIdentity`], [`tls`] puts it under rustls with hot-swappable snapshots. No clock is read
 //! except inside the rustls verifiers, which are handed the time by rustls.
 
@@ -10,6 +10,7 @@ pub mod cluster_binding;
 pub mod files;
 pub mod issuer;
 pub mod revocation;
+pub mod rotation;
 pub mod spiffe_id;
 pub mod tls;
 pub mod verify;
