@@ -10,7 +10,7 @@
 //! in. A torn or foreign file is an error that says what to do, never a reason to start over.
 //!
 //! [`join`](mod@join) fills the directory, [`control`] keeps a connection to a federator, [`renewal`] renews the SVID at half its
-//! life. The key is made here and never leaves.
+//! life, [`trust`] tells what is trusted and shown. The key is made here and never leaves.
 
 pub mod backoff;
 pub mod control;
@@ -19,6 +19,7 @@ pub mod renewal;
 mod state;
 #[cfg(test)]
 mod tests;
+mod trust;
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -42,6 +43,7 @@ use crate::routes::{GatewayHop, Routes};
 pub use control::ControlError;
 pub use join::{JoinConnection, JoinError, JoinOptions, JoinPlan};
 use state::State;
+pub use trust::trust_of;
 
 /// How a member reaches its cluster's federators.
 #[derive(Clone, Debug, PartialEq)]
@@ -94,6 +96,8 @@ struct Inner {
     /// What is on disk; also serialises writers.
     state: Mutex<State>,
     link: control::Link,
+    /// What the federator wants the SVID to be.
+    wanted: tokio::sync::watch::Sender<Option<trust::Wanted>>,
 }
 
 /// A joined sidecar or gateway; clones share it.
@@ -130,6 +134,7 @@ impl Member {
             control: ArcSwap::from_pointee(control),
             state: Mutex::new(state),
             link: control::Link::default(),
+            wanted: tokio::sync::watch::Sender::new(None),
         })))
     }
 
@@ -214,7 +219,8 @@ impl Member {
         Ok(())
     }
 
-    /// A new bundle of the own trust domain. One without roots is refused: it would lock everybody out.
+    /// A new bundle of the own trust domain. One of before is left aside; one without roots is refused: it would lock
+    /// everybody out.
     pub fn update_bundle(&self, json: &str) -> Result<(), MemberError> {
         if json.is_empty() || self.lock().bundle == json {
             return Ok(());
@@ -223,7 +229,11 @@ impl Member {
         if bundle.roots.is_empty() {
             return Err(FieldError::new("trust_bundle_json", "no roots", "a bundle with a root").into());
         }
-        self.update(|state| state.bundle = json.to_owned())?;
+        let later = self.later_bundle(json)?;
+        if self.lock().bundle == later {
+            return Ok(());
+        }
+        self.update(|state| state.bundle = later)?;
         let svid = self.lock().svid()?;
         self.0.svid.swap(svid);
         Ok(())
@@ -232,6 +242,8 @@ impl Member {
     /// A renewed identity: key, chain and bundle, on disk before it is used.
     fn install(&self, key_pkcs8: &[u8], issued: &tombolo_proto::v1::Svid) -> Result<(), MemberError> {
         let own = self.spiffe_id();
+        let trust_bundle_json = self.later_bundle(&issued.trust_bundle_json)?;
+        let issued = &tombolo_proto::v1::Svid { trust_bundle_json, ..issued.clone() };
         let svid = check_svid(key_pkcs8, issued)?;
         if svid.spiffe_id != own {
             return Err(MemberError::OtherIdentity {
