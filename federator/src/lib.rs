@@ -17,6 +17,7 @@ pub mod records;
 pub mod registry;
 pub mod revocations;
 pub mod role;
+pub mod rotation;
 pub mod service;
 pub mod snapshot;
 pub mod store;

@@ -169,14 +169,16 @@ impl Core {
             not_after: leaf.not_after,
         };
         let transaction = transaction.put(serial.as_str(), &record);
-        Ok((svid_to_wire(&leaf, &self.facts.cluster.bundle_json), transaction, (serial, record)))
+        Ok((svid_to_wire(&leaf, &self.facts.trust.bundle_json), transaction, (serial, record)))
     }
 
     /// The own identity of this federator: a key made here, a leaf that is recorded like every other.
     pub fn own_svid(&mut self, csr_der: &[u8], moment: Moment) -> Result<v1::Svid, CoreError> {
         let id = self.facts.cluster.federator_id.clone();
-        let (svid, transaction, identity) =
+        let (mut svid, transaction, identity) =
             self.issue(csr_der, &id, Role::Federator, moment, Transaction::new())?;
+        // Members and peers that missed a rotation find their way across by it.
+        svid.chain_der.extend(self.facts.trust.crosses.iter().map(|cross| cross.to_vec()));
         self.store.commit(&transaction)?;
         self.facts.identities.insert(identity.0, identity.1);
         self.dirty = true;

@@ -74,7 +74,7 @@ impl Core {
         self.facts.objects.insert(key, Arc::new(stored));
         self.dirty = true;
         self.handles_stale = true;
-        affected.iter().for_each(|peer| self.rescope(peer));
+        affected.iter().for_each(|peer| self.rescope(peer, moment));
         Ok(outcome)
     }
 
@@ -112,7 +112,7 @@ impl Core {
     }
 
     /// Removes an object; whether it was there.
-    pub fn delete(&mut self, key: &ObjectKey, dry_run: bool) -> Result<bool, CoreError> {
+    pub fn delete(&mut self, key: &ObjectKey, dry_run: bool, moment: Moment) -> Result<bool, CoreError> {
         let Some(stored) = self.facts.objects.get(key).cloned() else { return Ok(false) };
         if dry_run {
             return Ok(true);
@@ -121,13 +121,13 @@ impl Core {
         self.facts.objects.remove(key);
         self.dirty = true;
         self.handles_stale = true;
-        linked_cluster(&stored.object).iter().for_each(|peer| self.rescope(peer));
+        linked_cluster(&stored.object).iter().for_each(|peer| self.rescope(peer, moment));
         Ok(true)
     }
 
     /// A link's ranges have changed: what the peer said is read again.
-    fn rescope(&mut self, peer: &ClusterName) {
-        let scope = import::PeerScope::of(&self.facts, peer);
+    fn rescope(&mut self, peer: &ClusterName, moment: Moment) {
+        let scope = import::PeerScope::of(&self.facts, peer, moment.unix);
         let (Some(view), Some(import)) = (self.views.get(peer), self.facts.imports.get_mut(peer)) else {
             return;
         };

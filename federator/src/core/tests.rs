@@ -11,6 +11,7 @@ mod members;
 mod scale;
 mod stores;
 mod tokens;
+mod trust;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -336,7 +337,7 @@ fn link_token(inviter: &mut Cluster, peer: &str, moment: Moment) -> v1::Token {
 }
 
 fn verified(own: &Cluster, party: &v1::LinkParty, moment: Moment) -> VerifiedParty {
-    linking::verify_party(party, &own.core.facts.cluster, false, moment.unix).unwrap()
+    linking::verify_party(party, &own.core.facts, false, moment.unix).unwrap()
 }
 
 /// The inviter's answer to a link request.

@@ -16,6 +16,7 @@ use crate::exports;
 use crate::facts::{Facts, Role};
 use crate::policies::{self, policy_for};
 use crate::revocations;
+use crate::rotation;
 
 /// The snapshot of the member that holds `block` and calls `upstreams`; without its lease, which the caller adds.
 pub fn snapshot(
@@ -48,7 +49,7 @@ pub fn snapshot(
                 address: if direct { f.address.to_string() } else { String::new() },
             })
             .collect(),
-        trust_bundle_json: cluster.bundle_json.clone(),
+        trust_bundle_json: facts.trust.bundle_json.clone(),
         direct,
         across: {
             let across = across(facts, block, direct.then_some(upstreams), rings, unix);
@@ -57,6 +58,7 @@ pub fn snapshot(
             links
         },
         revocations: revocations::in_force(facts),
+        renewal: Some(rotation::renewal(facts)),
         cluster_properties: cluster_properties(facts, &access_policies),
         access_policies: access_policies.into_iter().map(|(policy, _)| policy).collect(),
     }

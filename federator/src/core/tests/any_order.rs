@@ -146,7 +146,7 @@ impl Play {
                 let _ = east.core.apply(export(SERVICES[service], to), false, moment);
             }
             Step::Unexport(service) => {
-                let _ = east.core.delete(&export(SERVICES[service], "*").key(), false);
+                let _ = east.core.delete(&export(SERVICES[service], "*").key(), false, at(0));
             }
             Step::Workload(services) => {
                 let names: std::collections::BTreeSet<_> =

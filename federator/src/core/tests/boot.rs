@@ -109,7 +109,7 @@ fn an_object_is_applied_once_and_keeps_its_uid() {
     let stored = east.core.facts.objects.values().next().unwrap();
     assert_eq!((stored.generation, &stored.uid), (2, &uid));
     let key = export("shop/web", "west").key();
-    assert!(east.core.delete(&key, true).unwrap() && east.core.facts.objects.len() == 1);
-    assert!(east.core.delete(&key, false).unwrap() && east.core.facts.objects.is_empty());
-    assert!(!east.core.delete(&key, false).unwrap());
+    assert!(east.core.delete(&key, true, at(1)).unwrap() && east.core.facts.objects.len() == 1);
+    assert!(east.core.delete(&key, false, at(1)).unwrap() && east.core.facts.objects.is_empty());
+    assert!(!east.core.delete(&key, false, at(1)).unwrap());
 }

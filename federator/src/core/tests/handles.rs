@@ -47,7 +47,7 @@ fn an_ended_export_releases_its_handle_and_a_new_one_gets_another_with_another_u
         east.core.publish(at(round));
         let record = east.handle("west", "shop/web").unwrap().clone();
         assert!(seen.insert(record.handle) && seen.len() as u64 == round, "a handle was given again");
-        assert!(east.core.delete(&key, false).unwrap());
+        assert!(east.core.delete(&key, false, at(round)).unwrap());
         east.core.publish(at(round));
         assert!(east.handle("west", "shop/web").is_none());
         assert!(east.core.released.contains_key(&record.handle));

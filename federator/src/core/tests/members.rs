@@ -367,7 +367,7 @@ fn a_revoked_identity_is_issued_to_nobody_and_the_federator_can_not_revoke_itsel
     let mut east = world.start("east", at(4));
     assert!(again(&mut east, 5).is_err());
     let key = east.core.facts.objects.keys().next().cloned().unwrap();
-    assert!(east.core.delete(&key, false).unwrap());
+    assert!(east.core.delete(&key, false, at(1)).unwrap());
     assert!(again(&mut east, 6).is_ok());
 
     let federator = east.core.facts.cluster.federator_id.to_string();

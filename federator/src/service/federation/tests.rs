@@ -96,7 +96,7 @@ async fn a_peer_gets_a_snapshot_then_deltas_and_resumes_where_it_was() {
     assert!(matches!(idle.event, Some(Event::Heartbeat(_))), "one that lacks nothing hears that we live");
 
     let key = export("shop/web", "west").key();
-    watched.service.core.attempt(move |core, _| core.delete(&key, false)).await.unwrap();
+    watched.service.core.attempt(move |core, now| core.delete(&key, false, now)).await.unwrap();
     let third = news(&mut stream).await;
     let Some(Event::Delta(delta)) = third.event else { panic!("{third:?}") };
     assert_eq!(delta.deletes, ["export/shop/web"]);
