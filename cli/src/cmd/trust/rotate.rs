@@ -1,0 +1,498 @@
+//! `tombolo trust rotate`: exchanges the root of the federation while everything runs.
+//!
+//! Three updates, each signed by the old and the new root and given to one federator, which passes it on: both roots are
+//! trusted; every cluster's CA key is signed by the new root and SVIDs are renewed; the new root alone is trusted. None is
+//! given out before every component of every cluster has acknowledged the one before. What is about to be done is on disk
+//! before it is done, so that a run that was ended anywhere is continued by the next ([`state`]); who has acknowledged
+//! what is decided in [`ledger`].
+
+mod ledger;
+mod state;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use clap::Args;
+use serde_json::{Value, json};
+use tombolo_identity::TrustBundle;
+use tombolo_identity::authority::{ClusterMaterial, RootAuthority};
+use tombolo_identity::rotation::{Reissued, TrustUpdate, spki_of};
+use tombolo_model::names::ClusterName;
+use tombolo_proto::v1;
+use tombolo_runtime::clock;
+
+use super::{Place, cluster_dir, load, time_text};
+use crate::admin_client::Admin;
+use crate::args::{Connect, Format, Output};
+use crate::cmd::confirm::{self, Consent};
+use crate::demo::progress::Progress;
+use crate::failure::{Exit, Failure};
+use crate::output;
+use ledger::Ledger;
+pub use state::updates;
+use state::{Rotation, Step};
+
+/// Acknowledgements take a second; asking costs the federator a look at its tables.
+const ASK_EVERY: Duration = Duration::from_millis(200);
+/// A federator that is restarted is back within this, once its socket answers.
+const AGAIN: Duration = Duration::from_millis(300);
+
+#[derive(Debug, Args)]
+pub struct RotateArgs {
+    /// Go through all steps, waiting up to --timeout in each until everybody has acknowledged it
+    #[arg(long)]
+    wait: bool,
+    /// After --timeout go on without those who have not acknowledged: they may be cut off
+    #[arg(long, requires = "wait")]
+    force: bool,
+    /// Don't wait for this cluster, nor sign its key anew: it will need `tombolo trust cluster NAME --renew`
+    #[arg(long, value_name = "CLUSTER")]
+    without: Vec<ClusterName>,
+    /// Show how far a rotation is and who has acknowledged what; change nothing
+    #[arg(long, conflicts_with_all = ["wait", "yes", "dry_run"])]
+    status: bool,
+    #[command(flatten)]
+    consent: Consent,
+    #[command(flatten)]
+    place: Place,
+    #[command(flatten)]
+    output: Output,
+}
+
+/// Clusters can't be made or renewed meanwhile: what the old root signs would be cut off with it.
+pub fn refuse_while_under_way(dir: &Path) -> Result<(), Failure> {
+    match Rotation::load(dir)? {
+        None => Ok(()),
+        Some(rotation) => Err(Failure::new(format_args!(
+            "a rotation of the root is under way ({}, since {})",
+            rotation.step.word(),
+            rotation.started_at
+        ))
+        .remedy("finish it with `tombolo trust rotate --wait`, then try again")),
+    }
+}
+
+pub async fn run(args: RotateArgs, connect: Connect) -> Result<Exit, Failure> {
+    let RotateArgs { wait, force, without, status, consent, place, output: Output { format } } = args;
+    let dir = place.resolve()?;
+    let progress = Progress::new(false);
+    let mut run =
+        Run { dir, connect, without: without.into_iter().collect(), wait, force, consent, progress };
+    if status {
+        return run.status(format).await;
+    }
+    if consent.dry_run {
+        return run.dry_run().await;
+    }
+    let done = run.drive(format).await;
+    run.progress.finish();
+    done
+}
+
+struct Run {
+    dir: PathBuf,
+    connect: Connect,
+    without: BTreeSet<ClusterName>,
+    wait: bool,
+    force: bool,
+    consent: Consent,
+    progress: Progress,
+}
+
+/// What a wait has come to.
+enum Waited {
+    Acknowledged(Ledger),
+    Lacking(Ledger, Vec<String>),
+}
+
+impl Run {
+    async fn drive(&mut self, format: Format) -> Result<Exit, Failure> {
+        let mut rotation = match Rotation::load(&self.dir)? {
+            Some(rotation) => {
+                let (step, since) = (rotation.step.word(), &rotation.started_at);
+                self.progress.done(&format!("going on with the rotation of {since}: {step}"));
+                rotation
+            }
+            None => self.begin().await?,
+        };
+        let mut given_out = false;
+        while rotation.step != Step::Finishing {
+            let new_root = load(&RootAuthority::next_dir(&self.dir))?;
+            let update = match state::update(&self.dir, rotation.sequence())? {
+                Some(update) => update,
+                None => self.sign(&rotation, &new_root).await?,
+            };
+            given_out |= self.give_out(&update).await?;
+            let ledger = match self.wait(&rotation, &new_root).await? {
+                Waited::Acknowledged(ledger) => ledger,
+                Waited::Lacking(ledger, lacking) => {
+                    if !self.go_on_without(&rotation, &lacking)? {
+                        self.shown(Some(&rotation), &ledger, format)?;
+                        return self.unfinished(&rotation, &lacking, given_out);
+                    }
+                    ledger
+                }
+            };
+            let (done, all) = ledger.count(&rotation);
+            let (number, outcome) = (rotation.step.number(), rotation.step.outcome());
+            self.progress.done(&format!("step {number} of 3: {done} of {all} {outcome}"));
+            rotation.step = rotation.step.next();
+            rotation.save(&self.dir)?;
+        }
+        finish(&self.dir, &rotation)?;
+        let answer = self.ask().await;
+        self.progress.done(&format!("the root is {}", rotation.new_root));
+        self.progress.line(&format!(
+            "the key of the old root is kept in {}: destroy it when no backup of a cluster needs it",
+            self.dir.join("retired").display()
+        ));
+        // What is shown is a courtesy: everything is done.
+        if let Ok(answer) = answer {
+            let ledger = Ledger::new(load(&self.dir)?.registry(), &answer, &self.without);
+            self.shown(None, &ledger, format)?;
+        }
+        Ok(Exit::Done)
+    }
+
+    /// Makes the new root, and notes that there is a rotation.
+    async fn begin(&mut self) -> Result<Rotation, Failure> {
+        let root = load(&self.dir)?;
+        let answer = self.ask().await?;
+        let known = answer.roots_der.iter().any(|der| der.as_slice() == root.certificate().as_ref());
+        if !known {
+            return Err(Failure::new(format_args!(
+                "the federator of {} does not trust the root in {} ({})",
+                answer.cluster,
+                self.dir.display(),
+                root.fingerprint()
+            ))
+            .remedy("name the directory of its root with --dir, or another federator with --context"));
+        }
+        let next = RootAuthority::next_dir(&self.dir);
+        if next.exists() {
+            // Of a run that ended before it was noted: nobody has heard of it.
+            std::fs::remove_dir_all(&next)
+                .map_err(|e| Failure::new(format_args!("can't remove {}: {e}", next.display())))?;
+        }
+        let now = clock::since_unix_epoch();
+        let new = RootAuthority::init(&next, root.trust_domain.clone(), now).map_err(Failure::new)?;
+        let first = root.bundle().sequence.max(answer.sequence).saturating_add(1);
+        let started_at = time_text(clock::unix_seconds());
+        let rotation = Rotation::new(root.fingerprint(), new.fingerprint(), first, started_at);
+        rotation.save(&self.dir)?;
+        self.progress.done(&format!("a new root is made: {}", rotation.new_root));
+        Ok(rotation)
+    }
+
+    /// Signs the update of a step and keeps it.
+    async fn sign(&mut self, rotation: &Rotation, new: &RootAuthority) -> Result<Vec<u8>, Failure> {
+        let old = load(&self.dir)?;
+        let now = clock::since_unix_epoch();
+        let before = match rotation.step {
+            Step::Staging => None,
+            _ => state::update(&self.dir, rotation.sequence().saturating_sub(1))?,
+        };
+        let before = before.map(|bytes| read(&bytes)).transpose()?;
+        let cross = match &before {
+            Some(before) => before.crosses.clone(),
+            None => vec![old.cross_sign(new.certificate(), now).map_err(Failure::new)?],
+        };
+        let intermediates = match (rotation.step, before) {
+            (Step::Staging, _) => Vec::new(),
+            (Step::Reissuing, _) => self.reissue(&old, new).await?,
+            (_, Some(before)) => before.intermediates,
+            (_, None) => {
+                return Err(Failure::new(format_args!(
+                    "{} lacks the update {}",
+                    self.dir.join("updates").display(),
+                    rotation.sequence().saturating_sub(1)
+                ))
+                .remedy("restore the root's directory from your backup, then run the command again"));
+            }
+        };
+        let mut roots = vec![old.certificate().clone(), new.certificate().clone()];
+        if rotation.step == Step::Retiring {
+            roots.remove(0);
+        }
+        let update = TrustUpdate {
+            trust_domain: old.trust_domain.clone(),
+            sequence: rotation.sequence(),
+            roots,
+            crosses: cross,
+            intermediates,
+        };
+        tombolo_identity::rotation::check_contents(&update, now).map_err(Failure::new)?;
+        let bytes = RootAuthority::sign_update(&update, &[&old, new]).map_err(Failure::new)?.to_bytes();
+        state::keep_update(&self.dir, rotation.sequence(), &bytes)?;
+        Ok(bytes)
+    }
+
+    /// Every cluster's CA key, signed by the new root: the certificate comes with the cluster's word, or, of one that is
+    /// not heard, from where it was made.
+    async fn reissue(&mut self, old: &RootAuthority, new: &RootAuthority) -> Result<Vec<Reissued>, Failure> {
+        let now = clock::since_unix_epoch();
+        let ledger = self.ledger(old, &self.ask().await?);
+        let heard = ledger.intermediates();
+        let mut made = BTreeMap::new();
+        for cluster in ledger.clusters() {
+            let kept = || ClusterMaterial::load(&cluster_dir(&self.dir, cluster.as_str())).ok();
+            let known = heard.get(cluster).map(|der| der.to_vec());
+            let Some(certificate) = known.or_else(|| kept().map(|kept| kept.certificate.to_vec())) else {
+                self.progress.line(&format!(
+                    "{cluster} is left out: it has not been heard of, and its intermediate is not in {}",
+                    cluster_dir(&self.dir, cluster.as_str()).display()
+                ));
+                continue;
+            };
+            let reissued = new.reissue(&certificate, old.registry(), now).map_err(|e| {
+                Failure::new(format_args!("cluster {cluster}: {e}")).remedy(format_args!(
+                    "use the directory that {cluster} was made with, or leave it out with --without {cluster}"
+                ))
+            })?;
+            made.insert(cluster.clone(), reissued);
+        }
+        Ok(made.into_values().collect())
+    }
+
+    fn ledger(&self, root: &RootAuthority, answer: &v1::TrustStatusResponse) -> Ledger {
+        Ledger::new(root.registry(), answer, &self.without)
+    }
+
+    /// Gives an update to the federator. False: it had it already.
+    async fn give_out(&mut self, update: &[u8]) -> Result<bool, Failure> {
+        let request = v1::UpdateTrustRequest { update: update.to_vec() };
+        let answer = self.persist(|mut admin| {
+            let request = admin.request(request.clone());
+            async move {
+                admin
+                    .client
+                    .update_trust(request)
+                    .await
+                    .map_err(|status| (admin.failed(status.clone()), status))
+            }
+        });
+        Ok(answer.await?.into_inner().changed)
+    }
+
+    async fn ask(&self) -> Result<v1::TrustStatusResponse, Failure> {
+        let answer = self.persist(|mut admin| {
+            let request = admin.request(v1::TrustStatusRequest {});
+            async move {
+                admin
+                    .client
+                    .trust_status(request)
+                    .await
+                    .map_err(|status| (admin.failed(status.clone()), status))
+            }
+        });
+        Ok(answer.await?.into_inner())
+    }
+
+    /// Calls until the federator answers: with --wait, one that is being restarted is waited for.
+    async fn persist<T, C, F>(&self, call: C) -> Result<T, Failure>
+    where
+        C: Fn(Admin) -> F,
+        F: Future<Output = Result<T, (Failure, tonic::Status)>>,
+    {
+        let started = Instant::now();
+        loop {
+            let failure = match Admin::connect(&self.connect).await {
+                Ok(admin) => match call(admin).await {
+                    Ok(answer) => return Ok(answer),
+                    Err((failure, status)) if is_passing(&status) => failure,
+                    Err((failure, _)) => return Err(failure),
+                },
+                Err(failure) => failure,
+            };
+            if !self.wait || started.elapsed() >= self.connect.timeout {
+                return Err(failure);
+            }
+            self.progress.doing("the federator does not answer; trying again");
+            tokio::time::sleep(AGAIN).await;
+        }
+    }
+
+    /// Until everybody has done what a step is about, or the time is over; at once without --wait.
+    async fn wait(&mut self, rotation: &Rotation, new: &RootAuthority) -> Result<Waited, Failure> {
+        let old = load(&self.dir)?;
+        let started = Instant::now();
+        loop {
+            let ledger = self.ledger(&old, &self.ask().await?);
+            let lacking = ledger.lacking(rotation, new.certificate(), clock::since_unix_epoch());
+            if lacking.is_empty() {
+                return Ok(Waited::Acknowledged(ledger));
+            }
+            if !self.wait || started.elapsed() >= self.connect.timeout {
+                return Ok(Waited::Lacking(ledger, lacking));
+            }
+            let (done, all) = ledger.count(rotation);
+            let (number, outcome) = (rotation.step.number(), rotation.step.outcome());
+            let first = lacking.first().map(String::as_str).unwrap_or_default();
+            self.progress.doing(&format!("step {number} of 3: {done} of {all} {outcome}; {first}"));
+            tokio::time::sleep(ASK_EVERY).await;
+        }
+    }
+
+    /// Whether the operator wants to go on although somebody lacks something.
+    fn go_on_without(&self, rotation: &Rotation, lacking: &[String]) -> Result<bool, Failure> {
+        if !self.force {
+            return Ok(false);
+        }
+        let consequence = match rotation.step {
+            Step::Staging => {
+                "They don't know the new root: from the next step on they refuse whoever shows a chain of it, until they hear of it."
+            }
+            Step::Reissuing => {
+                "They show chains of the old root: after the next step others refuse new connections of theirs, until they have renewed. A cluster that was left out needs `tombolo trust cluster NAME --renew` and `tombolo trust reload`."
+            }
+            _ => "They trust the old root until they hear of its end.",
+        };
+        let question = format!(
+            "Not acknowledged ({}):\n  {}\n{consequence} Go on?",
+            rotation.step.outcome(),
+            lacking.join("\n  ")
+        );
+        if confirm::ask(&question, self.consent)? {
+            self.progress.line(&format!("going on without: {}", lacking.join("; ")));
+            return Ok(true);
+        }
+        Ok(false)
+    }
+
+    /// How a run ends that may not go on.
+    fn unfinished(&self, rotation: &Rotation, lacking: &[String], given_out: bool) -> Result<Exit, Failure> {
+        let (number, outcome) = (rotation.step.number(), rotation.step.outcome());
+        let what = format!("step {number} of 3 is not over, not all {outcome}: {}", lacking.join("; "));
+        if self.wait {
+            return Err(Failure::timed_out(what).remedy(
+                "run it again to go on, with a longer --timeout; `--force` goes on without those named, and says what becomes of them",
+            ));
+        }
+        if given_out {
+            self.progress.line(&format!("{what}\nrun it again to go on, or with --wait"));
+            return Ok(Exit::Done);
+        }
+        Err(Failure::new(what).remedy("run it again when they are back, or with --wait"))
+    }
+
+    async fn status(&mut self, format: Format) -> Result<Exit, Failure> {
+        let root = load(&self.dir)?;
+        let rotation = Rotation::load(&self.dir)?;
+        let ledger = self.ledger(&root, &self.ask().await?);
+        self.shown(rotation.as_ref(), &ledger, format)?;
+        Ok(Exit::Done)
+    }
+
+    async fn dry_run(&mut self) -> Result<Exit, Failure> {
+        let root = load(&self.dir)?;
+        let answer = self.ask().await?;
+        let ledger = self.ledger(&root, &answer);
+        let rotation = Rotation::load(&self.dir)?;
+        let clusters: Vec<String> = ledger.clusters().map(ToString::to_string).collect();
+        match &rotation {
+            Some(rotation) => output::line(format_args!(
+                "would go on with step {} of 3 (all {})",
+                rotation.step.number(),
+                rotation.step.outcome()
+            ))?,
+            None => output::line(format_args!("would make a new root beside {}", root.fingerprint()))?,
+        }
+        output::line(format_args!(
+            "by the federator of {}, for clusters {}",
+            answer.cluster,
+            clusters.join(", ")
+        ))?;
+        for step in [Step::Staging, Step::Reissuing, Step::Retiring] {
+            if rotation.as_ref().is_none_or(|rotation| rotation.step <= step) {
+                output::line(format_args!("step {}: all {}", step.number(), step.outcome()))?;
+            }
+        }
+        output::line("nothing was changed (dry run)")?;
+        Ok(Exit::Done)
+    }
+
+    /// The result, on standard output.
+    fn shown(&self, rotation: Option<&Rotation>, ledger: &Ledger, format: Format) -> Result<(), Failure> {
+        let root = load(&self.dir)?;
+        let next = RootAuthority::next_dir(&self.dir);
+        let next = if rotation.is_some() && next.exists() { Some(load(&next)?) } else { None };
+        let mut roots = vec![(if next.is_some() { "old" } else { "current" }, root.certificate())];
+        roots.extend(next.as_ref().map(|next| ("new", next.certificate())));
+        let clusters = ledger.document(&roots, clock::since_unix_epoch());
+        let document = json!({
+            "version": 1,
+            "step": rotation.map(|rotation| rotation.step),
+            "startedAt": rotation.map(|rotation| &rotation.started_at),
+            "root": root.fingerprint(),
+            "newRoot": next.as_ref().map(RootAuthority::fingerprint),
+            "sequence": ledger.sequence,
+            "clusters": clusters,
+        });
+        match format {
+            Format::Json => output::json(&document),
+            Format::Yaml => output::yaml(&document),
+            Format::Name => ledger.clusters().try_for_each(output::line),
+            Format::Table | Format::Wide => table(rotation, &document),
+        }
+    }
+}
+
+fn table(rotation: Option<&Rotation>, document: &Value) -> Result<(), Failure> {
+    match rotation {
+        Some(r) => output::line(format_args!("step {} of 3: all {}\n", r.step.number(), r.step.outcome()))?,
+        None => output::line("no rotation is under way\n")?,
+    }
+    let mut table =
+        output::table(&["cluster", "sequence", "members", "trust it", "show it", "root", "waiting for"]);
+    let clusters = document["clusters"].as_array().map(Vec::as_slice).unwrap_or_default();
+    for cluster in clusters {
+        let text = |field: &str| match &cluster[field] {
+            Value::Null => "-".to_owned(),
+            Value::String(text) => text.clone(),
+            value => value.to_string(),
+        };
+        let pending = match cluster["pending"].as_array() {
+            Some(pending) => pending.iter().filter_map(Value::as_str).collect::<Vec<_>>().join(", "),
+            None => "to be heard of".to_owned(),
+        };
+        let fields = ["cluster", "sequence", "members", "holding", "showing", "root"].map(text);
+        table.add_row(fields.into_iter().chain([pending]));
+    }
+    output::line(output::table_text(&table))
+}
+
+/// Whether the federator may answer when it is asked again.
+fn is_passing(status: &tonic::Status) -> bool {
+    matches!(status.code(), tonic::Code::Unavailable | tonic::Code::Cancelled | tonic::Code::Unknown)
+}
+
+fn read(bytes: &[u8]) -> Result<TrustUpdate, Failure> {
+    let signed = tombolo_identity::rotation::SignedUpdate::from_bytes(bytes).map_err(Failure::new)?;
+    signed.read().map_err(Failure::new)
+}
+
+/// The new root takes the place of the old one, in the directory and beside the keys of clusters that were made here.
+fn finish(dir: &Path, rotation: &Rotation) -> Result<(), Failure> {
+    RootAuthority::promote(dir, &rotation.old_root).map_err(Failure::new)?;
+    let mut root = load(dir)?;
+    let update = state::update(dir, rotation.sequence())?.map(|bytes| read(&bytes)).transpose()?;
+    if let Some(update) = update {
+        root.keep_bundle(&update.bundle()).map_err(Failure::new)?;
+        for reissued in &update.intermediates {
+            refresh(&cluster_dir(dir, reissued.cluster.as_str()), reissued, &update.bundle())?;
+        }
+    }
+    Rotation::remove(dir)
+}
+
+/// A federator that loses its store starts from this directory: it must not start under the old root.
+fn refresh(dir: &Path, reissued: &Reissued, bundle: &TrustBundle) -> Result<(), Failure> {
+    let Ok(material) = ClusterMaterial::load(dir) else { return Ok(()) };
+    if spki_of(&material.certificate) != spki_of(&reissued.certificate) {
+        return Ok(());
+    }
+    let certificate = reissued.certificate.clone();
+    let material = ClusterMaterial { certificate, bundle: bundle.clone(), ..material };
+    material.save(dir).map_err(Failure::new)
+}
