@@ -86,6 +86,9 @@ pub struct TrustRecord {
     /// The update as it was signed, hex.
     #[serde(default)]
     pub update: Option<String>,
+    /// What was issued with last, hex: a later update need not carry it again.
+    #[serde(default)]
+    pub intermediate: Option<String>,
     #[serde(default)]
     pub leaves_after: u64,
 }

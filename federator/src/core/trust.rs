@@ -52,7 +52,8 @@ pub fn settle(
         .flat_map(|(_, update)| update.intermediates.iter().map(|reissued| reissued.certificate.clone()))
         .collect();
     let spki = rotation::spki_of(&material.certificate).ok_or_else(stranded)?;
-    let candidates = std::iter::once(&material.certificate).chain(&reissued);
+    let kept = record.intermediate.as_deref().and_then(|text| hex::decode(text).ok()).map(Into::into);
+    let candidates = std::iter::once(&material.certificate).chain(&reissued).chain(&kept);
     let intermediate = rotation::choose_intermediate(candidates, &spki, &binding, &bundle.roots, unix);
     let intermediate = intermediate.ok_or_else(stranded)?.clone();
     let root = rotation::root_of(&intermediate, &bundle.roots, unix).ok_or_else(stranded)?;
@@ -84,6 +85,15 @@ pub fn issuer_of(material: ClusterMaterial, trust: &TrustFacts) -> Result<LeafIs
     LeafIssuer::new(ClusterMaterial { certificate: trust.intermediate.clone(), ..material })
 }
 
+/// As it was stored.
+fn held_record(trust: &TrustFacts) -> TrustRecord {
+    TrustRecord {
+        update: trust.update.as_deref().map(hex::encode),
+        intermediate: Some(hex::encode(&trust.intermediate)),
+        leaves_after: trust.leaves_after,
+    }
+}
+
 fn copy(material: &ClusterMaterial) -> ClusterMaterial {
     ClusterMaterial {
         cluster: material.cluster.clone(),
@@ -110,7 +120,7 @@ impl Core {
         let trust = Arc::clone(&self.facts.trust);
         let held = Held { bundle: &trust.bundle, update: trust.update.as_deref() };
         let Some(update) = rotation::accept(bytes, held, moment.unix)? else { return Ok(false) };
-        let record = TrustRecord { update: Some(hex::encode(bytes)), leaves_after: trust.leaves_after };
+        let record = TrustRecord { update: Some(hex::encode(bytes)), ..held_record(&trust) };
         let certificate = trust.directory_certificate.clone();
         let material = ClusterMaterial { certificate, ..copy(&self.issuer.material) };
         self.adopt(material, &record, moment)?;
@@ -132,7 +142,8 @@ impl Core {
     ) -> Result<(), CoreError> {
         let settled = settle(&material, record, moment.unix)?;
         let issuer = issuer_of(material, &settled)?;
-        self.store.commit(&Transaction::new().put(RECORD, record))?;
+        let record = TrustRecord { intermediate: Some(hex::encode(&settled.intermediate)), ..record.clone() };
+        self.store.commit(&Transaction::new().put(RECORD, &record))?;
         let refused = self.facts.trust.refused.clone();
         self.facts.trust = Arc::new(TrustFacts { refused, ..settled });
         self.issuer = issuer;
@@ -169,8 +180,7 @@ impl Core {
             return Err(CoreError::Trust(UpdateError::Conflict(trust.bundle.sequence)));
         }
         let leaves_after = if renew_leaves { moment.unix.as_secs() } else { trust.leaves_after };
-        let update = trust.update.as_deref().map(hex::encode);
-        let record = TrustRecord { update, leaves_after };
+        let record = TrustRecord { leaves_after, ..held_record(&trust) };
         let probe = LeafIssuer::new(copy(&material))?;
         let signature = probe.sign_record(PROGRESS_LABEL, &[])?;
         if !probe.verify_record(PROGRESS_LABEL, &[], &signature) {

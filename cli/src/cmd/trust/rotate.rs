@@ -189,17 +189,15 @@ impl Run {
     async fn sign(&mut self, rotation: &Rotation, new: &RootAuthority) -> Result<Vec<u8>, Failure> {
         let old = load(&self.dir)?;
         let now = clock::since_unix_epoch();
-        let before = match rotation.step {
-            Step::Staging => None,
-            _ => state::update(&self.dir, rotation.sequence().saturating_sub(1))?,
-        };
+        // Of the step before, or of the rotation before: clusters go on with what it brought until there is better.
+        let before = state::update(&self.dir, rotation.sequence().saturating_sub(1))?;
         let before = before.map(|bytes| read(&bytes)).transpose()?;
-        let cross = match &before {
-            Some(before) => before.crosses.clone(),
-            None => vec![old.cross_sign(new.certificate(), now).map_err(Failure::new)?],
-        };
+        let mut crosses = before.as_ref().map(|before| before.crosses.clone()).unwrap_or_default();
+        if rotation.step == Step::Staging {
+            crosses.push(old.cross_sign(new.certificate(), now).map_err(Failure::new)?);
+        }
         let intermediates = match (rotation.step, before) {
-            (Step::Staging, _) => Vec::new(),
+            (Step::Staging, before) => before.map(|before| before.intermediates).unwrap_or_default(),
             (Step::Reissuing, _) => self.reissue(&old, new).await?,
             (_, Some(before)) => before.intermediates,
             (_, None) => {
@@ -215,11 +213,12 @@ impl Run {
         if rotation.step == Step::Retiring {
             roots.remove(0);
         }
+        crosses.retain(|cross| roots.iter().any(|root| spki_of(root) == spki_of(cross)));
         let update = TrustUpdate {
             trust_domain: old.trust_domain.clone(),
             sequence: rotation.sequence(),
             roots,
-            crosses: cross,
+            crosses,
             intermediates,
         };
         tombolo_identity::rotation::check_contents(&update, now).map_err(Failure::new)?;

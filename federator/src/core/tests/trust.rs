@@ -129,7 +129,15 @@ fn what_is_refused_changes_nothing_and_is_counted() {
     let rotation = Rotation::of(&world);
     let stage = rotation.signed(&world, 1, &[]);
     let reissue = rotation.signed(&world, 2, &[&east, &west]);
-    let without_east = rotation.signed(&world, 3, &[&west]);
+    let without_north = rotation.signed(&world, 3, &[&east, &west]);
+    let mut north = world.cluster("north");
+    north.core.update_trust(&stage, at(1)).unwrap();
+    let error = north.core.update_trust(&without_north, at(1)).unwrap_err();
+    assert_says(
+        &error.to_string(),
+        &["without a certificate", "trust cluster north --renew", "trust reload"],
+    );
+    assert_eq!((north.core.facts.trust.bundle.sequence, north.core.facts.trust.refused["stranded"]), (2, 1));
     let stranger = World::new();
     let foreign = Rotation::of(&stranger).signed(&stranger, 2, &[]);
     east.core.update_trust(&reissue, at(1)).unwrap();
@@ -141,7 +149,6 @@ fn what_is_refused_changes_nothing_and_is_counted() {
     for (bytes, reason) in [
         (&stage, "old"),
         (&foreign, "unsigned"),
-        (&without_east, "stranded"),
         (&emptied, "roots"),
         (&reissue[..100].to_vec(), "malformed"),
         (&Vec::new(), "malformed"),
