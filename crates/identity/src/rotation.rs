@@ -156,7 +156,9 @@ pub fn accept(bytes: &[u8], held: Held<'_>, now: Duration) -> Result<Option<Trus
     if !bundle.roots.iter().any(|root| is_current(root, now) && signed.is_signed_by(root)) {
         return Err(UpdateError::Unsigned(update.sequence));
     }
-    if update.sequence == bundle.sequence {
+    // A cluster that was made after it holds its bundle already, and the rest comes with it.
+    let completes = held.update.is_none() && update.roots == bundle.roots;
+    if update.sequence == bundle.sequence && !completes {
         return Err(UpdateError::Conflict(update.sequence));
     }
     check_contents(&update, now)?;
@@ -199,7 +201,7 @@ pub fn check_contents(update: &TrustUpdate, now: Duration) -> Result<(), UpdateE
 }
 
 /// Of the certificates for one CA key that are at hand, the one to issue with: bound to this cluster, of a trusted root,
-/// valid, and the newest of those. `None`: the cluster would be cut off.
+/// valid, of the last root that is listed (a new one follows the one that goes), and the newest of those. `None`: the cluster would be cut off.
 pub fn choose_intermediate<'a>(
     candidates: impl IntoIterator<Item = &'a CertificateDer<'static>>,
     spki: &[u8],
@@ -207,12 +209,13 @@ pub fn choose_intermediate<'a>(
     roots: &[CertificateDer<'_>],
     now: Duration,
 ) -> Option<&'a CertificateDer<'static>> {
-    let usable = candidates.into_iter().filter(|certificate| {
-        spki_of(certificate).as_deref() == Some(spki)
-            && binding_of(certificate).as_ref() == Some(binding)
-            && roots.iter().any(|root| is_issued_by(certificate, root, now))
+    let usable = candidates.into_iter().filter_map(|certificate| {
+        let fits = spki_of(certificate).as_deref() == Some(spki)
+            && binding_of(certificate).as_ref() == Some(binding);
+        let root = roots.iter().rposition(|root| is_issued_by(certificate, root, now)).filter(|_| fits)?;
+        Some(((root, not_before(certificate)), certificate))
     });
-    usable.max_by_key(|certificate| not_before(certificate))
+    usable.max_by_key(|(rank, _)| *rank).map(|(_, certificate)| certificate)
 }
 
 /// SubjectPublicKeyInfo, DER.

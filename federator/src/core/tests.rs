@@ -283,7 +283,7 @@ impl Cluster {
         let domain = self.core.facts.cluster.trust_domain.clone();
         let bundle =
             tombolo_identity::bundle::TrustBundle::from_json(domain, &svid.trust_bundle_json).unwrap();
-        svid.chain_der.into_iter().chain([bundle.roots[0].to_vec()]).collect()
+        svid.chain_der.into_iter().take(2).chain([bundle.roots[0].to_vec()]).collect()
     }
 
     fn handle(&self, importer: &str, service: &str) -> Option<&crate::facts::HandleRecord> {

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use prost::Message;
+use rustls::pki_types::CertificateDer;
 use tombolo_identity::authority::ClusterMaterial;
 use tombolo_identity::bundle::fingerprint;
 use tombolo_identity::cluster_binding::ClusterBinding;
@@ -52,8 +53,9 @@ pub fn settle(
         .flat_map(|(_, update)| update.intermediates.iter().map(|reissued| reissued.certificate.clone()))
         .collect();
     let spki = rotation::spki_of(&material.certificate).ok_or_else(stranded)?;
-    let kept = record.intermediate.as_deref().and_then(|text| hex::decode(text).ok()).map(Into::into);
-    let candidates = std::iter::once(&material.certificate).chain(&reissued).chain(&kept);
+    let kept: Option<CertificateDer<'static>> =
+        record.intermediate.as_deref().and_then(|text| hex::decode(text).ok()).map(Into::into);
+    let candidates = kept.iter().chain([&material.certificate]).chain(&reissued);
     let intermediate = rotation::choose_intermediate(candidates, &spki, &binding, &bundle.roots, unix);
     let intermediate = intermediate.ok_or_else(stranded)?.clone();
     let root = rotation::root_of(&intermediate, &bundle.roots, unix).ok_or_else(stranded)?;

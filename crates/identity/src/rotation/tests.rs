@@ -79,8 +79,13 @@ fn each_step_is_taken_by_whoever_holds_the_one_before_and_by_who_missed_some() {
     }
     // Back, and beside: nothing of that is taken.
     assert_eq!(judge(&signed[0], &held), Err(UpdateError::Old { held: 4, found: 2 }));
-    let other = world.signed(&TrustUpdate { crosses: Vec::new(), ..world.update(3) });
-    assert_eq!(judge(&other, &held), Err(UpdateError::Conflict(4)));
+    let other = TrustUpdate { crosses: Vec::new(), ..world.update(3) };
+    let beside = accept(&world.signed(&other), Held { bundle: &held, update: Some(&signed[2]) }, NOW);
+    assert_eq!(beside, Err(UpdateError::Conflict(4)));
+    let both = TrustUpdate { roots: world.update(2).roots, ..other };
+    assert_eq!(judge(&world.signed(&both), &held), Err(UpdateError::Conflict(4)));
+    // A cluster that was made after the rotation has the bundle from its directory, and lacks the rest.
+    assert_eq!(judge(&signed[2], &held).unwrap(), Some(updates[2].clone()));
 }
 
 #[test]
@@ -168,11 +173,12 @@ fn who_missed_the_rotation_is_led_across_and_is_believed_by_who_did_not() {
 }
 
 #[test]
-fn the_newest_certificate_of_a_trusted_root_is_issued_with() {
+fn the_certificate_of_the_latest_trusted_root_is_issued_with() {
     let world = world();
     let binding = ClusterBinding { cluster: world.east.cluster.clone(), tag: world.east.tag };
     let spki = spki_of(&world.east.certificate).unwrap();
-    let later = NOW + Duration::from_secs(60);
+    // By a clock that is behind that of whoever made the first.
+    let later = NOW - Duration::from_secs(60);
     let again = world.new.reissue(&world.east.certificate, world.old.registry(), later).unwrap().certificate;
     let candidates = [world.east.certificate.clone(), again.clone()];
     let (old, new) = (world.old.certificate().clone(), world.new.certificate().clone());

@@ -25,6 +25,11 @@ pub fn trust_of(svid: &Svid) -> v1::TrustHeld {
     }
 }
 
+/// Whether a bundle may take the place of one of sequence `held`: no empty one locks everybody out, and nothing goes back.
+fn may_replace(bundle: &TrustBundle, held: u64) -> bool {
+    !bundle.roots.is_empty() && bundle.sequence >= held
+}
+
 /// What the federator wants everybody's SVID to be.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(super) struct Wanted {
@@ -107,7 +112,7 @@ impl Member {
         let own = self.spiffe_id().trust_domain();
         let bundle = TrustBundle::from_json(own.clone(), json)?;
         let held = self.svid().load().bundles.get(&own).map_or(0, |bundle| bundle.sequence);
-        if bundle.roots.is_empty() || bundle.sequence < held {
+        if !may_replace(&bundle, held) {
             tracing::warn!(
                 found = bundle.sequence,
                 held,
@@ -156,6 +161,17 @@ mod tests {
         // Never later than by age.
         let mut due = Schedule::new(AT.as_secs() + 1);
         assert_eq!(due.wait(&held(1, 5), Some(&wanted(2, 0)), AT, 1.0), Duration::from_secs(1));
+    }
+
+    #[test]
+    fn no_bundle_without_roots_and_none_of_before_is_trusted_by() {
+        let bundle = |sequence, roots: &[u8]| TrustBundle {
+            trust_domain: "a.example".parse().unwrap(),
+            sequence,
+            roots: roots.iter().map(|byte| vec![*byte].into()).collect(),
+        };
+        assert!(may_replace(&bundle(3, &[1]), 3) && may_replace(&bundle(4, &[1, 2]), 3));
+        assert!(!may_replace(&bundle(2, &[1]), 3) && !may_replace(&bundle(9, &[]), 3));
     }
 
     #[test]

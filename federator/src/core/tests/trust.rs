@@ -122,6 +122,29 @@ fn a_rotation_goes_from_cluster_to_cluster_and_their_words_come_back() {
 }
 
 #[test]
+fn a_cluster_that_is_made_after_a_rotation_takes_its_last_update_over_with_its_first_link() {
+    let mut world = World::new();
+    let mut east = world.cluster("east");
+    east.gateway("gw-1", at(0));
+    let mut rotation = Rotation::of(&world);
+    let updates: Vec<_> = (1..=3).map(|step| rotation.signed(&world, step, &[&east])).collect();
+    for update in &updates {
+        assert!(east.core.update_trust(update, at(1)).unwrap());
+    }
+    rotation.next.keep_bundle(&east.core.facts.trust.bundle).unwrap();
+    let material = rotation.next.sign_cluster(&name("south"), Existing::Refuse, at(0).unix).unwrap();
+    material.save(&world.trust_dir("south")).unwrap();
+    let mut south = world.start("south", at(2));
+    south.gateway("gw-1", at(2));
+    super::link(&mut east, &mut south, at(2));
+    passed_on(&east, &mut south, 1, at(3));
+    assert_eq!(south.core.facts.trust.update, east.core.facts.trust.update);
+    assert!(south.import("east").rejected.is_empty(), "{:?}", south.import("east").rejected);
+    passed_on(&south, &mut east, 1, at(4));
+    assert_eq!(word_of(&east.core, "south").unwrap().sequence, 4);
+}
+
+#[test]
 fn what_is_refused_changes_nothing_and_is_counted() {
     let mut world = World::new();
     let mut clusters = linked(&mut world, &[("east", "west")]);
