@@ -7,6 +7,7 @@
 //! what is decided in [`ledger`].
 
 mod ledger;
+mod page;
 mod state;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -14,7 +15,6 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use clap::Args;
-use serde_json::{Value, json};
 use tombolo_identity::TrustBundle;
 use tombolo_identity::authority::{ClusterMaterial, RootAuthority};
 use tombolo_identity::rotation::{Reissued, TrustUpdate, spki_of};
@@ -100,63 +100,80 @@ struct Run {
     progress: Progress,
 }
 
-/// What a wait has come to.
-enum Waited {
-    Acknowledged(Ledger),
-    Lacking(Ledger, Vec<String>),
+/// Both roots, while a rotation is under way; read once, since a key may cost a passphrase.
+struct Roots {
+    old: RootAuthority,
+    new: RootAuthority,
+}
+
+impl Roots {
+    fn load(dir: &Path) -> Result<Self, Failure> {
+        Ok(Self { old: load(dir)?, new: load(&RootAuthority::next_dir(dir))? })
+    }
 }
 
 impl Run {
     async fn drive(&mut self, format: Format) -> Result<Exit, Failure> {
-        let mut rotation = match Rotation::load(&self.dir)? {
+        let (mut rotation, roots) = match Rotation::load(&self.dir)? {
             Some(rotation) => {
                 let (step, since) = (rotation.step.word(), &rotation.started_at);
                 self.progress.done(&format!("going on with the rotation of {since}: {step}"));
-                rotation
+                let roots = (rotation.step != Step::Finishing).then(|| Roots::load(&self.dir)).transpose()?;
+                (rotation, roots)
             }
-            None => self.begin().await?,
+            None => {
+                let (rotation, roots) = self.begin().await?;
+                (rotation, Some(roots))
+            }
         };
+        if let Some(roots) = &roots
+            && let Some(ended) = self.steps(&mut rotation, roots, format).await?
+        {
+            return Ok(ended);
+        }
+        let root = finish(&self.dir, &rotation)?;
+        self.progress.done(&format!("the root is {}", rotation.new_root));
+        self.progress.line(&format!(
+            "the key of the old root is kept in {}: destroy it when nobody has to be led across any more",
+            self.dir.join("retired").display()
+        ));
+        // What is shown is a courtesy: everything is done.
+        if let Ok(answer) = self.ask().await {
+            page::show(None, (&root, None), &self.ledger(&root, &answer), format)?;
+        }
+        Ok(Exit::Done)
+    }
+
+    /// Step by step. An exit code where the run ends before the last one is acknowledged.
+    async fn steps(
+        &mut self,
+        rotation: &mut Rotation,
+        roots: &Roots,
+        format: Format,
+    ) -> Result<Option<Exit>, Failure> {
         let mut given_out = false;
         while rotation.step != Step::Finishing {
-            let new_root = load(&RootAuthority::next_dir(&self.dir))?;
             let update = match state::update(&self.dir, rotation.sequence())? {
                 Some(update) => update,
-                None => self.sign(&rotation, &new_root).await?,
+                None => self.sign(rotation, roots).await?,
             };
             given_out |= self.give_out(&update).await?;
-            let ledger = match self.wait(&rotation, &new_root).await? {
-                Waited::Acknowledged(ledger) => ledger,
-                Waited::Lacking(ledger, lacking) => {
-                    if !self.go_on_without(&rotation, &lacking)? {
-                        self.shown(Some(&rotation), &ledger, format)?;
-                        return self.unfinished(&rotation, &lacking, given_out);
-                    }
-                    ledger
-                }
-            };
-            let (done, all) = ledger.count(&rotation);
+            let (ledger, lacking) = self.wait(rotation, roots).await?;
+            if !lacking.is_empty() && !self.go_on_without(rotation, &lacking)? {
+                page::show(Some(rotation), (&roots.old, Some(&roots.new)), &ledger, format)?;
+                return self.unfinished(rotation, &lacking, given_out).map(Some);
+            }
+            let (done, all) = ledger.count(rotation);
             let (number, outcome) = (rotation.step.number(), rotation.step.outcome());
             self.progress.done(&format!("step {number} of 3: {done} of {all} {outcome}"));
             rotation.step = rotation.step.next();
             rotation.save(&self.dir)?;
         }
-        finish(&self.dir, &rotation)?;
-        let answer = self.ask().await;
-        self.progress.done(&format!("the root is {}", rotation.new_root));
-        self.progress.line(&format!(
-            "the key of the old root is kept in {}: destroy it when no backup of a cluster needs it",
-            self.dir.join("retired").display()
-        ));
-        // What is shown is a courtesy: everything is done.
-        if let Ok(answer) = answer {
-            let ledger = Ledger::new(load(&self.dir)?.registry(), &answer, &self.without);
-            self.shown(None, &ledger, format)?;
-        }
-        Ok(Exit::Done)
+        Ok(None)
     }
 
     /// Makes the new root, and notes that there is a rotation.
-    async fn begin(&mut self) -> Result<Rotation, Failure> {
+    async fn begin(&mut self) -> Result<(Rotation, Roots), Failure> {
         let root = load(&self.dir)?;
         let answer = self.ask().await?;
         let known = answer.roots_der.iter().any(|der| der.as_slice() == root.certificate().as_ref());
@@ -182,12 +199,12 @@ impl Run {
         let rotation = Rotation::new(root.fingerprint(), new.fingerprint(), first, started_at);
         rotation.save(&self.dir)?;
         self.progress.done(&format!("a new root is made: {}", rotation.new_root));
-        Ok(rotation)
+        Ok((rotation, Roots { old: root, new }))
     }
 
     /// Signs the update of a step and keeps it.
-    async fn sign(&mut self, rotation: &Rotation, new: &RootAuthority) -> Result<Vec<u8>, Failure> {
-        let old = load(&self.dir)?;
+    async fn sign(&mut self, rotation: &Rotation, roots: &Roots) -> Result<Vec<u8>, Failure> {
+        let Roots { old, new } = roots;
         let now = clock::since_unix_epoch();
         // Of the step before, or of the rotation before: clusters go on with what it brought until there is better.
         let before = state::update(&self.dir, rotation.sequence().saturating_sub(1))?;
@@ -198,7 +215,7 @@ impl Run {
         }
         let intermediates = match (rotation.step, before) {
             (Step::Staging, before) => before.map(|before| before.intermediates).unwrap_or_default(),
-            (Step::Reissuing, _) => self.reissue(&old, new).await?,
+            (Step::Reissuing, _) => self.reissue(old, new).await?,
             (_, Some(before)) => before.intermediates,
             (_, None) => {
                 return Err(Failure::new(format_args!(
@@ -222,7 +239,7 @@ impl Run {
             intermediates,
         };
         tombolo_identity::rotation::check_contents(&update, now).map_err(Failure::new)?;
-        let bytes = RootAuthority::sign_update(&update, &[&old, new]).map_err(Failure::new)?.to_bytes();
+        let bytes = RootAuthority::sign_update(&update, &[old, new]).map_err(Failure::new)?.to_bytes();
         state::keep_update(&self.dir, rotation.sequence(), &bytes)?;
         Ok(bytes)
     }
@@ -312,18 +329,14 @@ impl Run {
         }
     }
 
-    /// Until everybody has done what a step is about, or the time is over; at once without --wait.
-    async fn wait(&mut self, rotation: &Rotation, new: &RootAuthority) -> Result<Waited, Failure> {
-        let old = load(&self.dir)?;
+    /// Until everybody has done what a step is about, or the time is over; at once without --wait. Who has not.
+    async fn wait(&mut self, rotation: &Rotation, roots: &Roots) -> Result<(Ledger, Vec<String>), Failure> {
         let started = Instant::now();
         loop {
-            let ledger = self.ledger(&old, &self.ask().await?);
-            let lacking = ledger.lacking(rotation, new.certificate(), clock::since_unix_epoch());
-            if lacking.is_empty() {
-                return Ok(Waited::Acknowledged(ledger));
-            }
-            if !self.wait || started.elapsed() >= self.connect.timeout {
-                return Ok(Waited::Lacking(ledger, lacking));
+            let ledger = self.ledger(&roots.old, &self.ask().await?);
+            let lacking = ledger.lacking(rotation, roots.new.certificate(), clock::since_unix_epoch());
+            if lacking.is_empty() || !self.wait || started.elapsed() >= self.connect.timeout {
+                return Ok((ledger, lacking));
             }
             let (done, all) = ledger.count(rotation);
             let (number, outcome) = (rotation.step.number(), rotation.step.outcome());
@@ -378,8 +391,10 @@ impl Run {
     async fn status(&mut self, format: Format) -> Result<Exit, Failure> {
         let root = load(&self.dir)?;
         let rotation = Rotation::load(&self.dir)?;
+        let next = RootAuthority::next_dir(&self.dir);
+        let next = (rotation.is_some() && next.exists()).then(|| load(&next)).transpose()?;
         let ledger = self.ledger(&root, &self.ask().await?);
-        self.shown(rotation.as_ref(), &ledger, format)?;
+        page::show(rotation.as_ref(), (&root, next.as_ref()), &ledger, format)?;
         Ok(Exit::Done)
     }
 
@@ -410,55 +425,6 @@ impl Run {
         output::line("nothing was changed (dry run)")?;
         Ok(Exit::Done)
     }
-
-    /// The result, on standard output.
-    fn shown(&self, rotation: Option<&Rotation>, ledger: &Ledger, format: Format) -> Result<(), Failure> {
-        let root = load(&self.dir)?;
-        let next = RootAuthority::next_dir(&self.dir);
-        let next = if rotation.is_some() && next.exists() { Some(load(&next)?) } else { None };
-        let mut roots = vec![(if next.is_some() { "old" } else { "current" }, root.certificate())];
-        roots.extend(next.as_ref().map(|next| ("new", next.certificate())));
-        let clusters = ledger.document(&roots, clock::since_unix_epoch());
-        let document = json!({
-            "version": 1,
-            "step": rotation.map(|rotation| rotation.step),
-            "startedAt": rotation.map(|rotation| &rotation.started_at),
-            "root": root.fingerprint(),
-            "newRoot": next.as_ref().map(RootAuthority::fingerprint),
-            "sequence": ledger.sequence,
-            "clusters": clusters,
-        });
-        match format {
-            Format::Json => output::json(&document),
-            Format::Yaml => output::yaml(&document),
-            Format::Name => ledger.clusters().try_for_each(output::line),
-            Format::Table | Format::Wide => table(rotation, &document),
-        }
-    }
-}
-
-fn table(rotation: Option<&Rotation>, document: &Value) -> Result<(), Failure> {
-    match rotation {
-        Some(r) => output::line(format_args!("step {} of 3: all {}\n", r.step.number(), r.step.outcome()))?,
-        None => output::line("no rotation is under way\n")?,
-    }
-    let mut table =
-        output::table(&["cluster", "sequence", "members", "trust it", "show it", "root", "waiting for"]);
-    let clusters = document["clusters"].as_array().map(Vec::as_slice).unwrap_or_default();
-    for cluster in clusters {
-        let text = |field: &str| match &cluster[field] {
-            Value::Null => "-".to_owned(),
-            Value::String(text) => text.clone(),
-            value => value.to_string(),
-        };
-        let pending = match cluster["pending"].as_array() {
-            Some(pending) => pending.iter().filter_map(Value::as_str).collect::<Vec<_>>().join(", "),
-            None => "to be heard of".to_owned(),
-        };
-        let fields = ["cluster", "sequence", "members", "holding", "showing", "root"].map(text);
-        table.add_row(fields.into_iter().chain([pending]));
-    }
-    output::line(output::table_text(&table))
 }
 
 /// Whether the federator may answer when it is asked again.
@@ -472,7 +438,7 @@ fn read(bytes: &[u8]) -> Result<TrustUpdate, Failure> {
 }
 
 /// The new root takes the place of the old one, in the directory and beside the keys of clusters that were made here.
-fn finish(dir: &Path, rotation: &Rotation) -> Result<(), Failure> {
+fn finish(dir: &Path, rotation: &Rotation) -> Result<RootAuthority, Failure> {
     RootAuthority::promote(dir, &rotation.old_root).map_err(Failure::new)?;
     let mut root = load(dir)?;
     let update = state::update(dir, rotation.sequence())?.map(|bytes| read(&bytes)).transpose()?;
@@ -482,7 +448,8 @@ fn finish(dir: &Path, rotation: &Rotation) -> Result<(), Failure> {
             refresh(&cluster_dir(dir, reissued.cluster.as_str()), reissued, &update.bundle())?;
         }
     }
-    Rotation::remove(dir)
+    Rotation::remove(dir)?;
+    Ok(root)
 }
 
 /// A federator that loses its store starts from this directory: it must not start under the old root.
