@@ -36,7 +36,7 @@ pub fn run(cli: Cli) -> Result<Exit, Failure> {
         Command::Sidecar(args) => sidecar::run(args),
         Command::Demo(args) => demo::run(args),
         Command::DemoApp(args) => demo_app::run(args),
-        Command::Trust(args) => trust::run(args),
+        Command::Trust(args) => trust::run(args, connect),
         Command::Completion(args) => completion::run(args),
         Command::Link(args) => operate(link::run(args, connect)),
         Command::Unlink(args) => operate(unlink::run(args, connect)),

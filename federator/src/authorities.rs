@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use tombolo_identity::bundle::{TrustBundle, fingerprint};
+use tombolo_identity::bundle::fingerprint;
 use tombolo_identity::verify;
 use tombolo_model::expiry::{self, Urgency};
 use tombolo_model::status::Finding;
@@ -26,15 +26,13 @@ pub struct Authority {
 
 /// The cluster's intermediate and every root that it trusts.
 pub fn of(facts: &Facts) -> Vec<Authority> {
-    let cluster = &facts.cluster;
+    let trust = &facts.trust;
     let intermediate = Authority {
         role: "intermediate",
         fingerprint: String::new(),
-        not_after: cluster.intermediate_not_after,
+        not_after: trust.intermediate_not_after,
     };
-    let bundle = TrustBundle::from_json(cluster.trust_domain.clone(), &cluster.bundle_json);
-    let roots = bundle.map(|bundle| bundle.roots).unwrap_or_default();
-    let roots = roots.iter().filter_map(|root| {
+    let roots = trust.bundle.roots.iter().filter_map(|root| {
         let hash = fingerprint(root);
         let hash = hash.rsplit(':').next().unwrap_or_default();
         let fingerprint = hash.chars().take(16).collect();
@@ -63,9 +61,9 @@ impl Authority {
 
     fn remedy(&self, cluster: &str) -> String {
         match self.role {
-            "root" => "make a new root and reissue the intermediates of every cluster before".to_owned(),
+            "root" => "where the root is, run `tombolo trust rotate --wait`".to_owned(),
             _ => format!(
-                "where the root is, run `tombolo trust cluster {cluster} --renew` (or `tombolo trust sign` with its CSR), put the files into the federator's --trust-dir and restart it"
+                "where the root is, run `tombolo trust cluster {cluster} --renew` (or `tombolo trust sign` with its CSR), put the files into the federator's --trust-dir and run `tombolo trust reload` there"
             ),
         }
     }

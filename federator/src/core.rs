@@ -4,7 +4,7 @@
 //! and reads what it publishes: an `Arc<Facts>`, replaced whole after each batch of jobs that changed something. A job
 //! commits to the store before it changes a fact, so an error always means "unchanged". Operations live in the modules
 //! below, each `impl Core`: [`boot`], [`allot`], [`leases`], [`tokens`], [`members`], [`links`], [`imports`],
-//! `bundle_document`, `crl`, `jwt`, [`objects`] and [`audit`]. Ends when the last handle is dropped.
+//! `bundle_document`, `crl`, `jwt`, [`objects`], [`trust`] and [`audit`]. Ends when the last handle is dropped.
 
 pub mod allot;
 pub mod audit;
@@ -21,6 +21,7 @@ pub mod objects;
 #[cfg(test)]
 pub(crate) mod tests;
 pub mod tokens;
+pub mod trust;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
@@ -65,6 +66,10 @@ pub struct Core {
     jwt: JwtKeys,
     /// Number of the last CRL: they only grow.
     crl_number: u64,
+    /// When this cluster last said how far it is with what the federation trusts.
+    last_word: Duration,
+    /// A trust update that could not be stored yet.
+    pending_trust: Option<Vec<u8>>,
     /// Every handle in `facts.handles`.
     in_use: BTreeSet<Handle>,
     /// Services, exports or links have changed: who needs a handle is to be looked at again.
@@ -228,11 +233,13 @@ impl Core {
             self.dirty = true;
         }
         self.refresh_imports(moment);
+        self.tick_trust(moment);
         // An attempt that failed is made again.
         self.dirty |= self.handles_stale;
         if moment.monotonic.saturating_sub(self.last_save) >= Duration::from_secs(1) {
             self.last_save = moment.monotonic;
             self.save_imports();
+            self.retry_trust(moment);
             self.keep_own_lease(moment);
             self.remember_absent();
             self.forget_expired(unix, moment.monotonic);

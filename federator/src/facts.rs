@@ -8,7 +8,9 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustls::pki_types::CertificateDer;
 use serde::{Deserialize, Serialize};
+use tombolo_identity::bundle::{TrustBundle, fingerprint};
 use tombolo_identity::jwt::JwtAuthority;
 use tombolo_identity::{SpiffeId, TrustDomain};
 use tombolo_model::ids::{Block, ClusterTag, EndpointId, Epoch, Handle, Revision};
@@ -20,6 +22,7 @@ use tombolo_overlay::keys::{ClusterKey, HandleBinding, LinkKey};
 use tombolo_proto::v1;
 
 use crate::registry::Registry;
+use crate::rotation::Word;
 use crate::store::{Record, Table};
 
 /// The `service` of control handles.
@@ -34,18 +37,64 @@ pub struct ClusterFacts {
     pub tag: ClusterTag,
     pub trust_domain: TrustDomain,
     pub federator_id: SpiffeId,
-    pub bundle_json: String,
-    pub root_fingerprint: String,
-    /// Of the trust root's certificate, unix seconds; 0: unknown.
-    pub root_not_after: u64,
-    /// Of this cluster's intermediate, unix seconds; 0: unknown.
-    pub intermediate_not_after: u64,
     pub cluster_key: ClusterKey,
     pub self_link_key: LinkKey,
     pub epoch: Epoch,
     /// `ClusterProperty` values of this cluster.
     pub properties: BTreeMap<String, String>,
     pub started_unix: u64,
+}
+
+/// What this cluster trusts and issues with; replaced whole (`core::trust`).
+#[derive(Clone, Debug)]
+pub struct TrustFacts {
+    pub bundle: TrustBundle,
+    /// The same, as members get it.
+    pub bundle_json: String,
+    /// The update that brought it, as it was signed; `None` before a first rotation.
+    pub update: Option<Arc<[u8]>>,
+    /// Lead from roots of before to the one that this cluster's intermediate is of.
+    pub crosses: Vec<CertificateDer<'static>>,
+    /// Intermediates of every cluster that the root has signed anew.
+    pub reissued: Arc<[CertificateDer<'static>]>,
+    /// Of the same key, as it lies in the trust directory: what a restart begins with.
+    pub directory_certificate: CertificateDer<'static>,
+    /// The certificate that is issued with.
+    pub intermediate: CertificateDer<'static>,
+    pub issuer_sha256: [u8; 32],
+    /// Of the root that the intermediate is of.
+    pub root_fingerprint: String,
+    /// Unix seconds; 0: unknown.
+    pub root_not_after: u64,
+    /// Unix seconds; 0: unknown.
+    pub intermediate_not_after: u64,
+    /// Members whose leaf is older renew. Unix seconds.
+    pub leaves_after: u64,
+    /// Updates that were refused since the start, by reason.
+    pub refused: BTreeMap<&'static str, u64>,
+}
+
+impl TrustFacts {
+    /// Whether a certificate of this fingerprint is a trusted root.
+    pub fn trusts(&self, root_fingerprint: &str) -> bool {
+        self.bundle.roots.iter().any(|root| fingerprint(root) == root_fingerprint)
+    }
+}
+
+/// What the core has taken over beside the trust directory; one record, `trust`.
+#[derive(Clone, Default, Serialize, Deserialize)]
+pub struct TrustRecord {
+    /// The update as it was signed, hex.
+    #[serde(default)]
+    pub update: Option<String>,
+    /// What was issued with last, hex: a later update need not carry it again.
+    #[serde(default)]
+    pub intermediate: Option<String>,
+    #[serde(default)]
+    pub leaves_after: u64,
+}
+impl Record for TrustRecord {
+    const TABLE: Table = Table::Meta;
 }
 
 /// Where this federator's overlay endpoint is.
@@ -59,6 +108,9 @@ pub struct FederatorEndpoint {
 #[derive(Clone, Debug)]
 pub struct Facts {
     pub cluster: Arc<ClusterFacts>,
+    pub trust: Arc<TrustFacts>,
+    /// How far this cluster says it is with `trust`.
+    pub own_word: Option<Arc<Word>>,
     pub federator: Option<FederatorEndpoint>,
     /// Grows with every change, over restarts too.
     pub revision: u64,
@@ -345,6 +397,8 @@ pub struct Import {
     pub enforced: BTreeMap<String, v1::EnforcedRecord>,
     /// Of the peer's cluster.
     pub jwt_authorities: Vec<JwtAuthority>,
+    /// Of any cluster, by record key: how far it is with what the federation trusts.
+    pub words: BTreeMap<String, Arc<Word>>,
     pub position: (Epoch, Revision),
     /// Records that were refused, by key, with the reason.
     pub rejected: BTreeMap<String, String>,
@@ -364,6 +418,7 @@ impl Default for Import {
             revocations: BTreeMap::new(),
             enforced: BTreeMap::new(),
             jwt_authorities: Vec::new(),
+            words: BTreeMap::new(),
             position: (Epoch(0), Revision(0)),
             rejected: BTreeMap::new(),
             freshness: Freshness::Expired,

@@ -6,6 +6,8 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
 
 use prost::Message;
 use tombolo_identity::{SpiffeId, TrustDomain};
@@ -16,9 +18,10 @@ use tombolo_overlay::revoking;
 use tombolo_proto::convert::{self, FieldError};
 use tombolo_proto::v1;
 
-use crate::facts::{Facts, Import, ImportedExport, PeerGateway, Port};
+use crate::facts::{Facts, Import, ImportedExport, PeerGateway, Port, TrustFacts};
 use crate::jwt;
 use crate::revocations::{MAX_PEER_BYTES, MAX_REVOCATIONS, enforced_key, object_of, record_key};
+use crate::rotation;
 
 /// Key of the record with a cluster's gateways.
 pub const GATEWAYS: &str = "gateways";
@@ -47,14 +50,19 @@ pub struct PeerScope {
     pub peer: ClusterName,
     pub trust_domain: TrustDomain,
     pub ranges: AllowedRanges,
+    pub trust: Arc<TrustFacts>,
+    /// Since the Unix epoch.
+    pub unix: Duration,
 }
 
 impl PeerScope {
-    pub fn of(facts: &Facts, peer: &ClusterName) -> Self {
+    pub fn of(facts: &Facts, peer: &ClusterName, unix: Duration) -> Self {
         Self {
             peer: peer.clone(),
             trust_domain: facts.cluster.trust_domain.clone(),
             ranges: facts.allowed_ranges(peer),
+            trust: Arc::clone(&facts.trust),
+            unix,
         }
     }
 }
@@ -91,6 +99,8 @@ pub fn remove(import: &mut Import, key: &str) {
         GATEWAYS => {}
         PROPERTIES => import.properties.clear(),
         jwt::AUTHORITIES => import.jwt_authorities.clear(),
+        // What a cluster has said stays said; what is trusted is not the peer's to take back.
+        key if key == rotation::TRUST || rotation::is_progress_key(key) => {}
         key => {
             import.revocations.remove(key);
             import.enforced.remove(key);
@@ -146,6 +156,12 @@ fn read(import: &mut Import, scope: &PeerScope, record: &v1::Record) -> Result<(
                 return Err(FieldError::new("enforced", &record.key, expected));
             }
             import.enforced.insert(record.key.clone(), enforced.clone());
+        }
+        // The core has judged it (`core::trust`).
+        Some(v1::record::Value::Trust(_)) => expect_key(&record.key, rotation::TRUST)?,
+        Some(v1::record::Value::TrustProgress(wire)) => {
+            let word = rotation::read_word(&scope.trust, &record.key, wire, scope.unix)?;
+            rotation::keep_word(import, &record.key, word)?;
         }
         // Of a newer version.
         None => return Err(FieldError::new("record.value", "nothing", "a kind of record known here")),
@@ -299,6 +315,8 @@ mod tests {
             peer: "west".parse().unwrap(),
             trust_domain: "a.example".parse().unwrap(),
             ranges: AllowedRanges::default(),
+            trust: crate::view::tests::east().trust,
+            unix: Duration::ZERO,
         }
     }
 

@@ -22,6 +22,7 @@ pub mod refusals;
 pub mod registry;
 pub mod revocations;
 pub mod role;
+pub mod rotation;
 pub mod service;
 pub mod snapshot;
 pub mod store;

@@ -5,10 +5,11 @@
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 use std::time::Duration;
 
 use prost::Message;
-use tombolo_identity::bundle::{BundleError, BundleSet, TrustBundle, fingerprint};
+use tombolo_identity::bundle::{BundleSet, fingerprint};
 use tombolo_identity::verify::{self, Usage};
 use tombolo_identity::{SpiffeId, issuer};
 use tombolo_model::audit::Requester;
@@ -25,7 +26,7 @@ use crate::core::links::{PROOF_LABEL, check_control};
 use crate::core::{CoreError, CoreHandle};
 use tombolo_model::ranges::AllowedRanges;
 
-use crate::facts::{ClusterFacts, PeerGateway};
+use crate::facts::{Facts, PeerGateway};
 use crate::import::{self, PeerScope};
 
 const CALL_TIMEOUT: Duration = Duration::from_secs(10);
@@ -64,28 +65,28 @@ pub fn signed_bytes(token_id: &str, party: &v1::LinkParty) -> Vec<u8> {
 /// Checks a party's chain, names and records. `own`: this side.
 pub fn verify_party(
     party: &v1::LinkParty,
-    own: &ClusterFacts,
+    facts: &Facts,
     loopback: bool,
     unix: Duration,
 ) -> Result<VerifiedParty, CoreError> {
+    let (own, trust) = (&facts.cluster, &facts.trust);
     let cluster: ClusterName = convert::parse("party.cluster", &party.cluster)?;
     let tag = convert::tag("party.tag", party.tag)?;
     let [leaf, intermediate, root] = party.ca_chain_der.as_slice() else {
         let expected = "the federator's leaf, its intermediate and the root";
         return Err(FieldError::new("party.ca_chain", party.ca_chain_der.len(), expected).into());
     };
-    if fingerprint(root) != own.root_fingerprint {
+    if !trust.trusts(&fingerprint(root)) {
         return Err(CoreError::Denied(format!(
-            "{cluster} belongs to another federation (root {}, ours is {}): clusters link under one root",
+            "{cluster} belongs to another federation (root {}, ours is {}): clusters link under one root; if it was rotated meanwhile, run `tombolo trust deliver` for the one that missed it",
             fingerprint(root),
-            own.root_fingerprint
+            trust.root_fingerprint
         )));
     }
-    let bundle = TrustBundle::from_json(own.trust_domain.clone(), &own.bundle_json)
-        .map_err(|e: BundleError| CoreError::Invalid(e.to_string()))?;
+    let bundles = BundleSet::of(trust.bundle.clone()).reissuing(Arc::clone(&trust.reissued));
     let chain: Vec<_> = [leaf, intermediate].into_iter().map(|der| der.clone().into()).collect();
     let time = verify::unix_time(unix);
-    let identity = verify::authenticate(&chain, &BundleSet::of(bundle), Usage::Client, time)
+    let identity = verify::authenticate(&chain, &bundles, Usage::Client, time)
         .map_err(|e| CoreError::Denied(format!("the chain of {cluster} does not hold: {e}")))?;
     if identity.cluster != cluster || identity.tag != tag {
         return Err(CoreError::Denied(format!(
@@ -113,7 +114,13 @@ pub fn verify_party(
     let control = HandleBinding::from_wire(wire)?;
     check_control(&control, &own.name)?;
     let ranges = AllowedRanges { loopback, ..AllowedRanges::default() };
-    let scope = PeerScope { peer: cluster.clone(), trust_domain: own.trust_domain.clone(), ranges };
+    let scope = PeerScope {
+        peer: cluster.clone(),
+        trust_domain: own.trust_domain.clone(),
+        ranges,
+        trust: Arc::clone(trust),
+        unix,
+    };
     Ok(VerifiedParty {
         gateways: import::gateways_of(&scope, &party.gateways)?,
         properties: import::properties_of(&party.properties)?,
@@ -139,12 +146,13 @@ pub async fn join(
     unix: Duration,
     operator: &Requester,
 ) -> Result<(ClusterName, ClusterTag), CoreError> {
-    let own = core.facts().cluster.clone();
+    let facts = core.facts();
+    let own = &facts.cluster;
     let plan = JoinPlan::from_link_token(token, &own.name, unix).map_err(refused)?;
-    if plan.root_fingerprint != own.root_fingerprint {
+    if !facts.trust.trusts(&plan.root_fingerprint) {
         return Err(CoreError::Denied(format!(
             "the token is from another federation (root {}, ours is {}): clusters link under one root",
-            plan.root_fingerprint, own.root_fingerprint
+            plan.root_fingerprint, facts.trust.root_fingerprint
         )));
     }
     let (peer, tag, id) = (plan.cluster.clone(), plan.tag, plan.token_id.clone());
@@ -188,7 +196,7 @@ async fn ask(
     let (expected, tag) = (plan.cluster.clone(), plan.tag);
     let operator = operator.clone();
     core.attempt(move |core, moment| {
-        let verified = verify_party(&inviter, &core.facts.cluster, loopback, moment.unix)?;
+        let verified = verify_party(&inviter, &core.facts, loopback, moment.unix)?;
         if (&verified.cluster, verified.tag) != (&expected, tag) {
             let found = format!("{} ({})", verified.cluster, verified.tag);
             return Err(FieldError::new("inviter.cluster", found, format!("{expected} ({tag})")).into());

@@ -48,6 +48,12 @@ pub struct AttestationLabels {
     pub result: &'static str,
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct RefusalLabels {
+    /// As `UpdateError::kind`.
+    pub reason: &'static str,
+}
+
 /// Handles of every metric; clones share them.
 #[derive(Clone, Debug)]
 pub struct Metrics {
@@ -68,6 +74,8 @@ pub struct Metrics {
     attestations: Family<AttestationLabels, Counter>,
     expired_connections: Counter,
     revoked_connections: Counter,
+    trust_sequence: Gauge<u64, AtomicU64>,
+    trust_refused: Family<RefusalLabels, Counter>,
 }
 
 impl Metrics {
@@ -92,6 +100,8 @@ impl Metrics {
             attestations: Family::default(),
             expired_connections: Counter::default(),
             revoked_connections: Counter::default(),
+            trust_sequence: Gauge::default(),
+            trust_refused: Family::default(),
         };
         registry.register("members", "Sidecars, machines and gateways, by state", metrics.members.clone());
         registry.register(
@@ -142,6 +152,12 @@ impl Metrics {
             "Connections cut because their peer is revoked",
             metrics.revoked_connections.clone(),
         );
+        registry.register("trust_sequence", "Of the roots that are trusted", metrics.trust_sequence.clone());
+        registry.register(
+            "trust_updates_refused",
+            "Trust updates that were refused, by reason",
+            metrics.trust_refused.clone(),
+        );
         metrics
     }
 
@@ -187,11 +203,16 @@ impl Metrics {
         self.revision.set(facts.revision);
         self.store_writable.set(i64::from(facts.store_writable));
         let left = |end: u64| end as f64 - unix.as_secs_f64();
-        self.intermediate_expiry.set(left(facts.cluster.intermediate_not_after));
-        self.root_expiry.set(left(facts.cluster.root_not_after));
+        self.intermediate_expiry.set(left(facts.trust.intermediate_not_after));
+        self.root_expiry.set(left(facts.trust.root_not_after));
         self.ca_expiry.clear();
         for Authority { role, fingerprint, not_after } in authorities::of(facts) {
             self.ca_expiry.get_or_create_owned(&CaLabels { ca: role, fingerprint }).set(left(not_after));
+        }
+        self.trust_sequence.set(facts.trust.bundle.sequence);
+        for (reason, count) in &facts.trust.refused {
+            // The facts' counters only grow, and this is their only copy.
+            self.trust_refused.get_or_create_owned(&RefusalLabels { reason }).inner().store(*count, Relaxed);
         }
     }
 

@@ -1,5 +1,6 @@
 //! What a linked peer is told: this cluster's gateways, properties and JWT authorities, its revocations and how far the
-//! peer's are enforced here, and the services that are exported to it. Pure.
+//! peer's are enforced here, what the federation trusts and how far clusters are with it, and the services that are
+//! exported to it. Pure.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -13,6 +14,7 @@ use crate::facts::{CONTROL, Facts};
 use crate::import::{GATEWAYS, MAX_ENDPOINTS, PROPERTIES, export_key};
 use crate::jwt;
 use crate::revocations;
+use crate::rotation;
 use crate::snapshot::{port_to_wire, usable_gateways};
 
 /// Every record that `peer` may have, by key.
@@ -39,6 +41,9 @@ pub fn records(facts: &Facts, peer: &ClusterName) -> BTreeMap<String, v1::Record
     }
     for enforced in revocations::enforced_for(facts, peer) {
         put(revocations::enforced_key(&enforced.revocation), Value::Enforced(enforced));
+    }
+    for (key, value) in rotation::records(facts, peer) {
+        put(key, value);
     }
     for (service, export) in exported(facts, peer) {
         put(export_key(&service), Value::Export(export));

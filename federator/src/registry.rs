@@ -49,6 +49,29 @@ pub enum Presence {
     Left,
 }
 
+/// What somebody verifies by and shows, as it says itself.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct HeldTrust {
+    /// Of its bundle; 0: it has not said.
+    pub sequence: u64,
+    /// Of the intermediate that it shows.
+    pub issuer_sha256: [u8; 32],
+    /// Start of its leaf, unix seconds.
+    pub issued_unix: u64,
+}
+
+impl HeldTrust {
+    /// What does not read is nothing: it counts as not said.
+    fn from_wire(wire: &v1::TrustHeld) -> Self {
+        let v1::TrustHeld { sequence, issuer_sha256, issued_unix } = wire;
+        Self {
+            sequence: *sequence,
+            issuer_sha256: issuer_sha256.as_slice().try_into().unwrap_or_default(),
+            issued_unix: u64::try_from(*issued_unix).unwrap_or(0),
+        }
+    }
+}
+
 /// A service as one endpoint serves it.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Served {
@@ -85,6 +108,7 @@ pub struct Member {
     /// Revocations by name, and when this process enforced them: milliseconds since the Unix epoch.
     /// Shared, since the registry is copied with every change of the facts.
     pub enforced: Arc<BTreeMap<String, i64>>,
+    pub trust: HeldTrust,
 }
 
 impl Member {
@@ -126,6 +150,7 @@ pub struct Gateway {
     pub watch: u64,
     pub links: Vec<v1::LinkCounters>,
     pub hops: Vec<v1::HopStatus>,
+    pub trust: HeldTrust,
 }
 
 /// What a sidecar said about itself, checked.
@@ -174,6 +199,8 @@ pub enum Event {
     },
     /// This federator has enforced revocations on its own connections.
     OwnEnforced(BTreeMap<String, i64>),
+    /// This federator's own SVID has been swapped.
+    OwnTrust(HeldTrust),
     Tick,
 }
 
@@ -188,6 +215,8 @@ pub struct Registry {
     patience: Patience,
     /// As [`Member::enforced`], of this federator.
     pub own_enforced: Arc<BTreeMap<String, i64>>,
+    /// Of this federator.
+    pub own_trust: HeldTrust,
 }
 
 impl Registry {
@@ -213,6 +242,7 @@ impl Registry {
             watch: 0,
             links: Vec::new(),
             hops: Vec::new(),
+            trust: HeldTrust::default(),
         };
         self.gateways.insert(record.name.clone(), gateway);
     }
@@ -247,6 +277,7 @@ impl Registry {
             upstreams: Vec::new(),
             hops: Vec::new(),
             enforced: Arc::default(),
+            trust: HeldTrust::default(),
         };
         self.enter(member);
     }
@@ -279,6 +310,11 @@ impl Registry {
                 self.own_enforced = Arc::new(enforced);
                 changed
             }
+            Event::OwnTrust(held) => {
+                let changed = self.own_trust != held;
+                self.own_trust = held;
+                changed
+            }
             Event::Tick => self.tick(now),
         }
     }
@@ -297,6 +333,7 @@ impl Registry {
         let (upstreams, hops) =
             old.as_ref().map(|o| (o.upstreams.clone(), o.hops.clone())).unwrap_or_default();
         let enforced = old.as_ref().filter(|_| same_start).map(|o| o.enforced.clone()).unwrap_or_default();
+        let trust = old.as_ref().filter(|_| same_start).map(|o| o.trust).unwrap_or_default();
         let member = Member {
             block,
             spiffe_id,
@@ -315,12 +352,15 @@ impl Registry {
             upstreams,
             hops,
             enforced,
+            trust,
         };
         self.enter(member);
     }
 
     fn gateway(&mut self, hello: GatewayHello, now: Duration, unix: u64) {
         let GatewayHello { name, border, inner, balanced, zone, start_number, endpoint, watch } = hello;
+        let same_start = self.gateways.get(&name).filter(|old| old.start_number == start_number);
+        let trust = same_start.map(|old| old.trust).unwrap_or_default();
         let gateway = Gateway {
             name: name.clone(),
             border,
@@ -337,6 +377,7 @@ impl Registry {
             watch,
             links: Vec::new(),
             hops: Vec::new(),
+            trust,
         };
         self.gateways.insert(name, gateway);
     }
@@ -358,6 +399,10 @@ impl Registry {
             changed |= *member.enforced != all;
             member.enforced = Arc::new(all);
         }
+        if let Some(held) = report.trust.as_ref().map(HeldTrust::from_wire) {
+            changed |= member.trust != held;
+            member.trust = held;
+        }
         member.upstreams = report.upstreams;
         member.hops = report.hops;
         let presence = if report.leaving { Presence::Left } else { Presence::Live };
@@ -374,7 +419,11 @@ impl Registry {
         let Some(gateway) = self.gateways.get_mut(name) else { return false };
         let counters = report.gateway.unwrap_or_default();
         let draining = counters.draining || report.leaving;
-        let changed = gateway.presence != Presence::Live || gateway.draining != draining;
+        let mut changed = gateway.presence != Presence::Live || gateway.draining != draining;
+        if let Some(held) = report.trust.as_ref().map(HeldTrust::from_wire) {
+            changed |= gateway.trust != held;
+            gateway.trust = held;
+        }
         gateway.draining = draining;
         gateway.presence = Presence::Live;
         gateway.registered = counters.registered;

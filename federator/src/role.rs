@@ -15,13 +15,14 @@ use prometheus_client::registry::Registry as MetricsRegistry;
 use tokio::net::UnixListener;
 use tokio_stream::wrappers::UnixListenerStream;
 use tombolo_identity::authority::{AuthorityError, ClusterMaterial};
-use tombolo_identity::bundle::{BundleError, BundleSet, TrustBundle};
+use tombolo_identity::bundle::BundleSet;
 use tombolo_identity::issuer::{IssueError, KeyAndCsr};
 use tombolo_identity::tls::SvidError;
 use tombolo_identity::{Svid, SvidHandle, tls};
 use tombolo_model::names::ClusterName;
 use tombolo_overlay::cid::Kind;
 use tombolo_overlay::grpc::{GrpcAcceptor, GrpcIncoming};
+use tombolo_overlay::member;
 use tombolo_overlay::member::renewal::due_at;
 use tombolo_overlay::revoking::Enforcer;
 use tombolo_overlay::{BindError, HandleClass, Limits, Overlay, OverlayConfig, ServerTls};
@@ -47,6 +48,7 @@ use crate::crl::{self, CrlTask};
 use crate::facts::FederatorEndpoint;
 use crate::metrics::Metrics;
 use crate::peers::PeersTask;
+use crate::registry::HeldTrust;
 use crate::revocations;
 use crate::service::admin::{AdminService, check_operator};
 use crate::service::config::ConfigService;
@@ -105,8 +107,6 @@ pub enum BuildError {
     Issue(#[from] IssueError),
     #[error("the federator's own SVID can't be used: {0}")]
     Svid(#[from] SvidError),
-    #[error("the trust bundle can't be used: {0}")]
-    Bundle(#[from] BundleError),
     #[error("the TLS configuration can't be made: {0}")]
     Tls(#[from] rustls::Error),
     #[error(transparent)]
@@ -140,6 +140,7 @@ pub struct Bound {
     crl: crl::Published,
     bundle_endpoint: Option<BundleEndpoint>,
     bind: IpAddr,
+    trust_dir: PathBuf,
     /// Dropped when everything serves.
     serving: BlockReady,
     tasks: TaskGroup,
@@ -225,6 +226,7 @@ impl Federator {
             crl,
             bundle_endpoint,
             bind: listen.ip(),
+            trust_dir,
             serving,
             tasks,
         })
@@ -257,6 +259,7 @@ impl Bound {
             crl,
             bundle_endpoint,
             bind,
+            trust_dir,
             serving,
             tasks,
         } = self;
@@ -297,7 +300,7 @@ impl Bound {
         tasks.spawn("join service", served("join", server.serve_with_incoming(join_incoming)));
         tasks.spawn("connections", accept(overlay.clone(), control, join));
         let ending = core.clone();
-        let service = AdminService { core, svid, bind, tasks: tasks.clone() };
+        let service = AdminService { core, svid, bind, trust_dir, tasks: tasks.clone() };
         let server = Server::builder().add_service(AdminServer::with_interceptor(service, check_operator));
         let operators = server.serve_with_incoming(UnixListenerStream::new(operators));
         tasks.spawn("operators", served("operators", operators));
@@ -348,25 +351,52 @@ async fn tick(core: CoreHandle) {
     }
 }
 
-/// A fresh key and a leaf for it.
+/// A fresh key and a leaf for it; peers are judged by what the core trusts.
 async fn own_svid(core: &CoreHandle) -> Result<Svid, BuildError> {
     let fresh = KeyAndCsr::generate()?;
     let csr = fresh.csr_der.clone();
-    let v1::Svid { chain_der, trust_bundle_json, .. } =
-        core.attempt(move |core, moment| core.own_svid(&csr, moment)).await?;
-    let bundle = TrustBundle::from_json(core.facts().cluster.trust_domain.clone(), &trust_bundle_json)?;
-    let chain = chain_der.into_iter().map(Into::into).collect();
-    Ok(Svid::new(&fresh.key_der, chain, BundleSet::of(bundle))?)
+    let (issued, trust) = core
+        .attempt(move |core, moment| Ok((core.own_svid(&csr, moment)?, Arc::clone(&core.facts.trust))))
+        .await?;
+    let chain = issued.chain_der.into_iter().map(Into::into).collect();
+    let bundles = BundleSet::of(trust.bundle.clone()).reissuing(Arc::clone(&trust.reissued));
+    Ok(Svid::new(&fresh.key_der, chain, bundles)?)
 }
 
-/// Renews the federator's own SVID at half its life.
+/// What handshakes with an SVID use, as every member reports it.
+fn held(svid: &Svid) -> HeldTrust {
+    let v1::TrustHeld { sequence, issuer_sha256, issued_unix } = member::trust_of(svid);
+    HeldTrust {
+        sequence,
+        issuer_sha256: issuer_sha256.try_into().unwrap_or_default(),
+        issued_unix: u64::try_from(issued_unix).unwrap_or(0),
+    }
+}
+
+/// Renews the federator's own SVID at half its life, and at once when what is trusted or issued with has changed.
 async fn renew_own_svid(core: CoreHandle, svid: SvidHandle) {
     let mut due = due_at(clock::unix_seconds(), svid.load().not_after, rand::random());
+    let mut facts = core.watch();
+    let mut said = None;
     loop {
         let now = clock::unix_seconds();
-        if now < due {
+        let own = held(&svid.load());
+        let trust = Arc::clone(&facts.borrow_and_update().trust);
+        let fits = own.sequence == trust.bundle.sequence
+            && own.issuer_sha256 == trust.issuer_sha256
+            && own.issued_unix >= trust.leaves_after;
+        if now < due && fits {
+            if said != Some(own) {
+                if core.call(move |core, moment| core.own_trust(own, moment)).await.is_err() {
+                    return;
+                }
+                said = Some(own);
+            }
             // Looked at again: the clock may have been set.
-            tokio::time::sleep(Duration::from_secs((due - now).min(300))).await;
+            let looked = tokio::time::timeout(Duration::from_secs((due - now).min(300)), facts.changed());
+            if let Ok(Err(_)) = looked.await {
+                return;
+            }
             continue;
         }
         match own_svid(&core).await {

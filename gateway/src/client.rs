@@ -142,8 +142,12 @@ impl ControlTask {
             tracing::warn!(%error, "a revocation is not understood and not enforced");
             self.metrics.rejected_records.get_or_create(&RejectLabels { record: "revocation" }).inc();
         }
-        if fresh && let Err(error) = self.member.remember(tables.federators(), Vec::new()) {
-            tracing::warn!(%error, "a part of the configuration can't be kept for the next start");
+        if fresh {
+            let kept = self.member.remember(tables.federators(), Vec::new());
+            if let Err(error) = kept.and(self.member.update_bundle(&snapshot.trust_bundle_json)) {
+                tracing::warn!(%error, "a part of the configuration can't be kept for the next start");
+            }
+            self.member.ask_renewal(snapshot.renewal.as_ref());
         }
         self.overlay.set_routes(self.routes(Some(&tables)));
         self.plane.set_tables(Arc::clone(&tables));
@@ -257,6 +261,7 @@ impl ReportTask {
                 registered: u32::try_from(status.registered).unwrap_or(u32::MAX),
             }),
             leaving,
+            trust: Some(self.member.trust()),
             ..Default::default()
         }
     }

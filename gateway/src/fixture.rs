@@ -90,6 +90,8 @@ pub fn snapshot() -> v1::GatewaySnapshot {
         epoch: 1,
         revision: 1,
         revocations: Vec::new(),
+        trust_bundle_json: String::new(),
+        renewal: None,
         cluster: "east".into(),
         tag: east().value(),
         cluster_key: CLUSTER_KEY.to_vec(),

@@ -146,6 +146,7 @@ impl ControlTask {
         }
         if fresh {
             self.remember(&tables);
+            self.member.ask_renewal(snapshot.renewal.as_ref());
         }
         // First of all: nothing that follows may let in who is revoked.
         for error in self.enforcer.learn(&snapshot.revocations) {
@@ -299,6 +300,7 @@ impl ReportTask {
             gateway: None,
             enforcements: self.enforcer.untold(),
             leaving,
+            trust: Some(self.member.trust()),
         }
     }
 }

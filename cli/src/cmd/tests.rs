@@ -83,6 +83,24 @@ impl admin_server::Admin for Scripted {
     ) -> Result<Response<TokenResponse>, Status> {
         no()
     }
+    async fn update_trust(
+        &self,
+        _: Request<UpdateTrustRequest>,
+    ) -> Result<Response<UpdateTrustResponse>, Status> {
+        no()
+    }
+    async fn trust_status(
+        &self,
+        _: Request<TrustStatusRequest>,
+    ) -> Result<Response<TrustStatusResponse>, Status> {
+        no()
+    }
+    async fn reload_trust(
+        &self,
+        _: Request<ReloadTrustRequest>,
+    ) -> Result<Response<ReloadTrustResponse>, Status> {
+        no()
+    }
 }
 
 /// A directory with the scripted federator's socket.

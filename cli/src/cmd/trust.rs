@@ -1,7 +1,9 @@
 //! `tombolo trust`: the offline root of the federation and the intermediates of its clusters.
 
 mod csr;
+mod deliver;
 mod keys;
+mod rotate;
 
 use std::path::{Path, PathBuf};
 
@@ -17,7 +19,8 @@ use tombolo_runtime::dirs::{self, Dirs};
 
 use keys::{CurrentPassphrase, Encryption, KeyArgs};
 
-use crate::args::{Format, Output};
+use super::operate;
+use crate::args::{Connect, Format, Output};
 use crate::failure::{Exit, Failure};
 use crate::output;
 
@@ -149,6 +152,33 @@ Examples:
         #[command(flatten)]
         output: Output,
     },
+    /// Exchange the root while everything runs: stage a new one, reissue, retire the old one
+    #[command(after_help = "\
+Each step is given to one federator, which passes it on to every linked cluster, and waits until every sidecar, gateway and
+federator has acknowledged it. A run that was ended anywhere is continued by the next.
+
+Examples:
+  tombolo trust rotate --wait --timeout 10m
+  tombolo trust rotate --status
+  tombolo trust rotate --dry-run
+  tombolo trust rotate --wait --timeout 1h --force     cuts off whoever has not acknowledged; asks first")]
+    Rotate(rotate::RotateArgs),
+    /// Give a federator the trust updates that it has missed
+    #[command(after_help = "\
+For a cluster that is not linked, that was left out of a rotation, or whose store was lost.
+
+Examples:
+  tombolo trust deliver --context west")]
+    Deliver(deliver::DeliverArgs),
+    /// Have a running federator read its trust directory again: a further intermediate, without a restart
+    #[command(after_help = "\
+Copy what `tombolo trust cluster NAME --renew` wrote over the federator's --trust-dir first. Certificates of the
+intermediate before stay good until their end.
+
+Examples:
+  tombolo trust reload --context east --wait
+  tombolo trust reload --renew-leaves --wait --timeout 2m")]
+    Reload(deliver::ReloadArgs),
 }
 
 #[derive(Debug, Args)]
@@ -172,7 +202,7 @@ pub fn cluster_dir(root: &Path, cluster: &str) -> PathBuf {
     root.join("clusters").join(cluster)
 }
 
-pub fn run(args: TrustArgs) -> Result<Exit, Failure> {
+pub fn run(args: TrustArgs, connect: Connect) -> Result<Exit, Failure> {
     match args.verb {
         Verb::Init { trust_domain, encryption, place, key } => {
             init(&trust_domain, encryption, &key, &place.resolve()?)
@@ -191,6 +221,9 @@ pub fn run(args: TrustArgs) -> Result<Exit, Failure> {
             keys::change(&passphrase, new_passphrase_file.as_deref(), remove, &place.resolve()?)
         }
         Verb::Show { place, output } => show(&place.resolve()?, output.format),
+        Verb::Rotate(args) => operate(rotate::run(args, connect)),
+        Verb::Deliver(args) => operate(deliver::deliver(args, connect)),
+        Verb::Reload(args) => operate(deliver::reload(args, connect)),
     }
 }
 
@@ -227,6 +260,7 @@ fn cluster(
     key: &KeyArgs,
 ) -> Result<Exit, Failure> {
     let name: ClusterName = name.parse().map_err(Failure::usage)?;
+    rotate::refuse_while_under_way(dir)?;
     let mut root = key.open(dir)?;
     let out = out.unwrap_or_else(|| cluster_dir(dir, name.as_str()));
     let made = !out.exists();

@@ -1,11 +1,12 @@
 //! The offline root: signs one intermediate per cluster, bound to its name and tag, and keeps the register of tags.
 //!
-//! A directory of four files: `root.key` (0600), `root.crt`, `trust-domain`, `registry.json`. It is needed only when a
-//! cluster is made or renewed, so keep it off the clusters. The key may lie elsewhere, or under a passphrase ([`keys`]); a
-//! cluster's key may be made where it is used ([`csr`]).
+//! A directory of four files: `root.key` (0600), `root.crt`, `trust-domain`, `registry.json`; `bundle.json` after a first
+//! rotation ([`rotating`]). It is needed only when a cluster is made or renewed, so keep it off the clusters. The key may lie
+//! elsewhere, or under a passphrase ([`keys`]); a cluster's key may be made where it is used ([`csr`]).
 
 pub mod csr;
 mod keys;
+mod rotating;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -59,6 +60,8 @@ pub enum AuthorityError {
     Key(#[from] KeyError),
     #[error("the CSR can't be signed: {0}; make one with `tombolo trust csr NAME`")]
     Csr(String),
+    #[error("a certificate can't be signed anew: {0}")]
+    Reissue(String),
 }
 
 impl From<SignerError> for AuthorityError {
@@ -110,6 +113,8 @@ pub struct RootAuthority {
     key: CaKey,
     certificate: CertificateDer<'static>,
     registry: Vec<RegistryEntry>,
+    /// What the federation is told to trust.
+    bundle: TrustBundle,
 }
 
 /// How the key of a new root is kept.
@@ -215,7 +220,10 @@ impl RootAuthority {
             }
         }
         let (key, key_pem) = keys::made(protection)?;
-        let mut params = signer_params(&trust_domain, format!("{trust_domain} root"), 1);
+        // A name of its own per key: a root and its successor are told apart by it.
+        let spki = hex::encode(Sha256::digest(key.der_bytes()));
+        let short = spki.get(..16).unwrap_or_default();
+        let mut params = signer_params(&trust_domain, format!("{trust_domain} root {short}"), 1);
         validity(&mut params, now, ROOT_LIFE);
         let certificate = params.self_signed(&key).map_err(|e| key.why(e))?.der().clone();
         files::private_dir(dir)?;
@@ -224,7 +232,8 @@ impl RootAuthority {
         }
         files::write_atomic(&dir.join("root.crt"), pem(&certificate).as_bytes(), 0o644)?;
         files::write_atomic(&dir.join("trust-domain"), trust_domain.as_str().as_bytes(), 0o644)?;
-        let root = Self { dir: dir.to_owned(), trust_domain, key, certificate, registry: Vec::new() };
+        let bundle = rotating::bundle_of(dir, &trust_domain, &certificate)?;
+        let root = Self { dir: dir.to_owned(), trust_domain, key, certificate, registry: Vec::new(), bundle };
         root.save_registry()?;
         Ok(root)
     }
@@ -246,7 +255,8 @@ impl RootAuthority {
             .map_err(|e: crate::spiffe_id::SpiffeIdError| damaged("trust-domain", e.to_string()))?;
         let registry = serde_json::from_str(&text("registry.json")?)
             .map_err(|e| damaged("registry.json", e.to_string()))?;
-        Ok(Self { dir: dir.to_owned(), trust_domain, key, certificate, registry })
+        let bundle = rotating::bundle_of(dir, &trust_domain, &certificate)?;
+        Ok(Self { dir: dir.to_owned(), trust_domain, key, certificate, registry, bundle })
     }
 
     fn save_registry(&self) -> Result<(), AuthorityError> {
@@ -261,11 +271,7 @@ impl RootAuthority {
         fingerprint(&self.certificate)
     }
     pub fn bundle(&self) -> TrustBundle {
-        TrustBundle {
-            trust_domain: self.trust_domain.clone(),
-            sequence: 1,
-            roots: vec![self.certificate.clone()],
-        }
+        self.bundle.clone()
     }
 
     fn tag_for(&self, name: &ClusterName, existing: Existing) -> Result<ClusterTag, AuthorityError> {

@@ -4,6 +4,7 @@
 //! everything of that domain is refused.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -110,12 +111,14 @@ pub fn fingerprint(certificate: &[u8]) -> String {
 pub struct BundleSet {
     bundles: BTreeMap<TrustDomain, TrustBundle>,
     revocations: Revocations,
+    /// Intermediates that a root has signed anew: who shows an older certificate of the same key is believed by these.
+    reissued: Arc<[CertificateDer<'static>]>,
 }
 
 impl BundleSet {
     pub fn of(bundle: TrustBundle) -> Self {
         let bundles = [(bundle.trust_domain.clone(), bundle)].into();
-        Self { bundles, revocations: Revocations::default() }
+        Self { bundles, ..Self::default() }
     }
     pub fn insert(&mut self, bundle: TrustBundle) {
         self.bundles.insert(bundle.trust_domain.clone(), bundle);
@@ -128,6 +131,13 @@ impl BundleSet {
     }
     pub fn revocations(&self) -> &Revocations {
         &self.revocations
+    }
+    #[must_use]
+    pub fn reissuing(self, reissued: Arc<[CertificateDer<'static>]>) -> Self {
+        Self { reissued, ..self }
+    }
+    pub fn reissued(&self) -> &[CertificateDer<'static>] {
+        &self.reissued
     }
     #[must_use]
     pub fn revoking(self, revocations: Revocations) -> Self {

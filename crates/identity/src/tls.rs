@@ -38,7 +38,7 @@ pub struct Svid {
     pub bundles: BundleSet,
     chain_hash: [u8; 32],
     certified: Arc<CertifiedKey>,
-    /// With the root appended: shown to joiners, who know only its fingerprint.
+    /// With the roots appended: shown to joiners, who know only a fingerprint.
     certified_with_root: Arc<CertifiedKey>,
 }
 
@@ -65,10 +65,9 @@ impl Svid {
         let key = aws_lc_rs::sign::any_supported_type(&key).map_err(|e| SvidError::Key(e.to_string()))?;
         let certified = CertifiedKey::new(chain.clone(), Arc::clone(&key));
         certified.keys_match().map_err(|e| SvidError::Key(e.to_string()))?;
-        let mut with_root = chain;
-        let roots =
-            bundles.get(&identity.spiffe_id.trust_domain()).map(|b| b.roots.clone()).unwrap_or_default();
-        with_root.extend(roots.into_iter().take(1));
+        let roots = bundles.get(&identity.spiffe_id.trust_domain()).map(|b| b.roots.as_slice());
+        // A joiner may know any of them: its token is older than a root that was staged meanwhile.
+        let with_root: Vec<_> = chain.into_iter().chain(roots.unwrap_or_default().iter().cloned()).collect();
         Ok(Self {
             spiffe_id: identity.spiffe_id,
             not_after: u64::try_from(identity.not_after).unwrap_or(0),
@@ -258,6 +257,9 @@ impl ClientCertVerifier for MeshVerifier {
     tls13_signatures!();
 }
 
+/// An intermediate, a cross certificate, and every root that is trusted during a rotation.
+const MAX_SHOWN: usize = 2 + crate::rotation::MAX_ROOTS;
+
 /// Trusts a chain that ends in the pinned root and belongs to the expected peer: for joiners, who have no bundle yet.
 #[derive(Debug)]
 struct PinnedRootVerifier {
@@ -276,11 +278,14 @@ impl ServerCertVerifier for PinnedRootVerifier {
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
         let unknown = || Error::InvalidCertificate(CertificateError::UnknownIssuer);
-        let (root, intermediates) = intermediates.split_last().ok_or_else(unknown)?;
-        if fingerprint(root) != self.root_fingerprint {
+        if intermediates.len() > MAX_SHOWN {
             return Err(unknown());
         }
-        let chain = chain(leaf, intermediates);
+        let is_pinned = |der: &&CertificateDer<'_>| fingerprint(der) == self.root_fingerprint;
+        let root = intermediates.iter().find(is_pinned).ok_or_else(unknown)?;
+        let between: Vec<_> =
+            intermediates.iter().filter(|der| !verify::is_self_named(der)).cloned().collect();
+        let chain = chain(leaf, &between);
         let claimed = verify::peer_identity_from_certs(&chain).map_err(refused)?;
         let bundle = crate::bundle::TrustBundle {
             trust_domain: claimed.spiffe_id.trust_domain(),

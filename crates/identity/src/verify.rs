@@ -15,7 +15,7 @@ use webpki::{EndEntityCert, KeyUsage, anchor_from_trusted_cert};
 use x509_parser::prelude::*;
 use x509_parser::public_key::PublicKey;
 
-use crate::bundle::BundleSet;
+use crate::bundle::{BundleSet, TrustBundle};
 use crate::cluster_binding::{ClusterBinding, OID_TEXT};
 use crate::spiffe_id::{SpiffeId, TrustDomain};
 
@@ -222,12 +222,38 @@ pub fn authenticate(
     if bundle.roots.is_empty() {
         return Err(IdentityError::EmptyBundle(domain));
     }
-    check_path(chain, &bundle.roots, &id, usage, now)?;
-    let identity = peer_identity_from_certs(chain)?;
+    let identity = match check_path(chain, &bundle.roots, &id, usage, now) {
+        Ok(()) => peer_identity_from_certs(chain)?,
+        Err(error) => by_reissued(chain, bundles, bundle, &id, usage, now).ok_or(error)?,
+    };
     match bundles.revocations().of(&identity) {
         Some(revocation) => Err(IdentityError::Revoked { id, revocation: Arc::clone(revocation) }),
         None => Ok(identity),
     }
+}
+
+/// Who shows an intermediate of a root that is trusted no more, where a trusted root has signed the same key and name
+/// anew: a member that was away during a rotation comes back by it. Everything but the signature on the leaf is taken
+/// from the certificate that is known here.
+fn by_reissued(
+    chain: &[CertificateDer<'_>],
+    bundles: &BundleSet,
+    bundle: &TrustBundle,
+    id: &SpiffeId,
+    usage: Usage,
+    now: UnixTime,
+) -> Option<PeerIdentity> {
+    let [leaf, shown, ..] = chain else { return None };
+    let named = |der: &CertificateDer<'_>| {
+        let certificate = parse(der).ok()?;
+        Some((certificate.public_key().raw.to_vec(), certificate.subject().as_raw().to_vec()))
+    };
+    let wanted = named(shown)?;
+    let known = bundles.reissued().iter().find(|known| named(known).as_ref() == Some(&wanted))?;
+    let better = [leaf.clone(), known.clone()];
+    check_path(&better, &bundle.roots, id, usage, now).ok()?;
+    let identity = peer_identity_from_certs(&better).ok()?;
+    Some(PeerIdentity { chain_hash: chain_hash(chain), ..identity })
 }
 
 /// RFC 5280 path validation by webpki: signatures, validity, CA bits, path lengths, extended key usage.
@@ -275,6 +301,11 @@ pub fn signed_by_leaf(leaf: &CertificateDer<'_>, message: &[u8], signature: &[u8
 /// Seconds since the epoch as the verifier's time.
 pub fn unix_time(since_epoch: Duration) -> UnixTime {
     UnixTime::since_unix_epoch(since_epoch)
+}
+
+/// Whether a certificate names itself as its issuer, as roots do.
+pub(crate) fn is_self_named(certificate: &[u8]) -> bool {
+    parse(certificate).is_ok_and(|certificate| certificate.subject() == certificate.issuer())
 }
 
 /// The end of a certificate's validity (DER), unix seconds.

@@ -10,7 +10,8 @@
 //! in. A torn or foreign file is an error that says what to do, never a reason to start over.
 //!
 //! [`join`](mod@join) fills the directory, [`control`] keeps a connection to a federator, [`renewal`] renews the SVID at half its
-//! life, [`workload`] asks for what the application behind it shows. The key is made here and never leaves.
+//! life, [`trust`] tells what is trusted and shown, [`workload`] asks for what the application behind it shows. The key is made
+//! here and never leaves.
 
 pub mod backoff;
 pub mod control;
@@ -19,6 +20,7 @@ pub mod renewal;
 mod state;
 #[cfg(test)]
 mod tests;
+mod trust;
 pub mod workload;
 
 use std::net::SocketAddr;
@@ -44,6 +46,7 @@ use crate::routes::{GatewayHop, Routes};
 pub use control::ControlError;
 pub use join::{JoinConnection, JoinError, JoinOptions, JoinPlan};
 use state::State;
+pub use trust::trust_of;
 
 /// How a member reaches its cluster's federators.
 #[derive(Clone, Debug, PartialEq)]
@@ -98,6 +101,8 @@ struct Inner {
     link: control::Link,
     /// A federator has ended the connection because this identity is revoked, and none has let it in since.
     refused: AtomicBool,
+    /// What the federator wants the SVID to be.
+    wanted: tokio::sync::watch::Sender<Option<trust::Wanted>>,
 }
 
 /// A joined sidecar or gateway; clones share it.
@@ -135,6 +140,7 @@ impl Member {
             state: Mutex::new(state),
             link: control::Link::default(),
             refused: AtomicBool::new(false),
+            wanted: tokio::sync::watch::Sender::new(None),
         })))
     }
 
@@ -226,7 +232,8 @@ impl Member {
         Ok(())
     }
 
-    /// A new bundle of the own trust domain. One without roots is refused: it would lock everybody out.
+    /// A new bundle of the own trust domain. One of before is left aside; one without roots is refused: it would lock
+    /// everybody out.
     pub fn update_bundle(&self, json: &str) -> Result<(), MemberError> {
         if json.is_empty() || self.lock().bundle == json {
             return Ok(());
@@ -235,7 +242,11 @@ impl Member {
         if bundle.roots.is_empty() {
             return Err(FieldError::new("trust_bundle_json", "no roots", "a bundle with a root").into());
         }
-        self.update(|state| state.bundle = json.to_owned())?;
+        let later = self.later_bundle(json)?;
+        if self.lock().bundle == later {
+            return Ok(());
+        }
+        self.update(|state| state.bundle = later)?;
         let svid = self.lock().svid()?;
         self.0.svid.swap(svid);
         Ok(())
@@ -244,6 +255,8 @@ impl Member {
     /// A renewed identity: key, chain and bundle, on disk before it is used.
     fn install(&self, key_pkcs8: &[u8], issued: &tombolo_proto::v1::Svid) -> Result<(), MemberError> {
         let own = self.spiffe_id();
+        let trust_bundle_json = self.later_bundle(&issued.trust_bundle_json)?;
+        let issued = &tombolo_proto::v1::Svid { trust_bundle_json, ..issued.clone() };
         let svid = check_svid(key_pkcs8, issued)?;
         if svid.spiffe_id != own {
             return Err(MemberError::OtherIdentity {

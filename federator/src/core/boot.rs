@@ -11,23 +11,22 @@ use std::time::Duration;
 use aws_lc_rs::hmac;
 use rustls::pki_types::PrivateKeyDer;
 use rustls::pki_types::pem::PemObject;
+use tombolo_identity::SpiffeId;
 use tombolo_identity::authority::ClusterMaterial;
-use tombolo_identity::bundle::fingerprint;
-use tombolo_identity::issuer::{IssueError, LeafIssuer};
-use tombolo_identity::{SpiffeId, verify};
+use tombolo_identity::issuer::IssueError;
 use tombolo_model::ids::{Epoch, Handle};
 use tombolo_model::names::ClusterName;
 use tombolo_model::resource::Object;
 use tombolo_model::sync::Freshness;
 use tombolo_overlay::keys::{ClusterKey, LinkKey};
 
-use super::Core;
 use super::audit::AuditLog;
 use super::imports::View;
+use super::{Core, trust};
 use crate::authorities::Announcements;
 use crate::facts::{
     ClusterFacts, Facts, HandleRecord, IdentityRecord, Import, ImportRecord, LeaseRecord, Link, MetaRecord,
-    ObjectRecord, Role, ShiftRecord, StoredObject,
+    ObjectRecord, Role, ShiftRecord, StoredObject, TrustRecord,
 };
 use crate::import;
 use crate::registry::{Patience, Registry};
@@ -74,26 +73,28 @@ impl Core {
     ) -> Result<Self, BootError> {
         let meta = meta(&*store, &material)?;
         let jwt = super::jwt::load(&*store, &material.cluster, unix.as_secs())?;
-        let root = material.bundle.roots.first().ok_or(BootError::NoRoot)?;
-        let trust = |e: &dyn std::fmt::Display| BootError::Trust(e.to_string());
+        if material.bundle.roots.is_empty() {
+            return Err(BootError::NoRoot);
+        }
+        let kept = record::get::<TrustRecord>(&*store, trust::RECORD)?.unwrap_or_default();
+        let settled = trust::settle(&material, &kept, unix).map_err(|e| BootError::Trust(e.to_string()))?;
+        let damaged = |e: &dyn std::fmt::Display| BootError::Trust(e.to_string());
         let cluster = ClusterFacts {
             name: material.cluster.clone(),
             tag: material.tag,
             trust_domain: material.trust_domain.clone(),
             federator_id: SpiffeId::federator(&material.trust_domain, &material.cluster)
-                .map_err(|e| trust(&e))?,
-            bundle_json: material.bundle.to_json(),
-            root_fingerprint: fingerprint(root),
+                .map_err(|e| damaged(&e))?,
             cluster_key: ClusterKey::from_bytes(key("cluster_key", &meta.cluster_key)?),
             self_link_key: LinkKey::from_bytes(key("self_link_key", &meta.self_link_key)?),
             epoch: meta.epoch,
             properties,
             started_unix: unix.as_secs(),
-            intermediate_not_after: verify::not_after(&material.certificate).map_err(|e| trust(&e))?,
-            root_not_after: verify::not_after(root).map_err(|e| trust(&e))?,
         };
         let mut facts = Facts {
             cluster: Arc::new(cluster),
+            trust: Arc::new(settled),
+            own_word: None,
             federator: None,
             revision: meta.starts << 32,
             objects: objects(&*store)?,
@@ -109,7 +110,7 @@ impl Core {
         };
         let released = handles(&*store, &mut facts)?;
         leases(&*store, &mut facts, unix.as_secs())?;
-        let views = imports(&*store, &mut facts)?;
+        let views = imports(&*store, &mut facts, unix)?;
         let heard = |(peer, import): (&ClusterName, &Arc<Import>)| Some((peer.clone(), import.heard?));
         let saved_heard = facts.imports.iter().filter_map(heard).collect();
         let audit = AuditLog::load(&*store)?;
@@ -118,11 +119,13 @@ impl Core {
             announcements: Announcements::default(),
             in_use: facts.handles.values().map(|record| record.handle).collect(),
             handles_stale: true,
+            issuer: trust::issuer_of(material, &facts.trust)?,
             facts,
             store,
-            issuer: LeafIssuer::new(material)?,
             jwt,
             crl_number: 0,
+            last_word: Duration::ZERO,
+            pending_trust: None,
             released,
             views,
             sessions: HashMap::new(),
@@ -245,7 +248,11 @@ fn leases(store: &dyn Store, facts: &mut Facts, unix: u64) -> Result<(), StoreEr
 }
 
 /// The last state of each peer's records: stale until the peer is heard again.
-fn imports(store: &dyn Store, facts: &mut Facts) -> Result<BTreeMap<ClusterName, View>, StoreError> {
+fn imports(
+    store: &dyn Store,
+    facts: &mut Facts,
+    unix: Duration,
+) -> Result<BTreeMap<ClusterName, View>, StoreError> {
     let saved: BTreeMap<String, ImportRecord> = all::<ImportRecord>(store)?.into_iter().collect();
     let peers: Vec<ClusterName> = facts.links.keys().cloned().collect();
     let mut views = BTreeMap::new();
@@ -258,7 +265,7 @@ fn imports(store: &dyn Store, facts: &mut Facts) -> Result<BTreeMap<ClusterName,
         if let Some(saved) = saved.get(peer.as_str()) {
             match import::from_saved(&saved.records) {
                 Some(records) => {
-                    let scope = import::PeerScope::of(facts, &peer);
+                    let scope = import::PeerScope::of(facts, &peer, unix);
                     records.values().for_each(|record| import::put(&mut import, &scope, record));
                     import.position = (saved.epoch, saved.revision);
                     import.heard = Some(Duration::from_secs(saved.heard_unix));

@@ -1,6 +1,7 @@
 //! Why the core refused: what it becomes on the wire.
 
 use tombolo_identity::issuer::IssueError;
+use tombolo_identity::rotation::UpdateError;
 use tombolo_model::resource::fields::ObjectError;
 use tombolo_proto::convert::FieldError;
 use tonic::{Code, Status};
@@ -20,6 +21,8 @@ pub enum CoreError {
     Object(#[from] ObjectError),
     #[error(transparent)]
     Issue(#[from] IssueError),
+    #[error(transparent)]
+    Trust(#[from] UpdateError),
     /// The caller may not do this.
     #[error("{0}")]
     Denied(String),
@@ -43,6 +46,7 @@ impl CoreError {
             Self::Store(error) => error.kind(),
             Self::Field(_) | Self::Object(_) | Self::Invalid(_) => "invalid",
             Self::Issue(_) => "issue",
+            Self::Trust(_) => "trust",
             Self::Denied(_) => "denied",
             Self::Precondition(_) => "precondition",
             Self::NotFound(_) => "not_found",
@@ -64,7 +68,9 @@ impl From<CoreError> for Status {
             CoreError::Gone => Code::Unavailable,
             CoreError::Store(_) => Code::Internal,
             CoreError::Field(_) | CoreError::Object(_) | CoreError::Invalid(_) => Code::InvalidArgument,
-            CoreError::Issue(_) | CoreError::Precondition(_) => Code::FailedPrecondition,
+            CoreError::Issue(_) | CoreError::Trust(_) | CoreError::Precondition(_) => {
+                Code::FailedPrecondition
+            }
             CoreError::Denied(_) => Code::PermissionDenied,
             CoreError::NotFound(_) => Code::NotFound,
             CoreError::Exhausted(_) => Code::ResourceExhausted,

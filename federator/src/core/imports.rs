@@ -13,6 +13,7 @@ use tombolo_proto::v1;
 use super::{Core, CoreError, Moment};
 use crate::facts::{Import, ImportRecord};
 use crate::import;
+use crate::rotation;
 use crate::store::{Table, Transaction};
 
 /// One peer's records.
@@ -61,7 +62,12 @@ impl Core {
         view.apply(epoch, update, moment.unix).map_err(|error: SyncError| {
             CoreError::Invalid(format!("{peer} sent an update that does not fit: {error}"))
         })?;
-        let scope = import::PeerScope::of(&self.facts, peer);
+        // First of all: the roots that it brings are those that the other records are judged by.
+        let offered =
+            sent.keys().find(|key| Self::is_trust(key)).and_then(|key| Self::trust_in(view.get(key)));
+        let refused = offered.and_then(|bytes| self.offered_trust(peer, &bytes, moment));
+        let scope = import::PeerScope::of(&self.facts, peer, moment.unix);
+        let view = self.views.entry(peer.clone()).or_insert_with(|| View::new(QUOTA));
         let import = Arc::make_mut(self.facts.imports.entry(peer.clone()).or_default());
         if whole {
             // Absence is removal; what is there but bad leaves the good one that was there before.
@@ -89,6 +95,9 @@ impl Core {
                     );
                 }
             }
+        }
+        if let Some(reason) = refused {
+            import::refuse(import, rotation::TRUST, reason);
         }
         import.position = view.position();
         self.unsaved_imports.insert(peer.clone());

@@ -197,7 +197,7 @@ impl Core {
             issuer: self.issuer.spki_sha256(),
         };
         let transaction = transaction.put(serial.as_str(), &record);
-        let svid = svid_to_wire(&leaf, &self.facts.cluster.bundle_json);
+        let svid = svid_to_wire(&leaf, &self.facts.trust.bundle_json);
         Ok(Issued { svid, transaction, record, spki_sha256: leaf.spki_sha256 })
     }
 
@@ -211,7 +211,9 @@ impl Core {
         let id = self.facts.cluster.federator_id.clone();
         let issued = self.issue(csr_der, &id, Role::Federator, moment, Transaction::new())?;
         let event = Event { requester: Requester::identity(id.as_str()), ..issued.event(Action::OwnSvid) };
-        let Issued { svid, transaction, record, .. } = issued;
+        let Issued { mut svid, transaction, record, .. } = issued;
+        // Members and peers that missed a rotation find their way across by it.
+        svid.chain_der.extend(self.facts.trust.crosses.iter().map(|cross| cross.to_vec()));
         self.commit_audited(transaction, event, moment)?;
         self.install_identity(record);
         Ok(svid)
@@ -250,7 +252,7 @@ impl Core {
         if request.workload {
             identity.workload = true;
             // The later write of a key stands.
-            transaction = transaction.put(&identity.serial.clone(), &identity);
+            transaction = transaction.put(identity.serial.clone(), &identity);
         }
         self.commit_audited(transaction, event, moment)?;
         self.install_identity(identity);

@@ -93,7 +93,7 @@ impl Core {
             cluster: cluster.name.to_string(),
             tag: cluster.tag.value(),
             ca_chain_der: chain,
-            trust_bundle_json: cluster.bundle_json.clone(),
+            trust_bundle_json: self.facts.trust.bundle_json.clone(),
             gateways: crate::snapshot::gateways_for(&self.facts, Role::Vm),
             control: Some(control.binding().to_wire()),
             federator_ids: vec![cluster.federator_id.to_string()],

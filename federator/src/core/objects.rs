@@ -81,7 +81,7 @@ impl Core {
         self.facts.objects.insert(key, Arc::new(stored));
         self.dirty = true;
         self.handles_stale = true;
-        affected.iter().for_each(|peer| self.rescope(peer));
+        affected.iter().for_each(|peer| self.rescope(peer, moment));
         Ok(outcome)
     }
 
@@ -132,13 +132,13 @@ impl Core {
         self.facts.objects.remove(key);
         self.dirty = true;
         self.handles_stale = true;
-        linked_cluster(&stored.object).iter().for_each(|peer| self.rescope(peer));
+        linked_cluster(&stored.object).iter().for_each(|peer| self.rescope(peer, moment));
         Ok(true)
     }
 
     /// A link's ranges have changed: what the peer said is read again.
-    fn rescope(&mut self, peer: &ClusterName) {
-        let scope = import::PeerScope::of(&self.facts, peer);
+    fn rescope(&mut self, peer: &ClusterName, moment: Moment) {
+        let scope = import::PeerScope::of(&self.facts, peer, moment.unix);
         let (Some(view), Some(import)) = (self.views.get(peer), self.facts.imports.get_mut(peer)) else {
             return;
         };

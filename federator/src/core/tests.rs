@@ -14,6 +14,7 @@ mod members;
 mod scale;
 mod stores;
 mod tokens;
+mod trust;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -291,7 +292,7 @@ impl Cluster {
         let domain = self.core.facts.cluster.trust_domain.clone();
         let bundle =
             tombolo_identity::bundle::TrustBundle::from_json(domain, &svid.trust_bundle_json).unwrap();
-        svid.chain_der.into_iter().chain([bundle.roots[0].to_vec()]).collect()
+        svid.chain_der.into_iter().take(2).chain([bundle.roots[0].to_vec()]).collect()
     }
 
     fn handle(&self, importer: &str, service: &str) -> Option<&crate::facts::HandleRecord> {
@@ -345,7 +346,7 @@ fn link_token(inviter: &mut Cluster, peer: &str, moment: Moment) -> v1::Token {
 }
 
 fn verified(own: &Cluster, party: &v1::LinkParty, moment: Moment) -> VerifiedParty {
-    linking::verify_party(party, &own.core.facts.cluster, false, moment.unix).unwrap()
+    linking::verify_party(party, &own.core.facts, false, moment.unix).unwrap()
 }
 
 /// The inviter's answer to a link request.

@@ -173,7 +173,7 @@ impl Core {
         let cluster = &self.facts.cluster;
         token.cluster = cluster.name.to_string();
         token.tag = cluster.tag.value();
-        token.root_fingerprint.clone_from(&cluster.root_fingerprint);
+        token.root_fingerprint.clone_from(&self.facts.trust.root_fingerprint);
         token.token_id = id;
         token.secret = secret.to_vec();
         token.not_after_unix = i64::try_from(not_after).unwrap_or(i64::MAX);

@@ -1,6 +1,7 @@
 //! `Admin`: the operator's API on a Unix socket. Whoever may open the socket must also be the federator's user or root.
 
 use std::net::IpAddr;
+use std::path::PathBuf;
 use std::pin::Pin;
 use std::time::Duration;
 
@@ -8,6 +9,7 @@ use futures::Stream;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tombolo_identity::SvidHandle;
+use tombolo_identity::authority::ClusterMaterial;
 use tombolo_model::audit::{Action, Event, Requester};
 use tombolo_model::names::{ClusterName, NameError};
 use tombolo_model::resource::{KindInfo, MAX_OBJECT_BYTES, MAX_OBJECTS, Object, ObjectKey};
@@ -34,6 +36,8 @@ pub struct AdminService {
     pub svid: SvidHandle,
     /// Where linking sends from.
     pub bind: IpAddr,
+    /// Where a further intermediate is looked for.
+    pub trust_dir: PathBuf,
     pub tasks: TaskGroup,
 }
 
@@ -285,5 +289,45 @@ impl Admin for AdminService {
     async fn audit(&self, request: Request<v1::AuditRequest>) -> Result<Response<Self::AuditStream>, Status> {
         let query = audit::Query::from_wire(request.into_inner())?;
         Ok(Response::new(audit::stream(self.core.audit().clone(), query, &self.tasks)))
+    }
+
+    async fn update_trust(
+        &self,
+        request: Request<v1::UpdateTrustRequest>,
+    ) -> Result<Response<v1::UpdateTrustResponse>, Status> {
+        let operator = operator(&request);
+        let update = request.into_inner().update;
+        let changed = self.attempt(operator, move |core, moment| core.update_trust(&update, moment)).await?;
+        let sequence = self.newest().await?.0.trust.bundle.sequence;
+        Ok(Response::new(v1::UpdateTrustResponse { changed, sequence }))
+    }
+
+    async fn trust_status(
+        &self,
+        _: Request<v1::TrustStatusRequest>,
+    ) -> Result<Response<v1::TrustStatusResponse>, Status> {
+        let status = self.core.call(|core, moment| core.trust_status(moment)).await;
+        Ok(Response::new(status.map_err(|_| CoreError::Gone)?))
+    }
+
+    async fn reload_trust(
+        &self,
+        request: Request<v1::ReloadTrustRequest>,
+    ) -> Result<Response<v1::ReloadTrustResponse>, Status> {
+        let operator = operator(&request);
+        let renew_leaves = request.into_inner().renew_leaves;
+        let dir = self.trust_dir.clone();
+        let read = tokio::task::spawn_blocking(move || ClusterMaterial::load(&dir)).await;
+        let material = read.map_err(|e| Status::internal(e.to_string()))?;
+        let material = material.map_err(|e| Status::failed_precondition(e.to_string()))?;
+        let changed = self
+            .attempt(operator, move |core, moment| core.reload_trust(material, renew_leaves, moment))
+            .await?;
+        let trust = self.newest().await?.0.trust;
+        Ok(Response::new(v1::ReloadTrustResponse {
+            changed,
+            issuer_sha256: trust.issuer_sha256.to_vec(),
+            not_after_unix: i64::try_from(trust.intermediate_not_after).unwrap_or(i64::MAX),
+        }))
     }
 }

@@ -6,10 +6,11 @@
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
-use tombolo_identity::SvidHandle;
+use tombolo_identity::{SvidHandle, rotation};
 use tombolo_model::audit::{Action, Event};
 use tombolo_proto::v1;
 use tombolo_proto::v1::join_server::Join;
+use tombolo_runtime::clock;
 use tonic::{Request, Response, Status};
 
 use crate::core::{Core, CoreError, CoreHandle, Moment};
@@ -64,8 +65,14 @@ impl JoinService {
 /// The federator's chain with the root last, as a party of a link shows it.
 pub fn chain_with_root(svid: &SvidHandle) -> Vec<Vec<u8>> {
     let svid = svid.load();
-    let roots = svid.bundles.get(&svid.spiffe_id.trust_domain()).map(|b| b.roots.clone()).unwrap_or_default();
-    svid.chain().iter().chain(roots.iter().take(1)).map(|der| der.to_vec()).collect()
+    let roots = svid.bundles.get(&svid.spiffe_id.trust_domain()).map(|b| b.roots.as_slice());
+    // The root that this intermediate is of, without certificates that lead there from others.
+    let chain = svid.chain().iter().take(2);
+    let root =
+        svid.chain().get(1).zip(roots).and_then(|(intermediate, roots)| {
+            rotation::root_of(intermediate, roots, clock::since_unix_epoch())
+        });
+    chain.chain(root).map(|der| der.to_vec()).collect()
 }
 
 #[tonic::async_trait]
@@ -120,7 +127,7 @@ fn join_link(
     let party = request.joiner.as_ref().ok_or_else(missing)?;
     // Where our own gateways are on loopback, so may the peer's be.
     let loopback = core.facts.registry.gateways.values().any(|gateway| gateway.border.ip().is_loopback());
-    let joiner = linking::verify_party(party, &core.facts.cluster, loopback, moment.unix)?;
+    let joiner = linking::verify_party(party, &core.facts, loopback, moment.unix)?;
     if !linking::verify_proof(party, &request.token_id, &request.joiner_chain_proof) {
         return Err(CoreError::Denied(format!("{} has not signed what it says of itself", joiner.cluster)));
     }

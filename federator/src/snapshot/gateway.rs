@@ -12,6 +12,7 @@ use crate::core::tokens::is_open_provisional;
 use crate::facts::{CONTROL, Facts, HandleRecord, JOIN, Link, Role};
 use crate::registry::Gateway;
 use crate::revocations;
+use crate::rotation;
 
 /// First packets per second of one handle: a sidecar does some 1,500 handshakes a second on one core.
 const SERVICE_INITIALS: u32 = 1000;
@@ -51,6 +52,8 @@ pub fn snapshot(facts: &Facts, name: &str, monotonic: Duration, unix: Duration) 
             .collect(),
         name: name.to_owned(),
         revocations: revocations::in_force(facts),
+        trust_bundle_json: facts.trust.bundle_json.clone(),
+        renewal: Some(rotation::renewal(facts)),
     }
 }
 

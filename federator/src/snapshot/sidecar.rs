@@ -17,6 +17,7 @@ use crate::facts::{Facts, Role};
 use crate::jwt;
 use crate::policies::{self, policy_for};
 use crate::revocations;
+use crate::rotation;
 
 /// The snapshot of the member that holds `block` and calls `upstreams`; without its lease, which the caller adds.
 pub fn snapshot(
@@ -49,7 +50,7 @@ pub fn snapshot(
                 address: if direct { f.address.to_string() } else { String::new() },
             })
             .collect(),
-        trust_bundle_json: cluster.bundle_json.clone(),
+        trust_bundle_json: facts.trust.bundle_json.clone(),
         direct,
         across: {
             let across = across(facts, block, direct.then_some(upstreams), rings, unix);
@@ -58,6 +59,7 @@ pub fn snapshot(
             links
         },
         revocations: revocations::in_force(facts),
+        renewal: Some(rotation::renewal(facts)),
         cluster_properties: cluster_properties(facts, &access_policies),
         jwt_authorities: jwt::believed(facts).into_iter().map(jwt::to_wire).collect(),
         access_policies: access_policies.into_iter().map(|(policy, _)| policy).collect(),

@@ -255,7 +255,8 @@ fn endpoint(view: &View<'_>, member: &Member) -> EndpointStatus {
 fn identities(view: &View<'_>) -> Vec<IdentityStatus> {
     let cluster = &view.facts.cluster;
     let authority = format!("spiffe://{}", cluster.trust_domain.as_str());
-    let authorities = [("root", cluster.root_not_after), ("intermediate", cluster.intermediate_not_after)];
+    let trust = &view.facts.trust;
+    let authorities = [("root", trust.root_not_after), ("intermediate", trust.intermediate_not_after)];
     let known = authorities.into_iter().filter(|(_, not_after)| *not_after > 0);
     let mut shown: Vec<_> =
         known.map(|(role, not_after)| identity(view, &authority, role, not_after)).collect();

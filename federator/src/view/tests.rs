@@ -14,7 +14,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use serde_json::{Value, json};
-use tombolo_identity::{SpiffeId, TrustDomain};
+use tombolo_identity::{SpiffeId, TrustBundle, TrustDomain};
 use tombolo_model::ids::{Block, ClusterTag, EndpointId, Epoch, Handle};
 use tombolo_model::names::ClusterName;
 use tombolo_model::resource::{KindInfo, Object};
@@ -25,7 +25,7 @@ use tombolo_proto::v1;
 use super::*;
 use crate::facts::{
     ClusterFacts, ControlHandle, HandleRecord, Import, ImportedExport, Link, PeerGateway, Port, Role,
-    StoredObject,
+    StoredObject, TrustFacts,
 };
 use crate::registry::{Event, GatewayHello, Registry, SidecarHello};
 
@@ -65,19 +65,32 @@ pub fn east() -> Facts {
         federator_id: SpiffeId::federator(&domain, &name).unwrap(),
         name,
         tag: ClusterTag::new(0x3e1e2a).unwrap(),
-        trust_domain: domain,
-        bundle_json: String::new(),
-        root_fingerprint: String::new(),
-        root_not_after: 0,
-        intermediate_not_after: 0,
+        trust_domain: domain.clone(),
         cluster_key: ClusterKey::from_bytes([1; 32]),
         self_link_key: LinkKey::from_bytes([2; 32]),
         epoch: Epoch(7),
         properties: BTreeMap::new(),
         started_unix: UNIX - 300,
     };
+    let trust = TrustFacts {
+        bundle: TrustBundle { trust_domain: domain, sequence: 1, roots: Vec::new() },
+        bundle_json: String::new(),
+        update: None,
+        crosses: Vec::new(),
+        reissued: Arc::new([]),
+        directory_certificate: Vec::new().into(),
+        intermediate: Vec::new().into(),
+        issuer_sha256: [1; 32],
+        root_fingerprint: String::new(),
+        root_not_after: 0,
+        intermediate_not_after: 0,
+        leaves_after: 0,
+        refused: BTreeMap::new(),
+    };
     Facts {
         cluster: Arc::new(facts),
+        trust: Arc::new(trust),
+        own_word: None,
         federator: None,
         revision: 42,
         objects: BTreeMap::new(),

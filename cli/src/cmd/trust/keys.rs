@@ -122,6 +122,57 @@ impl KeyArgs {
         Ok(root)
     }
 
+    /// The root of a directory and its successor, ready to sign; both are under one passphrase, or each behind a program.
+    pub fn open_pair(&self, dir: &Path, next: &Path, successor: &SuccessorKey) -> Result<Pair, Failure> {
+        let (mut old, mut new) = (super::load(dir)?, super::load(next)?);
+        let programs = (self.signer()?, successor.signer(self.signer_timeout)?);
+        let needs = |root: &RootAuthority, program: &Option<_>| -> Result<bool, Failure> {
+            Ok(program.is_none() && root.is_encrypted().map_err(failed)?)
+        };
+        let locked = (needs(&old, &programs.0)?, needs(&new, &programs.1)?);
+        // Asked for once.
+        let passphrase = (locked.0 || locked.1).then(|| self.passphrase.current(dir)).transpose()?;
+        let roots = [(&mut old, programs.0, locked.0), (&mut new, programs.1, locked.1)];
+        for (root, program, locked) in roots {
+            match (program, &passphrase) {
+                (Some(program), _) => root.attach(program).map_err(failed)?,
+                (None, Some(passphrase)) if locked => root.unlock(passphrase).map_err(failed)?,
+                (None, _) => {}
+            }
+        }
+        Ok(Pair { old, new })
+    }
+
+    /// Opens a root and makes its successor, whose key is kept as its own is.
+    pub fn succeed(
+        &self,
+        dir: &Path,
+        successor: &SuccessorKey,
+        make: impl FnOnce(Protection<'_>) -> Result<RootAuthority, Failure>,
+    ) -> Result<Pair, Failure> {
+        let mut old = super::load(dir)?;
+        if let Some(program) = self.signer()? {
+            old.attach(program).map_err(failed)?;
+        }
+        let encrypted = self.signer_command.is_none() && old.is_encrypted().map_err(failed)?;
+        let passphrase = encrypted.then(|| self.passphrase.current(dir)).transpose()?;
+        if let Some(passphrase) = &passphrase {
+            old.unlock(passphrase).map_err(failed)?;
+        }
+        let new = match (successor.signer(self.signer_timeout)?, &passphrase) {
+            (Some(program), _) => make(Protection::Signer(program))?,
+            (None, Some(passphrase)) => make(Protection::Passphrase(passphrase))?,
+            (None, None) if old.holds_key() => make(Protection::Plain)?,
+            (None, None) => {
+                return Err(Failure::usage(
+                    "the root's key lies behind a program, and its successor's would be in a file",
+                )
+                .remedy("name the program that holds the new key with --successor-signer-command"));
+            }
+        };
+        Ok(Pair { old, new })
+    }
+
     /// Makes a new root as the flags, a given passphrase or an asked operator want it.
     pub fn protect<R>(
         &self,
@@ -155,6 +206,28 @@ impl KeyArgs {
                 Ok(made)
             }
         }
+    }
+}
+
+/// A root and its successor.
+pub struct Pair {
+    pub old: RootAuthority,
+    pub new: RootAuthority,
+}
+
+/// Where a successor's key lies; where the root's own does unless this says otherwise.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Root key")]
+pub struct SuccessorKey {
+    /// Program with its arguments that holds the new root's key [default: a file, as the root's own key is]
+    #[arg(long, env = "TOMBOLO_TRUST_SUCCESSOR_SIGNER_COMMAND", value_name = "COMMAND")]
+    successor_signer_command: Option<String>,
+}
+
+impl SuccessorKey {
+    fn signer(&self, timeout: Duration) -> Result<Option<Box<CommandSigner>>, Failure> {
+        let Some(command) = &self.successor_signer_command else { return Ok(None) };
+        CommandSigner::open(command, timeout).map(Box::new).map(Some).map_err(failed)
     }
 }
 

@@ -1,4 +1,4 @@
-//! Renewal of the SVID at half its life, jittered, and of the keys that come with it. A failed renewal is tried again
+//! Renewal of the SVID at half its life, jittered, or when the federator wants another, and of the keys that come with it. A failed renewal is tried again
 //! with backoff: half a life is left. The swap acts on the next handshake, and live connections are shown it.
 
 use std::time::Duration;
@@ -10,6 +10,7 @@ use tombolo_runtime::clock;
 use tombolo_runtime::tasks::TaskGroup;
 
 use super::backoff::Backoff;
+use super::trust::Schedule;
 use super::{ControlError, Member, MemberError};
 use crate::endpoint::Overlay;
 use crate::keys::KeyRing;
@@ -19,6 +20,10 @@ use crate::lease::EndpointLease;
 const LONGEST_SLEEP: Duration = Duration::from_secs(300);
 /// Control keys reach 24 h ahead; renewed below this, a federator may be away for half a day.
 const KEYS_LOW: Duration = Duration::from_secs(12 * 3600);
+/// After a renewal that brought no later keys.
+const LOW_PAUSE: Duration = Duration::from_secs(60);
+/// After a renewal that brought another SVID than the federator wants: its wish was on its way.
+const UNFIT_PAUSE: Duration = Duration::from_secs(1);
 const CALL_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Why a renewal failed.
@@ -51,12 +56,20 @@ impl Member {
         tasks.spawn("SVID renewal", async move {
             let Some(first) = overlays.first().cloned() else { return };
             let mut backoff = Backoff::new(Duration::from_secs(5), Duration::from_secs(300));
+            let mut wanted = member.0.wanted.subscribe();
             // The start of this life is not written anywhere; now is late enough and never too late.
-            let mut due = due_at(clock::unix_seconds(), member.svid().load().not_after, rand::random());
+            let due = |member: &Member| {
+                due_at(clock::unix_seconds(), member.svid().load().not_after, rand::random())
+            };
+            let mut schedule = Schedule::new(due(&member));
             loop {
-                let now = clock::unix_seconds();
-                if now < due && !member.keys_low(clock::since_unix_epoch()) {
-                    tokio::time::sleep(Duration::from_secs(due - now).min(LONGEST_SLEEP)).await;
+                let now = clock::since_unix_epoch();
+                let wait = {
+                    let wanted = wanted.borrow_and_update();
+                    schedule.wait(&member.trust(), wanted.as_ref(), now, rand::random())
+                };
+                if !wait.is_zero() && !member.keys_low(now) {
+                    let _ = tokio::time::timeout(wait.min(LONGEST_SLEEP), wanted.changed()).await;
                     continue;
                 }
                 match member.renew(&first).await {
@@ -64,11 +77,15 @@ impl Member {
                         backoff.worked();
                         let lease = member.lease();
                         overlays.iter().for_each(|overlay| overlay.set_keys(lease.keys.clone()));
+                        schedule = Schedule::new(due(&member));
                         let not_after = member.svid().load().not_after;
-                        due = due_at(clock::unix_seconds(), not_after, rand::random());
                         tracing::info!(spiffe_id = %member.spiffe_id(), not_after, "SVID renewed");
-                        // Keys that stay low must not make this spin.
-                        tokio::time::sleep(Duration::from_secs(60)).await;
+                        // What stays as it was must not make this spin.
+                        if member.keys_low(now) {
+                            tokio::time::sleep(LOW_PAUSE).await;
+                        } else if wanted.borrow().as_ref().is_some_and(|w| !w.fits(&member.trust())) {
+                            tokio::time::sleep(UNFIT_PAUSE).await;
+                        }
                     }
                     Err(error) => {
                         tracing::warn!(%error, "SVID renewal failed and will be tried again");

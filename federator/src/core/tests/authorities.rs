@@ -11,7 +11,7 @@ fn an_intermediate_that_ends_is_found_at_30_7_and_1_days_with_what_to_do() {
     let mut world = World::new();
     let east = world.cluster("east");
     let facts = &east.core.facts;
-    let end = facts.cluster.intermediate_not_after;
+    let end = facts.trust.intermediate_not_after;
     let before = |days: u64| Duration::from_secs(end - days * DAY);
     let found = |unix: Duration| view::status(facts, Duration::ZERO, unix).findings;
     assert_eq!(found(before(31)), []);
@@ -40,7 +40,7 @@ fn the_log_is_told_at_each_step_and_then_as_often_as_it_is_urgent() {
     let mut world = World::new();
     let east = world.cluster("east");
     let facts = &east.core.facts;
-    let end = facts.cluster.intermediate_not_after;
+    let end = facts.trust.intermediate_not_after;
     let mut announcements = Announcements::default();
     let mut told = Vec::new();
     // A look every ten minutes for the last 40 days.

@@ -244,7 +244,7 @@ fn a_party_is_believed_only_with_its_own_federators_chain_under_our_root() {
             &["gateways.address", "127.0.0.1:7440"],
         ),
     ];
-    let own = &east.core.facts.cluster;
+    let own = &east.core.facts;
     linking::verify_party(&good, own, false, at(0).unix).unwrap();
     for (case, change, pieces) in cases {
         let mut party = good.clone();

@@ -117,7 +117,7 @@ fn own_identities_are_revoked_everywhere_and_others_here_alone() {
 #[test]
 fn a_peers_word_is_believed_about_its_own_identities_alone_and_answered() {
     let mut facts = revoked();
-    let scope = import::PeerScope::of(&facts, &cluster("west"));
+    let scope = import::PeerScope::of(&facts, &cluster("west"), std::time::Duration::ZERO);
     let record = |name: &str, of: &str, id: &str| v1::Record {
         key: record_key("api"),
         value: Some(v1::record::Value::Revocation(v1::Revocation {
@@ -154,7 +154,7 @@ fn peers_can_not_fill_the_snapshots_of_others() {
     for peer in 0..20 {
         let peer = format!("peer-{peer:02}");
         facts.link(&peer);
-        let scope = import::PeerScope::of(&facts, &cluster(&peer));
+        let scope = import::PeerScope::of(&facts, &cluster(&peer), std::time::Duration::ZERO);
         let import = facts.import(&peer);
         for number in 0..300 {
             let path = format!("{}{number}", "x".repeat(1900));

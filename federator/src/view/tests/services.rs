@@ -223,8 +223,8 @@ fn an_endpoint_is_shown_by_holder_identity_and_address() {
 #[test]
 fn identities_are_the_authorities_and_the_newest_of_each_id() {
     let mut facts = east();
-    let cluster = Arc::get_mut(&mut facts.cluster).unwrap();
-    (cluster.root_not_after, cluster.intermediate_not_after) = (UNIX + 1000, UNIX + 500);
+    let trust = Arc::get_mut(&mut facts.trust).unwrap();
+    (trust.root_not_after, trust.intermediate_not_after) = (UNIX + 1000, UNIX + 500);
     let issued = [
         ("1", "/gateway/gw-a", Role::Gateway, 10, 100),
         ("2", "/gateway/gw-a", Role::Gateway, 30, 60),
