@@ -1,6 +1,7 @@
 //! Rotation of roots, intermediates and leaves across linked clusters of real processes, with streams and requests
 //! running: nothing fails, nothing is dropped, whatever is killed in between.
 
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -25,7 +26,12 @@ const STALL: Duration = Duration::from_secs(2);
 fn rotate_args(mesh: &Mesh, cluster: &str, more: &[&str]) -> Vec<String> {
     let (socket, dir) = (mesh.socket(cluster), mesh.path("trust").display().to_string());
     let args = ["--socket", &socket, "trust", "rotate", "--dir", &dir];
-    args.iter().chain(more).map(ToString::to_string).collect()
+    let mut args: Vec<String> = args.iter().chain(more).map(ToString::to_string).collect();
+    let passphrase = mesh.path("passphrase");
+    if passphrase.exists() {
+        args.extend(["--passphrase-file".to_owned(), passphrase.display().to_string()]);
+    }
+    args
 }
 
 /// The exit code, standard output and standard error of a run.
@@ -279,6 +285,12 @@ fn a_cluster_two_links_away_acknowledges_and_is_waited_for() -> Result<()> {
     let mut mesh =
         Mesh::unlinked(&Layout { clusters: &["east", "far", "mid"], gateways: 1, ..Layout::default() })?;
     mesh.link_clusters("east", "mid")?;
+    // The root's key is under a passphrase, and so is its successor's.
+    let (dir, passphrase) = (mesh.path("trust").display().to_string(), mesh.path("passphrase"));
+    std::fs::write(&passphrase, "correct horse")?;
+    std::fs::set_permissions(&passphrase, std::fs::Permissions::from_mode(0o600))?;
+    let file = passphrase.display().to_string();
+    mesh.tombolo(&["trust", "passphrase", "--dir", &dir, "--new-passphrase-file", &file])?;
     // Far is in the register and not linked: its silence is no acknowledgement.
     let (code, _, stderr) = rotate(&mesh, "east", &["--wait", "--timeout", "4s"])?;
     ensure!(code == 4 && stderr.contains("far: nothing has been heard"), "exit {code}: {stderr}");
@@ -286,7 +298,12 @@ fn a_cluster_two_links_away_acknowledges_and_is_waited_for() -> Result<()> {
     // It belongs to the federation by the old root still; what it has missed comes over the link.
     mesh.link_clusters("mid", "far")?;
     everybody(&finished(&mesh, "east")?, 4, 3)?;
-    let dir = mesh.path("trust").display().to_string();
+    let key = std::fs::read_to_string(mesh.path("trust/root.key"))?;
+    ensure!(key.contains("ENCRYPTED"), "the successor's key is not under the passphrase");
+    let audit = mesh.operate("far", &["audit", "--action", "rotation", "-o", "json"])?;
+    let steps: Vec<Value> = audit.lines().map(serde_json::from_str).collect::<Result<_, _>>()?;
+    let subjects: Vec<_> = steps.iter().filter_map(|step| step["subject"].as_str()).collect();
+    ensure!(subjects.last() == Some(&"trust:4"), "{audit}");
     let shown: Value = serde_json::from_str(&mesh.tombolo(&["trust", "show", "--dir", &dir, "-o", "json"])?)?;
     for cluster in ["east", "mid", "far"] {
         let metrics = mesh.metrics(cluster, 1)?;
