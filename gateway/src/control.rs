@@ -5,6 +5,7 @@
 //! receives, sends and publishes. Where the kernel can't steer packets it is the only thread and forwards everything. Ends
 //! when [`Shared::stop`](crate::dataplane::Shared::stop) is set and it is woken.
 
+mod across;
 mod hints;
 pub mod hops;
 pub mod state;

@@ -9,7 +9,7 @@ use std::sync::OnceLock;
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 
-use crate::capability::{find_program, require_programs};
+use crate::capability::{find_program, require_programs, skipped};
 use crate::mesh;
 use crate::netns::Namespace;
 
@@ -17,9 +17,24 @@ use crate::netns::Namespace;
 #[derive(Clone, Debug)]
 pub struct Probe(PathBuf);
 
-/// `None` after listing `test` as skipped, where there is no Go. A build that fails fails the test.
+/// As `spiffe-go/go.mod` has it; Debian 12 packages an older one.
+const LEAST_GO: u32 = 25;
+
+/// The 26 of `go version go1.26.1 linux/amd64`.
+fn go_minor(said: &str) -> Option<u32> {
+    said.split_once("go1.")?.1.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()
+}
+
+/// `None` after listing `test` as skipped, where there is no Go, or too old a one. A build that fails fails the test.
 pub fn require_probe(test: &str) -> Option<Result<Probe>> {
     require_programs(test, &["go"])?;
+    let said = find_program("go").and_then(|go| Command::new(go).arg("version").output().ok());
+    let said = said.map(|output| String::from_utf8_lossy(&output.stdout).trim().to_owned());
+    let said = said.unwrap_or_default();
+    if go_minor(&said).is_none_or(|minor| minor < LEAST_GO) {
+        skipped(test, &format!("Go 1.{LEAST_GO} or newer is needed, this is {said:?}"));
+        return None;
+    }
     static BUILT: OnceLock<Result<PathBuf, String>> = OnceLock::new();
     let built = BUILT.get_or_init(|| build().map_err(|error| format!("{error:#}")));
     Some(built.clone().map(Probe).map_err(anyhow::Error::msg))
@@ -63,5 +78,17 @@ impl Probe {
         let text = String::from_utf8(output.stdout)?;
         let last = text.lines().last().with_context(|| format!("{command:?} printed nothing: {errors}"))?;
         serde_json::from_str(last).with_context(|| format!("not JSON: {last}"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn gos_version_is_read() {
+        assert_eq!(go_minor("go version go1.26.1 linux/amd64"), Some(26));
+        assert_eq!(go_minor("go version go1.19 linux/amd64"), Some(19));
+        assert_eq!(go_minor("nonsense"), None);
     }
 }

@@ -25,7 +25,7 @@ use crate::view::{Origin, Via, Who};
 const GONE_PER_SECOND: u32 = 200;
 
 /// The way to someone: socket, address, and the address of ours to send from.
-type Way = (Via, SocketAddr, Option<IpAddr>);
+pub(super) type Way = (Via, SocketAddr, Option<IpAddr>);
 
 impl State {
     /// A forwarding thread dropped a packet for an endpoint that is no more.
@@ -72,21 +72,6 @@ impl State {
         let selector =
             Selector::Endpoint { tag: tables.tag, endpoint: EndpointId::from_u32(block.value() << 4) };
         let bytes = gone_datagram(selector, tag, gone).encode(clocks.hour(), key);
-        Some(Effect::Send(Send { via, to, from, bytes, probe: None }))
-    }
-
-    fn gone_to_foreign(
-        &mut self,
-        tables: &Tables,
-        (tag, endpoint): (ClusterTag, EndpointId),
-        gone: decide::Gone,
-        (via, to, from): Way,
-        clocks: Now,
-    ) -> Option<Effect> {
-        let (link, hour) = (tables.peer(tag, clocks.unix)?, clocks.hour());
-        let key = link.across_key(tables.tag, endpoint.block(), &mut self.keys, hour, hour);
-        let selector = Selector::Across { tag, endpoint };
-        let bytes = gone_datagram(selector, tables.tag, gone).encode(hour, &key);
         Some(Effect::Send(Send { via, to, from, bytes, probe: None }))
     }
 
@@ -181,7 +166,7 @@ impl State {
     }
 }
 
-fn gone_datagram(selector: Selector, tag: ClusterTag, gone: decide::Gone) -> Datagram {
+pub(super) fn gone_datagram(selector: Selector, tag: ClusterTag, gone: decide::Gone) -> Datagram {
     let decide::Gone { endpoint, only_this_incarnation } = gone;
     Datagram {
         selector,

@@ -106,7 +106,7 @@ pub struct State {
     pub(super) gone_bucket: Bucket,
     pub(super) gone_sent: u64,
     gone_received: u64,
-    draining: bool,
+    pub(super) draining: bool,
     next_sweep: Instant,
     pub(super) dirty: bool,
     pub(super) known: Arc<HashMap<SocketAddr, Origin>>,
@@ -334,36 +334,7 @@ impl State {
         }
     }
 
-    /// From an endpoint of a linked cluster that sends past its own gateways: it may ask whether we live.
-    #[allow(clippy::too_many_arguments)] // one caller, which passes its own arguments on
-    fn on_across_datagram(
-        &mut self,
-        tables: &Tables,
-        (tag, endpoint): (ClusterTag, EndpointId),
-        unverified: &Unverified<'_>,
-        arrival: &Arrival,
-        now: Instant,
-        clocks: Now,
-        out: &mut Vec<Effect>,
-    ) -> Result<(), DecodeError> {
-        let link = tables.peer(tag, clocks.unix).ok_or(DecodeError::Field("selector"))?;
-        let (hour, current) = (unverified.phase.hour(clocks.unix), clocks.hour());
-        let key = link.across_key(tables.tag, endpoint.block(), &mut self.keys, hour, current);
-        let datagram = unverified.verify(&key)?;
-        let Body::Probe(probe) = &datagram.body else { return Err(DecodeError::Field("type")) };
-        self.learn(arrival.source, Who::Foreign { tag, endpoint }, now);
-        // Which clusters we reach is for our own.
-        let ack = ProbeAck { unreachable: Vec::new(), ..self.ack(probe, arrival) };
-        let total = if self.draining { DRAINING } else { 0 };
-        let ack = ProbeAck { unreachable_total: total, ..ack };
-        let key = link.across_key(tables.tag, endpoint.block(), &mut self.keys, current, current);
-        let selector = datagram.selector;
-        let answer = Answer { arrival, selector, sequence: datagram.sequence, key, clocks };
-        out.push(answer.with(Body::ProbeAck(ack)));
-        Ok(())
-    }
-
-    fn ack(&self, probe: &datagram::Probe, arrival: &Arrival) -> ProbeAck {
+    pub(super) fn ack(&self, probe: &datagram::Probe, arrival: &Arrival) -> ProbeAck {
         let received = u16::try_from(arrival.bytes.len()).unwrap_or(u16::MAX);
         let tables = self.tables.as_deref();
         let unreachable = tables.map(|tables| self.hops.unreachable(tables, self.unix)).unwrap_or_default();
@@ -374,7 +345,7 @@ impl State {
         ack
     }
 
-    fn learn(&mut self, source: SocketAddr, who: Who, now: Instant) {
+    pub(super) fn learn(&mut self, source: SocketAddr, who: Who, now: Instant) {
         // Somebody else's key says nothing about our own endpoints: a source can be forged, and theirs may send out.
         let ours = |who: &Who| matches!(who, Who::Endpoint { .. });
         let claimed = !ours(&who)
@@ -603,16 +574,16 @@ impl State {
 }
 
 /// How a question is answered: where it came in, to where it came from, from the address that was contacted.
-struct Answer<'a> {
-    arrival: &'a Arrival,
-    selector: Selector,
-    sequence: u64,
-    key: CidKey,
-    clocks: Now,
+pub(super) struct Answer<'a> {
+    pub arrival: &'a Arrival,
+    pub selector: Selector,
+    pub sequence: u64,
+    pub key: CidKey,
+    pub clocks: Now,
 }
 
 impl Answer<'_> {
-    fn with(&self, body: Body) -> Effect {
+    pub fn with(&self, body: Body) -> Effect {
         let datagram = Datagram { selector: self.selector, sequence: self.sequence, body };
         let bytes = datagram.encode(self.clocks.hour(), &self.key);
         let (via, to, from) = (self.arrival.via, self.arrival.source, self.arrival.contacted);
