@@ -213,9 +213,10 @@ impl Paths {
         }
     }
 
-    /// When [`Self::tick`] has something to do.
-    pub fn next_tick(&self) -> Option<Instant> {
-        self.links.values().flat_map(Link::paths).map(|path| path.probe.next_tick()).min()
+    /// When [`Self::tick`] has something to do. What has no key for this hour can't be probed, and waits for one.
+    pub fn next_tick(&self, unix: Duration) -> Option<Instant> {
+        let paths = self.links.values().flat_map(Link::paths);
+        paths.filter(|path| path.keys.current(unix).is_some()).map(|path| path.probe.next_tick()).min()
     }
 
     /// Sends what is due; whether [`Self::view`] is another one now.

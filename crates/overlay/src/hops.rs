@@ -187,7 +187,11 @@ impl HopsTask {
             let register = p.register.as_ref().and_then(|r| r.next_tick());
             register.map_or(p.probe.next_tick(), |at| at.min(p.probe.next_tick()))
         };
-        let probes = self.paths.iter().map(due).chain(self.across.next_tick()).min().unwrap_or(latest);
+        let unix = clock::since_unix_epoch();
+        // Without a key for this hour nothing can be sent, and an overdue probe must not keep this task awake.
+        let keyed = self.config.keys.load().current(unix).is_some();
+        let own = self.paths.iter().filter(|_| keyed).map(due);
+        let probes = own.chain(self.across.next_tick(unix)).min().unwrap_or(latest);
         probes.clamp(now + Duration::from_millis(1), latest)
     }
 
