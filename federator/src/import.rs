@@ -219,8 +219,8 @@ fn export_of(scope: &PeerScope, wire: &v1::ExportRecord) -> Result<(ServiceKey, 
     Ok((service, export))
 }
 
-/// Endpoints of a flat link: like gateways, they must be where the link allows. On a link that is not flat here, they are
-/// used.
+/// Endpoints of a flat link that are where the link allows; others are reached through gateways. What a peer says here must not
+/// cost us its export: it says so whether or not the link is flat for us.
 fn endpoints_of(
     scope: &PeerScope,
     wire: &[v1::EndpointAddress],
@@ -229,15 +229,12 @@ fn endpoints_of(
         let expected = format!("at most {MAX_ENDPOINTS} endpoints");
         return Err(FieldError::new("export.endpoints", wire.len(), expected));
     }
-    let endpoint = |endpoint: &v1::EndpointAddress| {
-        let address = convert::address("export.endpoints.address", &endpoint.address)?;
-        let address = address.filter(|address| scope.ranges.allows(*address)).ok_or_else(|| {
-            let expected = format!("an address that the link to {} allows", scope.peer);
-            FieldError::new("export.endpoints.address", &endpoint.address, expected)
-        })?;
-        Ok((EndpointId::from_u32(endpoint.endpoint), address))
-    };
-    wire.iter().map(endpoint).collect()
+    let usable = wire.iter().filter_map(|endpoint| {
+        let address = convert::address("export.endpoints.address", &endpoint.address).ok()??;
+        let usable = scope.ranges.allows(address);
+        usable.then_some((EndpointId::from_u32(endpoint.endpoint), address))
+    });
+    Ok(usable.collect())
 }
 
 /// A port as callers name it.
@@ -365,11 +362,8 @@ mod tests {
                 "export.spiffe_ids",
             ),
             (
-                export(key, |e| {
-                    let address = "127.0.0.1:7442".into();
-                    e.endpoints = vec![v1::EndpointAddress { endpoint: 16, address }];
-                }),
-                "export.endpoints.address",
+                export(key, |e| e.endpoints = vec![v1::EndpointAddress::default(); MAX_ENDPOINTS + 1]),
+                "export.endpoints",
             ),
             (v1::Record { key: key.into(), value: None }, "record.value"),
         ];
@@ -381,6 +375,17 @@ mod tests {
             assert!(reason.contains(field), "{field}: {reason}");
             assert_eq!(import.exports.len(), 1, "{field}: the good one is lost");
         }
+    }
+
+    #[test]
+    fn an_endpoint_that_is_not_allowed_is_left_out_and_the_export_counts() {
+        let mut import = Import::default();
+        let at = |endpoint, address: &str| v1::EndpointAddress { endpoint, address: address.into() };
+        let endpoints = vec![at(16, "127.0.0.1:7442"), at(32, "203.0.113.9:7442"), at(48, "nonsense")];
+        put(&mut import, &scope(), &export("export/shop/web", |e| e.endpoints = endpoints));
+        let export = import.exports.values().next().unwrap();
+        assert_eq!(export.endpoints, [(EndpointId::from_u32(32), "203.0.113.9:7442".parse().unwrap())]);
+        assert!(import.rejected.is_empty());
     }
 
     #[test]

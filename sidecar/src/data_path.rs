@@ -181,13 +181,20 @@ impl Threads {
     }
 
     /// Once every task has ended.
-    pub fn end(self) {
+    pub fn end(mut self) {
         self.ended.cancel();
-        for thread in self.threads {
+        for thread in std::mem::take(&mut self.threads) {
             if let Ok(Err(error)) = thread.join() {
                 tracing::warn!(%error, "a thread of the byte path did not run");
             }
         }
+    }
+}
+
+impl Drop for Threads {
+    /// Of a start that failed half-way.
+    fn drop(&mut self) {
+        self.ended.cancel();
     }
 }
 

@@ -11,6 +11,7 @@ mod dialling;
 #[cfg(test)]
 mod tests;
 
+use std::sync::atomic::{AtomicI64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -141,6 +142,8 @@ struct Inner {
     warm: usize,
     target: ArcSwap<Target>,
     state: Mutex<State>,
+    /// What the gauge has of this pool.
+    counted: AtomicI64,
     /// Counts changes that waiters care about: a connection more, a dial failed, closed.
     changes: watch::Sender<u64>,
 }
@@ -165,6 +168,7 @@ impl Pool {
             warm: warm.min(context.limits.connections),
             context,
             target: ArcSwap::from_pointee(target),
+            counted: AtomicI64::new(0),
             state: Mutex::new(State {
                 connections: Vec::new(),
                 dialling: 0,
@@ -352,7 +356,9 @@ impl Pool {
 
     fn count(&self, state: &State) {
         let open = i64::try_from(state.connections.len()).unwrap_or(i64::MAX);
-        self.0.context.metrics.connections.get_or_create(&self.0.labels).set(open);
+        // Pools of other threads count in the same gauge.
+        let more = open - self.0.counted.swap(open, Relaxed);
+        self.0.context.metrics.connections.get_or_create(&self.0.labels).inc_by(more);
     }
 
     fn changed(&self) {

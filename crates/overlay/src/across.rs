@@ -21,6 +21,7 @@ use std::time::{Duration, Instant};
 
 use tombolo_model::ids::{Block, ClusterTag, EndpointId, Handle};
 use tombolo_model::ranges::AllowedRanges;
+use tombolo_runtime::clock;
 
 use crate::datagram::{
     Body, Datagram, DecodeError, Gone, Probe, ProbeAck, Selector, StartNumber, Unverified,
@@ -31,8 +32,8 @@ use crate::probe::{Event, Health, ProbeState};
 use crate::rendezvous;
 use crate::routes::{AcrossView, GatewayHop, PathView};
 
-/// Callers whose address is known, of all links together: half a kilobyte each. Others are answered by the gateways.
-pub(crate) const MAX_CALLERS: usize = 4096;
+/// Callers whose address is known, of all links together: 2 KB each, and each is probed. Others are answered by the gateways.
+pub(crate) const MAX_CALLERS: usize = 1024;
 /// Paths of one link that are told of: a thousand callers are nobody's reading.
 const MAX_REPORTED: usize = 16;
 /// A caller probes at least once a second.
@@ -103,7 +104,9 @@ struct Path {
 impl Path {
     fn new(name: String, address: SocketAddr, zone: String, keys: Arc<KeyRing>, now: Instant) -> Self {
         let id = rendezvous::key_of(address.to_string().as_bytes());
-        let probe = ProbeState::new(now, rand::random());
+        // Grows from life to life: who is probed believes the newest.
+        let first = u64::try_from(clock::since_unix_epoch().as_micros()).unwrap_or(0);
+        let probe = ProbeState::new(now, first);
         Self { name, address, zone, id, keys, probe, traffic: Arc::default() }
     }
 
@@ -141,11 +144,20 @@ impl Path {
                     tracing::info!(path = self.name, address = %self.address, "path does not answer")
                 }
                 Event::Alive => tracing::info!(path = self.name, address = %self.address, "path answers"),
+                // A gateway that drains says so with its list.
+                Event::UnreachableChanged => {}
                 _ => continue,
             }
             changed = true;
         }
         changed
+    }
+
+    /// Whether the way of packets may be another one now.
+    fn on_ack(&mut self, now: Instant, sequence: u64, ack: &ProbeAck) -> bool {
+        let before = self.probe.health();
+        self.probe.on_ack(now, sequence, ack);
+        self.probe.health() != before || self.probe.has_news()
     }
 
     fn report(&self, cluster: &str) -> HopReport {
@@ -273,7 +285,7 @@ impl Paths {
                 let caller = link.callers.get_mut(&endpoint.block());
                 let caller = caller.filter(|c| c.path.address == received.source);
                 let caller = caller.ok_or(DecodeError::Field("source"))?;
-                caller.path.probe.on_ack(at.now, datagram.sequence, ack);
+                self.changed |= caller.path.on_ack(at.now, datagram.sequence, ack);
                 Ok(None)
             }
             _ => Err(DecodeError::Field("type")),
@@ -290,7 +302,8 @@ impl Paths {
         let start = self.start;
         let mut verified = Err(DecodeError::Field("source"));
         // One address may stand for several paths while an endpoint is replaced: the key tells which.
-        for path in self.links.values_mut().flat_map(Link::probed).filter(|p| p.address == received.source) {
+        let probed = self.links.iter_mut().flat_map(|(tag, link)| link.probed().map(|path| (*tag, path)));
+        for (tag, (of, path)) in probed.filter(|(_, (_, path))| path.address == received.source) {
             let Some(key) = path.keys.for_phase(received.unverified.phase, at.unix) else {
                 verified = Err(DecodeError::Field("phase"));
                 continue;
@@ -299,18 +312,27 @@ impl Paths {
             let Ok(datagram) = &verified else { continue };
             match &datagram.body {
                 Body::ProbeAck(ack) => {
-                    path.probe.on_ack(at.now, datagram.sequence, ack);
+                    self.changed |= path.on_ack(at.now, datagram.sequence, ack);
                     return Ok(None);
                 }
                 Body::Probe(probe) => {
                     answer(start, received, datagram, probe, key, at, send);
                     return Ok(None);
                 }
-                Body::Gone(gone) => return Ok(Some(*gone)),
+                // A peer speaks for its own endpoints, an endpoint for itself.
+                Body::Gone(gone) => {
+                    let theirs = gone.tag == tag && of.is_none_or(|block| gone.endpoint.block() == block);
+                    return if theirs { Ok(Some(*gone)) } else { Err(DecodeError::Field("tag")) };
+                }
                 _ => return Err(DecodeError::Field("type")),
             }
         }
         verified.map(|_| None)
+    }
+
+    /// Something has changed since the last [`Self::tick`], which need not be due.
+    pub fn has_changed(&self) -> bool {
+        self.changed
     }
 
     /// For the socket.
@@ -366,9 +388,10 @@ impl Link {
         self.gateways.iter().chain(self.endpoints.values()).chain(self.callers.values().map(|c| &c.path))
     }
 
-    /// Paths on which this endpoint is the prober.
-    fn probed(&mut self) -> impl Iterator<Item = &mut Path> {
-        self.gateways.iter_mut().chain(self.endpoints.values_mut())
+    /// Paths on which this endpoint is the prober; with the block of those that lead to an endpoint.
+    fn probed(&mut self) -> impl Iterator<Item = (Option<Block>, &mut Path)> {
+        let gateways = self.gateways.iter_mut().map(|path| (None, path));
+        gateways.chain(self.endpoints.iter_mut().map(|(block, path)| (Some(*block), path)))
     }
 
     fn adopt(&mut self, tag: ClusterTag, across: &Across, now: Instant) {
@@ -419,13 +442,19 @@ impl Link {
     ) -> bool {
         let Some(flat) = &self.across.flat else { return false };
         let block = endpoint.block();
-        if let Some(caller) = self.callers.get_mut(&block).filter(|caller| caller.endpoint == endpoint) {
-            if datagram.sequence <= caller.newest {
+        if let Some(caller) = self.callers.get_mut(&block) {
+            if caller.endpoint != endpoint {
+                // Another incarnation, recorded and replayed, must not throw out the one that answers.
+                if caller.path.probe.health() == Health::Alive {
+                    return false;
+                }
+            } else if datagram.sequence <= caller.newest {
                 return false;
-            }
-            (caller.newest, caller.heard) = (datagram.sequence, now);
-            if caller.path.address == source {
-                return false;
+            } else {
+                (caller.newest, caller.heard) = (datagram.sequence, now);
+                if caller.path.address == source {
+                    return false;
+                }
             }
         }
         let keys = Arc::new(flat.caller_keys.map(|key| key.of_prober(tag, block)));

@@ -458,9 +458,9 @@ impl Overlay {
         }
         let me = (self.0.me.tag, self.0.endpoint_id);
         let (connection, judge) = (connection.clone(), self.0.judge.clone());
-        let liveness = self.0.liveness.clone();
+        let hints = self.0.hints.clone();
         self.0.tasks.spawn("control streams", async move {
-            control_stream::run(connection, judge, me, |peer| liveness.announced(peer.clone())).await;
+            control_stream::run(connection, judge, me, |peer| hints.announced(peer)).await;
         });
     }
 }

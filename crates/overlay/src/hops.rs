@@ -104,6 +104,7 @@ pub(crate) fn spawn(
         unreachable: unreachable_sender,
         paths: Vec::new(),
         across,
+        news: false,
     };
     tasks.spawn("overlay hops", task.run(control));
     HopsHandle { routes, reports, unreachable }
@@ -154,17 +155,23 @@ struct HopsTask {
     unreachable: watch::Sender<Arc<HashSet<ClusterTag>>>,
     paths: Vec<Path>,
     across: across::Paths,
+    /// A datagram has brought something that a tick acts on.
+    news: bool,
 }
 
 impl HopsTask {
     async fn run(mut self, mut control: mpsc::Receiver<ControlPacket>) {
+        let mut wake = Instant::now();
         loop {
-            let wake = self.next_wake(Instant::now());
             tokio::select! {
-                packet = control.recv() => match packet {
-                    Some(packet) => self.on_control(&packet),
-                    None => return,
-                },
+                packet = control.recv() => {
+                    let Some(packet) = packet else { return };
+                    self.on_control(&packet);
+                    // Looking at every path is not for every datagram, whoever sends them.
+                    if !self.news && !self.across.has_changed() && Instant::now() < wake {
+                        continue;
+                    }
+                }
                 changed = self.routes.changed() => {
                     if changed.is_err() {
                         return; // the overlay is gone
@@ -173,7 +180,9 @@ impl HopsTask {
                 }
                 () = tokio::time::sleep_until(wake.into()) => {}
             }
+            self.news = false;
             self.tick(Instant::now());
+            wake = self.next_wake(Instant::now());
         }
     }
 
@@ -203,14 +212,16 @@ impl HopsTask {
     fn adopt_routes(&mut self) {
         let now = Instant::now();
         let routes = Arc::clone(&self.routes.borrow_and_update());
-        if routes.gateways.iter().any(|hop| hop.balanced) {
+        // Several parts share one address: a balancer's is one path for them, since only the first could use further ports.
+        let spread = |hop: &GatewayHop| hop.balanced && !self.socket.has_parts();
+        if routes.gateways.iter().any(spread) {
             self.open_slots();
         }
         let wanted: Vec<(GatewayHop, usize)> = routes
             .gateways
             .iter()
             .flat_map(|hop| {
-                let slots = if hop.balanced { 1..1 + BALANCED_SLOTS } else { 0..1 };
+                let slots = if spread(hop) { 1..1 + BALANCED_SLOTS } else { 0..1 };
                 slots.map(move |slot| (hop.clone(), slot))
             })
             .collect();
@@ -294,11 +305,13 @@ impl HopsTask {
             Body::Challenge(challenge) => {
                 if let Some(register) = self.path_of(packet).and_then(|path| path.register.as_mut()) {
                     register.on_challenge(now, datagram.sequence, challenge);
+                    self.news = true;
                 }
             }
             Body::Registered(registered) => {
                 if let Some(register) = self.path_of(packet).and_then(|path| path.register.as_mut()) {
                     register.on_registered(now, datagram.sequence, registered);
+                    self.news = true;
                 }
             }
             // Nobody probes or registers at an endpoint.
@@ -325,11 +338,15 @@ impl HopsTask {
 
     fn on_ack(&mut self, packet: &ControlPacket, sequence: u64, ack: &ProbeAck, now: Instant) {
         let Some(path) = self.path_of(packet) else { return };
+        let before = path.probe.health();
+        let mut news = false;
         if path.probe.on_ack(now, sequence, ack)
             && let Some(register) = &mut path.register
         {
             register.on_probe_ack(now, ack.start, ack.observed);
+            news = true;
         }
+        self.news |= news || path.probe.health() != before || path.probe.has_news();
     }
 
     fn tick(&mut self, now: Instant) {
@@ -387,7 +404,7 @@ impl HopsTask {
             changed = true;
             match event {
                 Event::UnreachableChanged => path.unreachable = Arc::from(path.probe.unreachable()),
-                Event::Dead if path.hop.balanced => dead_slots.push(path.slot),
+                Event::Dead if path.slot > 0 => dead_slots.push(path.slot),
                 Event::Dead => {
                     tracing::info!(gateway = path.hop.name, address = %path.hop.address, "gateway does not answer")
                 }

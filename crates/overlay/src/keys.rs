@@ -236,7 +236,7 @@ impl KeyRing {
     pub fn at(&self, hour: Hour) -> Option<&CidKey> {
         self.0.get(&hour)
     }
-    /// The hour and key to mint with now; the nearest one when the clock has run past the ring's end.
+    /// The hour and key to mint with now; `None` when the clock has run past the ring's end.
     pub fn current(&self, since_unix_epoch: Duration) -> Option<(Hour, &CidKey)> {
         let now = Hour::at(since_unix_epoch);
         self.0.get_key_value(&now).map(|(hour, key)| (*hour, key))

@@ -39,7 +39,7 @@ impl LivenessHandle {
         let _ = self.0.try_send(Event::Gone(tag, endpoint));
     }
     /// A peer has announced its endpoint: older incarnations of the same holder are gone for certain.
-    pub fn announced(&self, connection: PeerConnection) {
+    fn announced(&self, connection: PeerConnection) {
         let _ = self.0.try_send(Event::Announced(connection));
     }
 }
@@ -51,6 +51,11 @@ pub(crate) struct Hints(Arc<Mutex<Vec<LivenessHandle>>>);
 impl Hints {
     pub fn add(&self, part: LivenessHandle) {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).push(part);
+    }
+    /// A peer has announced its endpoint to one part: the older incarnation may be known to another.
+    pub fn announced(&self, connection: &PeerConnection) {
+        let parts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        parts.iter().for_each(|part| part.announced(connection.clone()));
     }
     pub fn gone(&self, tag: ClusterTag, endpoint: EndpointId) {
         let parts = self.0.lock().unwrap_or_else(PoisonError::into_inner);

@@ -251,6 +251,10 @@ impl ProbeState {
     pub fn take_events(&mut self) -> Vec<Event> {
         self.events.drain(..).collect()
     }
+    /// Whether [`Self::take_events`] has any.
+    pub fn has_news(&self) -> bool {
+        !self.events.is_empty()
+    }
     pub fn health(&self) -> Health {
         self.health
     }

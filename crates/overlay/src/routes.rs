@@ -129,17 +129,20 @@ fn rendezvous_key(dcid: &Cid) -> u64 {
 }
 
 impl RouteState {
-    /// Where a packet for `dcid` leaves; `rotation` counts the kicks that asked for another replica.
-    pub fn exit(&self, dcid: &Cid, rotation: u64) -> Option<Exit> {
+    /// Where a packet for `dcid` leaves; `rotation` counts the kicks that asked for another replica, of which the last one was
+    /// `lately`.
+    pub fn exit(&self, dcid: &Cid, rotation: u64, lately: bool) -> Option<Exit> {
         let own = dcid.tag_value() == self.routes.tag.value();
-        let past_gateways = if own { self.direct(dcid) } else { self.across(dcid, rotation) };
+        let kicks = if lately { rotation } else { 0 };
+        let past_gateways = if own { self.direct(dcid) } else { self.across(dcid, kicks) };
         past_gateways.or_else(|| self.gateway(dcid, rotation))
     }
 
     /// Straight to the endpoint where that path lives, else to a live gateway of its cluster. Every second kick asks the
-    /// own gateways.
+    /// own gateways, while one of them lives; a stall that is over leaves no trace.
     fn across(&self, dcid: &Cid, rotation: u64) -> Option<Exit> {
-        let across = self.across.get(&dcid.tag()?).filter(|_| rotation.is_multiple_of(2))?;
+        let instead = !rotation.is_multiple_of(2) && self.paths.iter().any(|path| path.alive);
+        let across = self.across.get(&dcid.tag()?).filter(|_| !instead)?;
         let alive = |block: Block| across.endpoints.get(&block).filter(|path| path.alive);
         let straight = match dcid.kind() {
             Kind::Endpoint => alive(dcid.endpoint().block()),
@@ -208,7 +211,11 @@ impl RouteState {
     /// Clusters that no live path reaches, of those some gateway has named unreachable.
     pub fn unreachable_tags(&self) -> std::collections::HashSet<ClusterTag> {
         let mut tags = self.unreachable_by_gateways();
-        let lives = |view: &AcrossView| view.gateways.iter().chain(view.endpoints.values()).any(|p| p.alive);
+        // Callers' addresses are known too: that one of them lives says nothing of what is called.
+        let lives = |view: &AcrossView| {
+            let called = view.services.values().flatten().filter_map(|e| view.endpoints.get(&e.block()));
+            view.gateways.iter().chain(called).any(|path| path.alive)
+        };
         tags.retain(|tag| !self.across.get(tag).is_some_and(lives));
         tags
     }
@@ -265,11 +272,14 @@ mod tests {
             };
             Arc::new(HashMap::from([(tag(5), view)]))
         };
-        let last =
-            |state: &RouteState, dcid: &Cid, rotation| match state.exit(dcid, rotation).unwrap().address {
-                SocketAddr::V4(v4) => v4.ip().octets()[3],
-                SocketAddr::V6(_) => 0,
-            };
+        let last = |state: &RouteState, dcid: &Cid, rotation| match state
+            .exit(dcid, rotation, true)
+            .unwrap()
+            .address
+        {
+            SocketAddr::V4(v4) => v4.ip().octets()[3],
+            SocketAddr::V6(_) => 0,
+        };
         let (endpoint, other) = (cid(Kind::Endpoint, 5, 7 << 4, 0), cid(Kind::Endpoint, 5, 8 << 4, 0));
         let (service, control) = (cid(Kind::Service, 5, 300, 0), cid(Kind::Control, 5, 300, 0));
         state.across = across(true, true);
@@ -292,40 +302,40 @@ mod tests {
         let state = state(vec![path(9, true, &[])]);
         let direct = Some(Exit { address: SocketAddr::from(([127, 0, 1, 1], 7442)), slot: 0 });
         let gateway = Some(Exit { address: SocketAddr::from(([127, 0, 0, 9], 7441)), slot: 0 });
-        assert_eq!(state.exit(&cid(Kind::Endpoint, 1, 7 << 4, 0), 0), direct);
-        assert_eq!(state.exit(&cid(Kind::Service, 1, 300, 0), 0), direct);
+        assert_eq!(state.exit(&cid(Kind::Endpoint, 1, 7 << 4, 0), 0, true), direct);
+        assert_eq!(state.exit(&cid(Kind::Service, 1, 300, 0), 0, true), direct);
         let federator = Some(Exit { address: SocketAddr::from(([127, 0, 1, 2], 7443)), slot: 0 });
-        assert_eq!(state.exit(&cid(Kind::Control, 1, 300, 0), 0), federator);
+        assert_eq!(state.exit(&cid(Kind::Control, 1, 300, 0), 0, true), federator);
         assert_eq!(
-            state.exit(&cid(Kind::Endpoint, 1, (8 << 4) + 3, 0), 0),
+            state.exit(&cid(Kind::Endpoint, 1, (8 << 4) + 3, 0), 0, true),
             federator,
             "what it answers with"
         );
         assert_eq!(
-            state.exit(&cid(Kind::Endpoint, 1, 9 << 4, 0), 0),
+            state.exit(&cid(Kind::Endpoint, 1, 9 << 4, 0), 0, true),
             gateway,
             "unknown blocks go to the gateway"
         );
-        assert_eq!(state.exit(&cid(Kind::Endpoint, 2, 7 << 4, 0), 0), gateway);
+        assert_eq!(state.exit(&cid(Kind::Endpoint, 2, 7 << 4, 0), 0, true), gateway);
     }
 
     #[test]
     fn dead_and_unreaching_gateways_are_avoided_while_there_is_a_better_one() {
         let state = state(vec![path(1, false, &[]), path(2, true, &[5]), path(3, true, &[])]);
         for nonce in 0..50 {
-            let exit = state.exit(&cid(Kind::Service, 5, 300, nonce), 0).unwrap();
+            let exit = state.exit(&cid(Kind::Service, 5, 300, nonce), 0, true).unwrap();
             assert_eq!(exit.address.ip().to_string(), "127.0.0.3");
         }
         assert!(state.unreachable_tags().is_empty());
         let all_dead = RouteState { paths: vec![path(1, false, &[])], ..state };
-        assert!(all_dead.exit(&cid(Kind::Service, 5, 300, 0), 0).is_some());
+        assert!(all_dead.exit(&cid(Kind::Service, 5, 300, 0), 0, true).is_some());
     }
 
     #[test]
     fn the_own_zone_comes_first_while_it_reaches_and_a_kick_may_leave_it() {
         let near = |n, alive, unreachable: &[u32]| PathView { near: true, ..path(n, alive, unreachable) };
         let exits = |state: &RouteState, rotation| -> std::collections::BTreeSet<String> {
-            let exit = |n| state.exit(&cid(Kind::Endpoint, 5, 1, n), rotation).unwrap();
+            let exit = |n| state.exit(&cid(Kind::Endpoint, 5, 1, n), rotation, true).unwrap();
             (0..50).map(|n| exit(n).address.ip().to_string()).collect()
         };
         let usual = state(vec![near(1, true, &[]), path(2, true, &[]), near(3, true, &[])]);
@@ -344,12 +354,13 @@ mod tests {
     #[test]
     fn connections_spread_over_replicas_and_a_rotation_moves_one() {
         let state = state(vec![path(1, true, &[]), path(2, true, &[])]);
-        let exits: Vec<_> = (0..100).map(|n| state.exit(&cid(Kind::Endpoint, 5, 1, n), 0).unwrap()).collect();
+        let exits: Vec<_> =
+            (0..100).map(|n| state.exit(&cid(Kind::Endpoint, 5, 1, n), 0, true).unwrap()).collect();
         let on_first = exits.iter().filter(|e| e.address.ip().to_string() == "127.0.0.1").count();
         assert!((25..75).contains(&on_first), "{on_first}");
         let dcid = cid(Kind::Endpoint, 5, 1, 0);
         let rotated: std::collections::HashSet<_> =
-            (0..8).map(|r| state.exit(&dcid, r).unwrap().address).collect();
+            (0..8).map(|r| state.exit(&dcid, r, true).unwrap().address).collect();
         assert_eq!(rotated.len(), 2);
     }
 }

@@ -15,7 +15,7 @@ use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, Waker};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use bytes::Bytes;
@@ -149,7 +149,7 @@ pub(crate) struct OverlaySocket {
     /// `None`: the endpoint has one part.
     place: Option<Place>,
     /// How often the route to an endpoint was asked to use another replica (kicks). Bounded by [`MAX_ROTATIONS`].
-    rotations: ArcSwap<HashMap<(u32, EndpointId), u64>>,
+    rotations: ArcSwap<HashMap<(u32, EndpointId), (u64, Instant)>>,
     /// What was learned comes before routes.
     learns: bool,
     learned: Mutex<Learned>,
@@ -164,7 +164,15 @@ pub(crate) struct OverlaySocket {
 /// Rotations are hints: when the table is full it starts over, which only re-spreads connections.
 const MAX_ROTATIONS: usize = 4096;
 
+/// Kicks follow each other every 200 ms: when none has come for this long, the stall is over.
+const STALLED: Duration = Duration::from_secs(5);
+
 impl OverlaySocket {
+    /// Whether the endpoint has other parts.
+    pub fn has_parts(&self) -> bool {
+        self.place.is_some()
+    }
+
     /// `learns`: answer long-header packets of the own cluster to where they came from (federators, and joiners that
     /// dial one directly and can't know its endpoint id yet). Everybody else learns only of federators at addresses that
     /// the routes name: one that lost its store, or has started 16 times, answers with a block that nobody was told of.
@@ -209,7 +217,9 @@ impl OverlaySocket {
     pub fn rotate(&self, tag: ClusterTag, endpoint: EndpointId) {
         self.rotations.rcu(|current| {
             let mut next = if current.len() >= MAX_ROTATIONS { HashMap::new() } else { (**current).clone() };
-            *next.entry((tag.value(), endpoint)).or_default() += 1;
+            let now = Instant::now();
+            let (count, last) = next.entry((tag.value(), endpoint)).or_insert((0, now));
+            (*count, *last) = (*count + 1, now);
             next
         });
     }
@@ -228,12 +238,13 @@ impl OverlaySocket {
             }
         }
         let rotations = self.rotations.load();
-        let rotation = if rotations.is_empty() || dcid.kind() != Kind::Endpoint {
-            0
+        let kicked = if rotations.is_empty() || dcid.kind() != Kind::Endpoint {
+            None
         } else {
-            rotations.get(&(dcid.tag_value(), dcid.endpoint())).copied().unwrap_or(0)
+            rotations.get(&(dcid.tag_value(), dcid.endpoint()))
         };
-        self.routes.load().exit(dcid, rotation)
+        let (rotation, lately) = kicked.map_or((0, false), |(count, at)| (*count, at.elapsed() < STALLED));
+        self.routes.load().exit(dcid, rotation, lately)
     }
 
     fn gather(&self) -> std::sync::MutexGuard<'_, Gather> {

@@ -166,6 +166,12 @@ fn what_is_forged_replayed_or_out_of_range_moves_nobody() {
     assert_eq!(deliver(&mut callee, address(66), &replayed, at, &mut out), Ok(None));
     let (_, to, bytes) = out.pop().unwrap();
     assert!(to == address(66) && bytes.len() <= replayed.len(), "no amplification");
+    // One of an earlier start, recorded then.
+    let earlier = Selector::Across { tag: east(), endpoint: EndpointId::from_u32((5 << 4) + 1) };
+    let earlier = Datagram { selector: earlier, ..probe(u64::MAX - 1) }.encode(hour, &key_of(5));
+    assert_eq!(deliver(&mut callee, address(66), &earlier, at, &mut out), Ok(None));
+    assert_eq!(callee.endpoint(east(), caller.id.block()), Some((caller.at, true)));
+    out.clear();
     // From outside the ranges of the link.
     let fresh = probe(u64::MAX - 1).encode(hour, &key_of(5));
     let outside = SocketAddr::from(([192, 0, 2, 1], 7442));
@@ -220,4 +226,44 @@ fn a_remote_gateways_hint_is_heard_by_whom_it_names() {
     let mut out = Sent::new();
     assert_eq!(deliver(&mut caller, address(100), &hint, at, &mut out), Ok(Some(gone)));
     assert!(deliver(&mut caller, address(101), &hint, at, &mut out).is_err(), "not from there");
+    // Nor about whom it does not speak for: another cluster's endpoints, and from an endpoint, any but itself.
+    let about = |gone, key: &CidKey| {
+        Datagram { selector, sequence: 0, body: Body::Gone(gone) }.encode(Hour::at(UNIX), key)
+    };
+    let foreign = about(Gone { tag: east(), ..gone }, &key);
+    assert_eq!(deliver(&mut caller, address(100), &foreign, at, &mut out), Err(DecodeError::Field("tag")));
+    let target = AcrossTarget::Endpoint(Block::new(9).unwrap());
+    let pair = link_key().across_key(west(), target, Hour::at(UNIX)).of_prober(east(), caller.id.block());
+    assert_eq!(deliver(&mut caller, address(2), &about(gone, &pair), at, &mut out), Ok(Some(gone)));
+    let other = Gone { endpoint: EndpointId::from_u32(8 << 4), ..gone };
+    assert!(deliver(&mut caller, address(2), &about(other, &pair), at, &mut out).is_err());
+}
+
+#[test]
+fn a_gateway_that_drains_is_left_at_once() {
+    let start = Instant::now();
+    let (mut caller, _) = pair(start);
+    let key = link_key().across_key(west(), AcrossTarget::Gateways, Hour::at(UNIX));
+    let key = key.of_prober(east(), caller.id.block());
+    let mut answered = |now: Instant, total: u16| {
+        let at = Moment { now, unix: UNIX };
+        let mut probes = Vec::new();
+        caller.paths.tick(at, &mut |to, packet: &[u8]| {
+            probes.extend((to == address(100)).then(|| packet.to_vec()));
+            Ok(())
+        });
+        for probe in probes {
+            let asked = datagram::decode(&probe).unwrap().verify(&key).unwrap();
+            let Body::Probe(body) = &asked.body else { panic!("a probe") };
+            let ack = ProbeAck::answering(body, 256, StartNumber(1), caller.at, &[]);
+            let body = Body::ProbeAck(ProbeAck { unreachable_total: total, ..ack });
+            let bytes = Datagram { body, ..asked }.encode(Hour::at(UNIX), &key);
+            deliver(&mut caller, address(100), &bytes, at, &mut Sent::new()).unwrap();
+        }
+        let changed = caller.paths.tick(at, &mut |_, _| Ok(()));
+        (changed, caller.paths.view("")[&west()].gateways[0].alive)
+    };
+    assert_eq!(answered(start, 0), (true, true));
+    assert_eq!(answered(start + Duration::from_secs(2), DRAINING), (true, false));
+    assert_eq!(answered(start + Duration::from_secs(4), 0), (true, true));
 }
