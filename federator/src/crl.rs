@@ -107,7 +107,7 @@ impl Published {
         let published = Self { der: Arc::default(), entries: Gauge::default() };
         registry.sub_registry_with_prefix("tombolo_federator").register(
             "crl_entries",
-            "Certificates on the CRL",
+            "Certificates that are revoked and have not ended",
             published.entries.clone(),
         );
         published
@@ -140,17 +140,20 @@ impl CrlTask {
     /// Until the core is gone.
     pub async fn run(self) {
         let mut facts = self.core.watch();
-        let mut listed: Option<(Vec<Revoked>, Instant)> = None;
+        let mut listed: Option<(Vec<Revoked>, [u8; 32], Instant)> = None;
         loop {
             let current = facts.borrow_and_update().clone();
             let now = revoked(&current, self.core.now().unix.as_secs());
-            let good = listed.as_ref().is_some_and(|(last, at)| *last == now && at.elapsed() < RENEW_EVERY);
+            let issuer = current.trust.issuer_sha256;
+            let good = listed
+                .as_ref()
+                .is_some_and(|(last, by, at)| *last == now && *by == issuer && at.elapsed() < RENEW_EVERY);
             if !good {
                 match self.core.attempt(|core, moment| core.sign_crl(moment)).await {
                     Ok(der) => {
                         self.published.der.store(Some(Arc::new(der)));
                         self.published.entries.set(i64::try_from(now.len()).unwrap_or(i64::MAX));
-                        listed = Some((now, Instant::now()));
+                        listed = Some((now, issuer, Instant::now()));
                     }
                     Err(error) => tracing::warn!(%error, "the CRL can't be signed; the last one is served"),
                 }

@@ -75,6 +75,11 @@ pub struct TrustFacts {
 }
 
 impl TrustFacts {
+    /// Leaves older than this are renewed: [`Self::leaves_after`], unless the clock has been set back since.
+    pub fn leaves_since(&self, unix: u64) -> u64 {
+        self.leaves_after.min(unix)
+    }
+
     /// Whether a certificate of this fingerprint is a trusted root.
     pub fn trusts(&self, root_fingerprint: &str) -> bool {
         self.bundle.roots.iter().any(|root| fingerprint(root) == root_fingerprint)
@@ -84,6 +89,9 @@ impl TrustFacts {
 /// What the core has taken over beside the trust directory; one record, `trust`.
 #[derive(Clone, Default, Serialize, Deserialize)]
 pub struct TrustRecord {
+    /// Of the bundle that was trusted: an older one is refused, wherever it comes from.
+    #[serde(default)]
+    pub sequence: u64,
     /// The update as it was signed, hex.
     #[serde(default)]
     pub update: Option<String>,

@@ -363,6 +363,9 @@ async fn own_svid(core: &CoreHandle) -> Result<Svid, BuildError> {
     Ok(Svid::new(&fresh.key_der, chain, bundles)?)
 }
 
+/// Between two renewals of the own SVID: each is a signature, a commit and an entry of the audit log.
+const RENEWED: Duration = Duration::from_secs(1);
+
 /// What handshakes with an SVID use, as every member reports it.
 fn held(svid: &Svid) -> HeldTrust {
     let v1::TrustHeld { sequence, issuer_sha256, issued_unix } = member::trust_of(svid);
@@ -384,7 +387,7 @@ async fn renew_own_svid(core: CoreHandle, svid: SvidHandle) {
         let trust = Arc::clone(&facts.borrow_and_update().trust);
         let fits = own.sequence == trust.bundle.sequence
             && own.issuer_sha256 == trust.issuer_sha256
-            && own.issued_unix >= trust.leaves_after;
+            && own.issued_unix >= trust.leaves_since(now);
         if now < due && fits {
             if said != Some(own) {
                 if core.call(move |core, moment| core.own_trust(own, moment)).await.is_err() {
@@ -404,6 +407,8 @@ async fn renew_own_svid(core: CoreHandle, svid: SvidHandle) {
                 due = due_at(clock::unix_seconds(), fresh.not_after, rand::random());
                 svid.swap(fresh);
                 tracing::info!("the federator's own SVID is renewed");
+                // Should it not be what is wanted still, then not at full speed.
+                tokio::time::sleep(RENEWED).await;
             }
             Err(error) => {
                 tracing::warn!(%error, "the federator's own SVID can't be renewed; tried again");

@@ -56,13 +56,13 @@ pub struct Word {
 }
 
 /// Who shows another intermediate than this, or an older leaf, renews.
-pub fn renewal(facts: &Facts) -> v1::RenewalRequest {
+pub fn renewal(facts: &Facts, unix: Duration) -> v1::RenewalRequest {
     let members = facts.registry.members.len() + facts.registry.gateways.len();
     let spread = RENEWAL_APART.saturating_mul(u32::try_from(members).unwrap_or(u32::MAX));
     let spread = spread.clamp(SHORTEST_SPREAD, LONGEST_SPREAD);
     v1::RenewalRequest {
         issuer_sha256: facts.trust.issuer_sha256.to_vec(),
-        issued_after_unix: i64::try_from(facts.trust.leaves_after).unwrap_or(i64::MAX),
+        issued_after_unix: i64::try_from(facts.trust.leaves_since(unix.as_secs())).unwrap_or(i64::MAX),
         spread_ms: u32::try_from(spread.as_millis()).unwrap_or(u32::MAX),
     }
 }

@@ -1,6 +1,6 @@
 //! `tombolo audit`: what was issued, refused, revoked and linked, by whom; and whether the log's hash chain holds.
 
-use std::io::BufRead;
+use std::io::{BufRead, Read as _};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -283,11 +283,17 @@ fn check_file(path: &Path, noted: Option<String>) -> Result<Checked, Failure> {
     check_lines(std::io::BufReader::new(file), &path.display().to_string(), noted)
 }
 
-fn check_lines(reader: impl BufRead, name: &str, noted: Option<String>) -> Result<Checked, Failure> {
+fn check_lines(mut reader: impl BufRead, name: &str, noted: Option<String>) -> Result<Checked, Failure> {
     let mut verifier = Verifier::new(None, noted);
-    for (index, line) in reader.lines().enumerate() {
-        let place = format!("{name}:{}", index + 1);
-        let line = line.map_err(|e| Failure::new(e).at(&place))?;
+    // No more than one line is held, whatever the file is.
+    let most = u64::try_from(MAX_LINE).unwrap_or(u64::MAX).saturating_add(1);
+    for number in 1.. {
+        let place = format!("{name}:{number}");
+        let mut line = String::new();
+        let read = (&mut reader).take(most).read_line(&mut line).map_err(|e| Failure::new(e).at(&place))?;
+        if read == 0 {
+            break;
+        }
         if line.trim().is_empty() {
             continue;
         }

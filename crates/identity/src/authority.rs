@@ -360,6 +360,25 @@ impl ClusterMaterial {
         save_public(dir, &cluster, &self.certificate, &self.bundle)
     }
 
+    /// The intermediate of a directory, whose key may be elsewhere.
+    pub fn certificate_in(dir: &Path) -> Result<CertificateDer<'static>, AuthorityError> {
+        let path = dir.join("ca.crt");
+        CertificateDer::from_pem_slice(&files::read(&path, MAX_FILE)?)
+            .map_err(|e| AuthorityError::Damaged { path, reason: format!("{e:?}") })
+    }
+
+    /// Another certificate of the same key, and the bundle to go with it; the key, if it is there, stays.
+    pub fn save_certificate(
+        dir: &Path,
+        cluster: &ClusterName,
+        tag: ClusterTag,
+        certificate: &CertificateDer<'_>,
+        bundle: &TrustBundle,
+    ) -> Result<(), AuthorityError> {
+        let trust_domain = bundle.trust_domain.clone();
+        save_public(dir, &ClusterFile { name: cluster.clone(), tag, trust_domain }, certificate, bundle)
+    }
+
     pub fn load(dir: &Path) -> Result<Self, AuthorityError> {
         let damaged = |name: &str, reason: String| AuthorityError::Damaged { path: dir.join(name), reason };
         let text = |name: &str| -> Result<String, AuthorityError> {
@@ -368,8 +387,7 @@ impl ClusterMaterial {
         };
         let ClusterFile { name, tag, trust_domain } = serde_json::from_str(&text("cluster.json")?)
             .map_err(|e| damaged("cluster.json", e.to_string()))?;
-        let certificate = CertificateDer::from_pem_slice(text("ca.crt")?.as_bytes())
-            .map_err(|e| damaged("ca.crt", format!("{e:?}")))?;
+        let certificate = Self::certificate_in(dir)?;
         let bundle = TrustBundle::from_json(trust_domain.clone(), &text("bundle.json")?)
             .map_err(|e| damaged("bundle.json", e.to_string()))?;
         let key_pem = files::read_secret(&dir.join("ca.key"), MAX_FILE)?;

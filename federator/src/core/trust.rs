@@ -47,6 +47,9 @@ pub fn settle(
     };
     let update = update.filter(|(_, update)| update.sequence >= material.bundle.sequence);
     let bundle = update.as_ref().map_or_else(|| material.bundle.clone(), |(_, update)| update.bundle());
+    if bundle.sequence < record.sequence {
+        return Err(UpdateError::Old { held: record.sequence, found: bundle.sequence });
+    }
     let stranded = || UpdateError::Stranded { cluster: material.cluster.clone() };
     let binding = ClusterBinding { cluster: material.cluster.clone(), tag: material.tag };
     let reissued: Vec<_> = update
@@ -107,6 +110,7 @@ fn change(before: &TrustFacts, now: &TrustFacts) -> Option<String> {
 /// As it was stored.
 fn held_record(trust: &TrustFacts) -> TrustRecord {
     TrustRecord {
+        sequence: trust.bundle.sequence,
         update: trust.update.as_deref().map(hex::encode),
         intermediate: Some(hex::encode(&trust.intermediate)),
         leaves_after: trust.leaves_after,
@@ -165,7 +169,8 @@ impl Core {
     ) -> Result<(), CoreError> {
         let settled = settle(&material, record, moment.unix)?;
         let issuer = issuer_of(material, &settled)?;
-        let record = TrustRecord { intermediate: Some(hex::encode(&settled.intermediate)), ..record.clone() };
+        let intermediate = Some(hex::encode(&settled.intermediate));
+        let record = TrustRecord { sequence: settled.bundle.sequence, intermediate, ..record.clone() };
         let transaction = Transaction::new().put(RECORD, &record);
         match change(&self.facts.trust, &settled) {
             Some(change) => {

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::*;
-use crate::view::tests::{Fill, cluster, east};
+use crate::view::tests::{Fill, UNIX, cluster, east};
 
 fn held(sequence: u64, issuer: u8, issued_unix: i64) -> v1::StatusReport {
     let trust = v1::TrustHeld { sequence, issuer_sha256: vec![issuer; 32], issued_unix };
@@ -74,11 +74,11 @@ fn at_most_twenty_are_named_and_all_are_counted() {
 #[test]
 fn renewals_are_spread_by_the_number_of_those_who_renew() {
     let mut facts = east();
-    assert_eq!(renewal(&facts).spread_ms, 500);
+    assert_eq!(renewal(&facts, Duration::from_secs(UNIX)).spread_ms, 500);
     for block in 1..=1000 {
         facts.sidecar(block, "/ns/shop/sa/web", &[]);
     }
-    assert_eq!(renewal(&facts).spread_ms, 20_000);
+    assert_eq!(renewal(&facts, Duration::from_secs(UNIX)).spread_ms, 20_000);
 }
 
 fn word(of: &str, at_unix_ms: i64) -> Word {

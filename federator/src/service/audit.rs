@@ -87,7 +87,7 @@ async fn send(reader: &AuditReader, query: &Query, sender: &Sender) -> Result<()
     let mut heads = reader.heads();
     let head = heads.borrow_and_update().clone();
     let mut last = if query.limit > 0 {
-        let newest = newest(reader, query, &head).map_err(CoreError::from)?;
+        let newest = newest(reader, query, &head).await.map_err(CoreError::from)?;
         let anchor = reader.anchor().map_err(CoreError::from)?;
         let response = response(newest.iter(), Some(&anchor));
         if sender.send(Ok(response)).await.is_err() {
@@ -117,12 +117,13 @@ async fn send(reader: &AuditReader, query: &Query, sender: &Sender) -> Result<()
 }
 
 /// The newest `limit` that are wanted, in order.
-fn newest(reader: &AuditReader, query: &Query, head: &Link) -> Result<Vec<Entry>, StoreError> {
+async fn newest(reader: &AuditReader, query: &Query, head: &Link) -> Result<Vec<Entry>, StoreError> {
     let anchor = reader.anchor()?.sequence.max(query.after);
     let mut found = Vec::new();
     let mut before = head.sequence + 1;
     'pages: loop {
         let page = reader.before(before)?;
+        tokio::task::yield_now().await;
         let Some(oldest) = page.last() else { break };
         before = oldest.sequence;
         for entry in page {
@@ -143,6 +144,8 @@ async fn all(reader: &AuditReader, query: &Query, last: &mut u64, sender: &Sende
     let mut first = *last == query.after;
     loop {
         let (page, anchor) = continued(reader, *last).map_err(CoreError::from)?;
+        // A page is read at once; others have their turn between two.
+        tokio::task::yield_now().await;
         *last =
             page.last().map_or(*last, |entry| entry.sequence).max(anchor.as_ref().map_or(0, |a| a.sequence));
         let wanted = page.iter().filter(|entry| query.wants(entry));

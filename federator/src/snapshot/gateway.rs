@@ -53,7 +53,7 @@ pub fn snapshot(facts: &Facts, name: &str, monotonic: Duration, unix: Duration) 
         name: name.to_owned(),
         revocations: revocations::in_force(facts),
         trust_bundle_json: facts.trust.bundle_json.clone(),
-        renewal: Some(rotation::renewal(facts)),
+        renewal: Some(rotation::renewal(facts, unix)),
     }
 }
 

@@ -59,7 +59,7 @@ pub fn snapshot(
             links
         },
         revocations: revocations::in_force(facts),
-        renewal: Some(rotation::renewal(facts)),
+        renewal: Some(rotation::renewal(facts, unix)),
         cluster_properties: cluster_properties(facts, &access_policies),
         jwt_authorities: jwt::believed(facts).into_iter().map(jwt::to_wire).collect(),
         access_policies: access_policies.into_iter().map(|(policy, _)| policy).collect(),

@@ -11,7 +11,7 @@ use tombolo_model::names::ClusterName;
 use tombolo_runtime::clock;
 
 use super::keys::KeyArgs;
-use super::{Place, cluster_dir, dirs};
+use super::{Place, cluster_dir, dirs, rotate};
 use crate::failure::{Exit, Failure, chain};
 use crate::output;
 
@@ -88,6 +88,7 @@ pub fn signed(
     dir: &Path,
     key: &KeyArgs,
 ) -> Result<Exit, Failure> {
+    rotate::refuse_while_under_way(dir)?;
     let out = out.unwrap_or_else(|| cluster_dir(dir, name.as_str()));
     refuse_beside_another_key(&out, csr)?;
     let mut root = key.open(dir)?;

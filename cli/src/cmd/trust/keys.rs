@@ -162,7 +162,7 @@ impl KeyArgs {
         let new = match (successor.signer(self.signer_timeout)?, &passphrase) {
             (Some(program), _) => make(Protection::Signer(program))?,
             (None, Some(passphrase)) => make(Protection::Passphrase(passphrase))?,
-            (None, None) if old.holds_key() => make(Protection::Plain)?,
+            (None, None) if self.signer_command.is_none() && old.holds_key() => make(Protection::Plain)?,
             (None, None) => {
                 return Err(Failure::usage(
                     "the root's key lies behind a program, and its successor's would be in a file",
@@ -260,6 +260,8 @@ pub fn change(
     remove: bool,
     dir: &Path,
 ) -> Result<Exit, Failure> {
+    // Its successor is under the same passphrase.
+    super::rotate::refuse_while_under_way(dir)?;
     let root = super::load(dir)?;
     if !root.holds_key() {
         return Err(Failure::new(format_args!(

@@ -266,9 +266,9 @@ impl Run {
         let heard = ledger.intermediates();
         let mut made = BTreeMap::new();
         for cluster in ledger.clusters() {
-            let kept = || ClusterMaterial::load(&cluster_dir(&self.dir, cluster.as_str())).ok();
+            let kept = || ClusterMaterial::certificate_in(&cluster_dir(&self.dir, cluster.as_str())).ok();
             let known = heard.get(cluster).map(|der| der.to_vec());
-            let Some(certificate) = known.or_else(|| kept().map(|kept| kept.certificate.to_vec())) else {
+            let Some(certificate) = known.or_else(|| kept().map(|kept| kept.to_vec())) else {
                 self.progress.line(&format!(
                     "{cluster} is left out: it has not been heard of, and its intermediate is not in {}",
                     cluster_dir(&self.dir, cluster.as_str()).display()
@@ -286,7 +286,11 @@ impl Run {
     }
 
     fn ledger(&self, root: &RootAuthority, answer: &v1::TrustStatusResponse) -> Ledger {
-        Ledger::new(root.registry(), answer, &self.without)
+        let next = RootAuthority::next_dir(&self.dir);
+        let next = next.exists().then(|| load(&next).ok()).flatten();
+        let roots = [Some(root), next.as_ref()].into_iter().flatten();
+        let roots: Vec<_> = roots.map(|root| root.certificate().clone()).collect();
+        Ledger::new((root.registry(), &roots), answer, &self.without, clock::since_unix_epoch())
     }
 
     /// Gives an update to the federator. False: it had it already.
@@ -468,11 +472,10 @@ fn finish(dir: &Path, rotation: &Rotation) -> Result<RootAuthority, Failure> {
 
 /// A federator that loses its store starts from this directory: it must not start under the old root.
 fn refresh(dir: &Path, reissued: &Reissued, bundle: &TrustBundle) -> Result<(), Failure> {
-    let Ok(material) = ClusterMaterial::load(dir) else { return Ok(()) };
-    if spki_of(&material.certificate) != spki_of(&reissued.certificate) {
+    let Ok(known) = ClusterMaterial::certificate_in(dir) else { return Ok(()) };
+    if spki_of(&known) != spki_of(&reissued.certificate) {
         return Ok(());
     }
-    let certificate = reissued.certificate.clone();
-    let material = ClusterMaterial { certificate, bundle: bundle.clone(), ..material };
-    material.save(dir).map_err(Failure::new)
+    let Reissued { cluster, tag, certificate } = reissued;
+    ClusterMaterial::save_certificate(dir, cluster, *tag, certificate, bundle).map_err(Failure::new)
 }

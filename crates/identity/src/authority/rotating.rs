@@ -117,6 +117,15 @@ impl RootAuthority {
     /// without a successor there is nothing to do.
     pub fn promote(dir: &Path, retired_fingerprint: &str) -> Result<(), AuthorityError> {
         let next = Self::next_dir(dir);
+        // Taken out of its place whole, before it is taken apart: half a successor would be mistaken for one without a file.
+        let emptied = dir.join("retired").join("emptied");
+        let remove = |path: &Path| match fs::remove_dir_all(path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                Err(FileError::new("can't remove", path)(error))
+            }
+            _ => Ok(()),
+        };
+        remove(&emptied)?;
         if !next.exists() {
             return Ok(());
         }
@@ -135,8 +144,8 @@ impl RootAuthority {
         if !held.exists() && stale.exists() {
             fs::remove_file(&stale).map_err(FileError::new("can't remove", &stale))?;
         }
-        fs::remove_dir_all(&next).map_err(FileError::new("can't remove", &next))?;
-        Ok(())
+        fs::rename(&next, &emptied).map_err(FileError::new("can't rename", &next))?;
+        Ok(remove(&emptied)?)
     }
 }
 

@@ -11,7 +11,7 @@ use rustls::pki_types::CertificateDer;
 use serde_json::{Value, json};
 use tombolo_identity::authority::RegistryEntry;
 use tombolo_identity::issuer::verify_record;
-use tombolo_identity::rotation::{is_issued_by, root_of};
+use tombolo_identity::rotation::{binding_of, is_issued_by, root_of};
 use tombolo_model::names::ClusterName;
 use tombolo_proto::v1;
 
@@ -32,15 +32,16 @@ pub struct Ledger {
 impl Ledger {
     /// `without`: clusters that nobody waits for.
     pub fn new(
-        register: &[RegistryEntry],
+        (register, roots): (&[RegistryEntry], &[CertificateDer<'static>]),
         answer: &v1::TrustStatusResponse,
         without: &BTreeSet<ClusterName>,
+        now: Duration,
     ) -> Self {
         let registered = register.iter().filter(|entry| !entry.superseded);
         let mut clusters: BTreeMap<ClusterName, Option<v1::TrustProgress>> =
             registered.map(|entry| (entry.name.clone(), None)).collect();
-        for progress in answer.progress.iter().filter_map(signed) {
-            let Ok(cluster) = progress.cluster.parse::<ClusterName>() else { continue };
+        for (cluster, progress) in answer.progress.iter().filter_map(|wire| said_by_its_ca(wire, roots, now))
+        {
             // A cluster that was recreated speaks with another tag: the old one is gone.
             let stale = register
                 .iter()
@@ -111,10 +112,21 @@ impl Ledger {
     }
 }
 
-/// A cluster's word whose signature holds.
-fn signed(wire: &v1::SignedTrustProgress) -> Option<v1::TrustProgress> {
+/// A cluster's word: signed by a CA that one of the roots has bound to this cluster. The federator that is asked only passes
+/// it on, and could otherwise say anything of anybody.
+fn said_by_its_ca(
+    wire: &v1::SignedTrustProgress,
+    roots: &[CertificateDer<'static>],
+    now: Duration,
+) -> Option<(ClusterName, v1::TrustProgress)> {
     let progress = v1::TrustProgress::decode(wire.progress.as_slice()).ok()?;
-    verify_record(&progress.certificate, PROGRESS_LABEL, &wire.progress, &wire.signature).then_some(progress)
+    let cluster: ClusterName = progress.cluster.parse().ok()?;
+    let binding = binding_of(&progress.certificate)?;
+    let holds = binding.cluster == cluster
+        && binding.tag.value() == progress.tag
+        && root_of(&progress.certificate, roots, now).is_some()
+        && verify_record(&progress.certificate, PROGRESS_LABEL, &wire.progress, &wire.signature);
+    holds.then_some((cluster, progress))
 }
 
 /// What a cluster lacks for a step; `None`: nothing.
@@ -211,10 +223,17 @@ mod tests {
         let ledger = |words: Vec<v1::SignedTrustProgress>, without: &[&str]| {
             let answer = v1::TrustStatusResponse { progress: words, ..Default::default() };
             let without = without.iter().map(|name| name.parse().unwrap()).collect();
-            Ledger::new(old.registry(), &answer, &without)
+            let roots = [old.certificate().clone(), new.certificate().clone()];
+            Ledger::new((old.registry(), &roots), &answer, &without, NOW)
         };
         let lacking =
             |ledger: &Ledger, step: Step| ledger.lacking(&rotation(step), &new_root, NOW).join("; ");
+        // What a CA of nobody's root, or of another cluster, says counts as nothing.
+        let mut other = root(&dir.join("other"));
+        let forged = word(sign(&mut other, "west"), |_| ());
+        let borrowed = word(copy(), |p| p.cluster = "west".into());
+        let words = lacking(&ledger(vec![forged, borrowed], &[]), Step::Staging);
+        assert!(words.contains("west: nothing has been heard"), "{words}");
         // West has not been heard of.
         let words = lacking(&ledger(vec![word(copy(), |_| ())], &[]), Step::Staging);
         assert!(words.starts_with("west: nothing has been heard") && !words.contains("east"), "{words}");
