@@ -59,10 +59,14 @@ pub fn settle(
     let spki = rotation::spki_of(&material.certificate).ok_or_else(stranded)?;
     let kept: Option<CertificateDer<'static>> =
         record.intermediate.as_deref().and_then(|text| hex::decode(text).ok()).map(Into::into);
-    let candidates = kept.iter().chain([&material.certificate]).chain(&reissued);
-    let intermediate = rotation::choose_intermediate(candidates, &spki, &binding, &bundle.roots, unix);
-    let intermediate = intermediate.ok_or_else(stranded)?.clone();
-    let root = rotation::root_of(&intermediate, &bundle.roots, unix).ok_or_else(stranded)?;
+    let candidates = || kept.iter().chain([&material.certificate]).chain(&reissued);
+    // A clock that is off, or a CA that has ended, is for peers and operators to see: the federator starts all the same.
+    let begun = candidates().map(|certificate| rotation::not_before(certificate)).max().unwrap_or(0);
+    let chosen = [unix, Duration::from_secs(begun)].into_iter().find_map(|at| {
+        let chosen = rotation::choose_intermediate(candidates(), &spki, &binding, &bundle.roots, at)?;
+        Some((chosen.clone(), rotation::root_of(chosen, &bundle.roots, at)?))
+    });
+    let (intermediate, root) = chosen.ok_or_else(stranded)?;
     let crosses = update.iter().flat_map(|(_, update)| update.crosses.iter());
     let crosses = crosses.filter(|cross| {
         // Only what leads to the root that is in use.
