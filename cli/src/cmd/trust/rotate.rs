@@ -289,7 +289,11 @@ impl Run {
         let next = RootAuthority::next_dir(&self.dir);
         let next = next.exists().then(|| load(&next).ok()).flatten();
         let roots = [Some(root), next.as_ref()].into_iter().flatten();
-        let roots: Vec<_> = roots.map(|root| root.certificate().clone()).collect();
+        let mut roots: Vec<_> = roots.map(|root| root.certificate().clone()).collect();
+        if next.is_none() {
+            // Nothing is decided by it: who is under a root of before is shown as such.
+            roots.extend(RootAuthority::retired(&self.dir));
+        }
         Ledger::new((root.registry(), &roots), answer, &self.without, clock::since_unix_epoch())
     }
 

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use rcgen::{CertificateParams, CustomExtension, Issuer, PublicKeyData, SigningKey, SubjectPublicKeyInfo};
 use rustls_pki_types::CertificateDer;
+use rustls_pki_types::pem::PemObject;
 use sha2::{Digest, Sha256};
 use x509_parser::prelude::{FromDer, X509Certificate};
 
@@ -111,6 +112,13 @@ impl RootAuthority {
         files::write_atomic(&self.dir.join(BUNDLE), bundle.to_json().as_bytes(), 0o644)?;
         self.bundle = bundle.clone();
         Ok(())
+    }
+
+    /// The roots that were in the place of the one in `dir`, as far as they read.
+    pub fn retired(dir: &Path) -> Vec<CertificateDer<'static>> {
+        let listed = fs::read_dir(dir.join("retired")).into_iter().flatten().flatten();
+        let read = |path: PathBuf| CertificateDer::from_pem_slice(&files::read(&path, MAX_FILE).ok()?).ok();
+        listed.filter_map(|entry| read(entry.path().join("root.crt"))).collect()
     }
 
     /// Puts the successor in the place of the root in `dir`. Repeating it after a crash ends where it would have ended;
