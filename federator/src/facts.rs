@@ -511,10 +511,17 @@ impl Facts {
 
     /// The applied `ClusterLink` of a peer.
     pub fn link_spec(&self, peer: &ClusterName) -> Option<&ClusterLinkSpec> {
-        self.objects.values().find_map(|stored| match &stored.object.spec {
+        self.link_specs().find_map(|(name, spec)| (name == peer.as_str()).then_some(spec))
+    }
+
+    /// Every applied `ClusterLink` with the peer that it is about. They are few beside other objects.
+    pub fn link_specs(&self) -> impl Iterator<Item = (&str, &ClusterLinkSpec)> {
+        const KIND: &str = "ClusterLink";
+        let first = ObjectKey { kind: KIND, namespace: String::new(), name: String::new() };
+        let of_kind = self.objects.range(first..).take_while(|(key, _)| key.kind == KIND);
+        of_kind.filter_map(|(_, stored)| match &stored.object.spec {
             Spec::ClusterLink(spec) => {
-                let name = spec.cluster.as_deref().unwrap_or(&stored.object.metadata.name);
-                (name == peer.as_str()).then_some(spec)
+                Some((spec.cluster.as_deref().unwrap_or(&stored.object.metadata.name), spec))
             }
             _ => None,
         })

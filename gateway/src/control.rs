@@ -9,6 +9,7 @@ mod across;
 mod hints;
 pub mod hops;
 pub mod state;
+mod status;
 #[cfg(test)]
 mod tests;
 
@@ -26,7 +27,8 @@ use crate::port::{Outgoing, Port};
 use crate::sys;
 use crate::view::{PortId, Side, Via};
 use crate::worker::{Buffers, Received};
-pub use state::{Effect, HopStatus, Send, State, Status};
+pub use state::{Effect, Send, State};
+pub use status::{HopStatus, Status};
 
 /// Drain flag, lost wake-ups and expiries are seen within this.
 const LONGEST_WAIT: Duration = Duration::from_millis(250);

@@ -141,6 +141,7 @@ impl OverlayStats {
 }
 
 /// What the parts of an endpoint have in common.
+#[derive(Clone, Debug)]
 struct Shared {
     me: Identity,
     endpoint: EndpointId,
@@ -148,6 +149,7 @@ struct Shared {
     keys: Arc<ArcSwap<KeyRing>>,
     routes: Arc<ArcSwap<RouteState>>,
     inbound: Arc<ArcSwap<Inbound>>,
+    /// To all parts.
     hints: Hints,
     control: mpsc::Sender<ControlPacket>,
     svid: Option<SvidHandle>,
@@ -159,17 +161,11 @@ fn no_socket(address: SocketAddr) -> BindError {
 
 #[derive(Debug)]
 struct Inner {
-    me: Identity,
-    endpoint_id: EndpointId,
+    shared: Shared,
     quic: quinn::Endpoint,
     socket: Arc<OverlaySocket>,
-    keys: Arc<ArcSwap<KeyRing>>,
-    inbound: Arc<ArcSwap<Inbound>>,
     /// Further parts of this endpoint; known to the first one.
     others: Mutex<Vec<Overlay>>,
-    /// To all parts.
-    hints: Hints,
-    control: mpsc::Sender<ControlPacket>,
     client_transport: Arc<TransportConfig>,
     accepted: tokio::sync::Mutex<mpsc::Receiver<PeerConnection>>,
     liveness: LivenessHandle,
@@ -235,19 +231,15 @@ impl Overlay {
         tasks: &TaskGroup,
     ) -> Result<Self, BindError> {
         let first = &self.0;
-        let shared = Shared {
-            me: first.me,
-            endpoint: first.endpoint_id,
-            learns: false,
-            keys: Arc::clone(&first.keys),
-            routes: Arc::clone(&first.socket.routes),
-            inbound: Arc::clone(&first.inbound),
-            hints: first.hints.clone(),
-            control: first.control.clone(),
-            svid: first.judge.svid.clone(),
-        };
-        let overlay =
-            Self::serve(shared, part, first.local_addr, server, limits, |_| first.hops.clone(), tasks)?;
+        let overlay = Self::serve(
+            first.shared.clone(),
+            part,
+            first.local_addr,
+            server,
+            limits,
+            |_| first.hops.clone(),
+            tasks,
+        )?;
         first.others.lock().unwrap_or_else(PoisonError::into_inner).push(overlay.clone());
         Ok(overlay)
     }
@@ -261,16 +253,17 @@ impl Overlay {
         hops: impl FnOnce(&Arc<OverlaySocket>) -> HopsHandle,
         tasks: &TaskGroup,
     ) -> Result<Self, BindError> {
-        let Shared { me, endpoint, learns, keys, routes, inbound, hints, control, svid } = shared;
+        let me = shared.me;
         let socket_error = |source| BindError::Socket { address: bind, source };
         let place = Some(part.place).filter(Place::has_others);
         let slot = Slot::of(part.socket).map_err(socket_error)?;
         let local_addr = slot.local_addr().map_err(socket_error)?;
-        let socket = OverlaySocket::new(me.tag, slot, place.clone(), routes, learns, control.clone());
+        let (routes, control) = (Arc::clone(&shared.routes), shared.control.clone());
+        let socket = OverlaySocket::new(me.tag, slot, place.clone(), routes, shared.learns, control);
         let socket = Arc::new(socket);
 
         let mut endpoint_config = transport::endpoint_config(&limits);
-        let generator_keys = Arc::clone(&keys);
+        let generator_keys = Arc::clone(&shared.keys);
         endpoint_config.cid_generator(move || {
             Box::new(Generator { me, keys: Arc::clone(&generator_keys), place: place.clone() })
         });
@@ -286,25 +279,20 @@ impl Overlay {
         let flusher = CancellationToken::new();
         tasks.spawn("overlay flush", Arc::clone(&socket).flush(flusher.clone()));
         let liveness = liveness::spawn(Arc::clone(&socket), tasks);
-        hints.add(liveness.clone());
+        shared.hints.add(liveness.clone());
         let hops = hops(&socket);
-        let judge = Judge { svid, counters: Arc::new(AttestationCounters::default()) };
+        let judge = Judge { svid: shared.svid.clone(), counters: Arc::new(AttestationCounters::default()) };
         let attestation = judge
             .svid
             .clone()
             .map(|svid| attestation::spawn(svid, &limits, Arc::clone(&judge.counters), tasks));
         let (accepted_sender, accepted) = mpsc::channel(ACCEPT_QUEUE);
         let overlay = Self(Arc::new(Inner {
-            me,
-            endpoint_id: endpoint,
+            shared,
             client_transport: transport::transport(&limits, true),
             quic,
             socket,
-            keys,
-            inbound,
             others: Mutex::default(),
-            hints,
-            control,
             accepted: tokio::sync::Mutex::new(accepted),
             liveness,
             hops,
@@ -328,10 +316,10 @@ impl Overlay {
         self.0.local_addr
     }
     pub fn endpoint_id(&self) -> EndpointId {
-        self.0.endpoint_id
+        self.0.shared.endpoint
     }
     pub fn tag(&self) -> ClusterTag {
-        self.0.me.tag
+        self.0.shared.me.tag
     }
     /// Where things are, from now on.
     pub fn set_routes(&self, routes: Routes) {
@@ -339,11 +327,11 @@ impl Overlay {
     }
     /// Renewed keys of the own block: IDs made from now on use them.
     pub fn set_keys(&self, keys: KeyRing) {
-        self.0.keys.store(Arc::new(keys));
+        self.0.shared.keys.store(Arc::new(keys));
     }
     /// The handles served from now on. Connections that are open keep what is pinned to them.
     pub fn set_inbound(&self, inbound: Inbound) {
-        self.0.inbound.store(Arc::new(inbound));
+        self.0.shared.inbound.store(Arc::new(inbound));
     }
 
     /// Dials any endpoint of what the target's handle stands for. ALPN and expected identity are in `tls`.
@@ -456,9 +444,9 @@ impl Overlay {
         if let (Some(attestation), Some(shown)) = (&self.0.attestation, shown) {
             attestation.watch(connection.clone(), shown).await;
         }
-        let me = (self.0.me.tag, self.0.endpoint_id);
+        let me = (self.0.shared.me.tag, self.0.shared.endpoint);
         let (connection, judge) = (connection.clone(), self.0.judge.clone());
-        let hints = self.0.hints.clone();
+        let hints = self.0.shared.hints.clone();
         self.0.tasks.spawn("control streams", async move {
             control_stream::run(connection, judge, me, |peer| hints.announced(peer)).await;
         });
@@ -488,15 +476,16 @@ async fn accept_loop(
     let pending = Arc::new(AtomicUsize::new(0));
     while let Some(incoming) = overlay.0.quic.accept().await {
         let counters = &overlay.0.counters;
-        let pinned = match overlay.0.inbound.load().admit(overlay.0.me.tag, &incoming.orig_dst_cid()) {
-            Ok(pinned) => pinned,
-            Err(refusal) => {
-                counters.refused.fetch_add(1, Relaxed);
-                tracing::debug!(reason = refusal.kind(), "first packet ignored");
-                incoming.ignore();
-                continue;
-            }
-        };
+        let pinned =
+            match overlay.0.shared.inbound.load().admit(overlay.0.shared.me.tag, &incoming.orig_dst_cid()) {
+                Ok(pinned) => pinned,
+                Err(refusal) => {
+                    counters.refused.fetch_add(1, Relaxed);
+                    tracing::debug!(reason = refusal.kind(), "first packet ignored");
+                    incoming.ignore();
+                    continue;
+                }
+            };
         let in_progress = pending.load(Relaxed);
         if in_progress >= limits.max_pending {
             counters.refused.fetch_add(1, Relaxed);

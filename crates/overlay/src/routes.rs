@@ -272,13 +272,12 @@ mod tests {
             };
             Arc::new(HashMap::from([(tag(5), view)]))
         };
-        let last = |state: &RouteState, dcid: &Cid, rotation| match state
-            .exit(dcid, rotation, true)
-            .unwrap()
-            .address
-        {
+        let octet = |address: SocketAddr| match address {
             SocketAddr::V4(v4) => v4.ip().octets()[3],
             SocketAddr::V6(_) => 0,
+        };
+        let last = |state: &RouteState, dcid: &Cid, rotation| {
+            octet(state.exit(dcid, rotation, true).unwrap().address)
         };
         let (endpoint, other) = (cid(Kind::Endpoint, 5, 7 << 4, 0), cid(Kind::Endpoint, 5, 8 << 4, 0));
         let (service, control) = (cid(Kind::Service, 5, 300, 0), cid(Kind::Control, 5, 300, 0));
@@ -290,6 +289,18 @@ mod tests {
         assert_eq!(exits(&state, 1), [9, 9, 9, 9]);
         assert_eq!(exits(&state, 2), [30, 30, 20, 20]);
         assert!(state.unreachable_tags().is_empty(), "its own gateways don't reach it, others do");
+        assert_eq!(
+            octet(state.exit(&endpoint, 1, false).unwrap().address),
+            30,
+            "a stall that is over leaves no trace"
+        );
+        let dead = RouteState { paths: vec![path(9, false, &[])], ..state.clone() };
+        assert_eq!(last(&dead, &endpoint, 1), 30, "no gateway of our own lives");
+        // A caller that lives is nobody whom we call.
+        let mut callers = (*across(false, true)).clone();
+        callers.values_mut().for_each(|view| view.services.clear());
+        let called = RouteState { across: Arc::new(callers), ..state.clone() };
+        assert_eq!(called.unreachable_tags(), [tag(5)].into());
         state.across = across(true, false);
         assert_eq!(exits(&state, 0), [20, 20, 20, 20]);
         state.across = across(false, false);

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tombolo_model::ids::{Block, ClusterTag, EndpointId};
-use tombolo_model::names::ServiceKey;
+use tombolo_model::names::{ClusterName, ServiceKey};
 use tombolo_overlay::keys::{AcrossTarget, LinkKey};
 use tombolo_overlay::{Across, Flat, FlatEndpoint, GatewayHop, rendezvous};
 
@@ -26,8 +26,8 @@ pub fn across(
     rings: &Rings,
     unix: Duration,
 ) -> HashMap<ClusterTag, Across> {
-    let links = facts.live_links().filter_map(|link| {
-        let spec = facts.link_spec(&link.peer)?;
+    let links = facts.link_specs().filter_map(|(peer, spec)| {
+        let link = facts.links.get(&peer.parse::<ClusterName>().ok()?).filter(|link| link.is_live())?;
         let key = link.link_key()?;
         let prober = Prober { facts, link, key: &key, block, rings, unix };
         let flat = calls.filter(|_| spec.flat).map(|calls| prober.flat(calls));
@@ -79,7 +79,8 @@ impl Prober<'_> {
         let mut flat = Flat { caller_keys: (*caller_keys).clone(), ranges, ..Flat::default() };
         let exports = self.facts.imports.get(&self.link.peer).map(|import| &import.exports);
         for export in calls.iter().filter_map(|service| exports?.get(service)) {
-            let mut endpoints: Vec<_> = export.endpoints.iter().collect();
+            let allowed = export.endpoints.iter().filter(|(_, address)| flat.ranges.allows(*address));
+            let mut endpoints: Vec<_> = allowed.collect();
             let own = rendezvous::key_of(&self.block.value().to_be_bytes());
             endpoints.sort_by_key(|(id, _)| rendezvous::weight(own, id.value().into()));
             let chosen = endpoints.into_iter().rev().take(MAX_ENDPOINTS);

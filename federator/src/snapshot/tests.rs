@@ -211,7 +211,8 @@ fn past_the_gateways_only_as_the_cluster_link_says_and_with_keys_that_the_target
     let mut export = exported(2, 3, &[port("", 80)]);
     export.spiffe_ids = vec!["spiffe://acme.example/cluster/west/ns/shop/sa/api".into()];
     let (id, address) = (EndpointId::from_u32(0x91), "203.0.113.20:7442".parse().unwrap());
-    export.endpoints = vec![(id, address)];
+    let outside = (EndpointId::from_u32(0xa1), "198.51.100.1:7442".parse().unwrap());
+    export.endpoints = vec![(id, address), outside];
     let handle = export.handle;
     facts.import("west").exports.insert(service("shop/api"), export);
     allot(&mut facts, "west", "shop/web", 401);
@@ -239,6 +240,7 @@ fn past_the_gateways_only_as_the_cluster_link_says_and_with_keys_that_the_target
     assert_eq!(*across.gateway_keys, to(AcrossTarget::Gateways));
     let flat = across.flat.unwrap();
     assert_eq!(flat.services[&handle], [id]);
+    assert_eq!(flat.endpoints.len(), 1, "the other one lies outside the link's ranges");
     let endpoint = &flat.endpoints[&id.block()];
     assert_eq!(endpoint.address, address);
     assert_eq!(*endpoint.keys, to(AcrossTarget::Endpoint(id.block())));

@@ -34,9 +34,8 @@ impl State {
         let Body::Probe(probe) = &datagram.body else { return Err(DecodeError::Field("type")) };
         self.learn(arrival.source, Who::Foreign { tag, endpoint }, now);
         // Which clusters we reach is for our own.
-        let ack = ProbeAck { unreachable: Vec::new(), ..self.ack(probe, arrival) };
-        let total = if self.draining { DRAINING } else { 0 };
-        let ack = ProbeAck { unreachable_total: total, ..ack };
+        let unreachable_total = if self.draining { DRAINING } else { 0 };
+        let ack = ProbeAck { unreachable_total, unreachable: Vec::new(), ..self.ack(probe, arrival) };
         let key = link.across_key(tables.tag, endpoint.block(), &mut self.keys, current, current);
         let selector = datagram.selector;
         let answer = Answer { arrival, selector, sequence: datagram.sequence, key, clocks };

@@ -14,7 +14,7 @@ use tombolo_overlay::DRAINING;
 use tombolo_overlay::probe::{Health, OutgoingProbe, ProbeState};
 use tombolo_overlay::rendezvous;
 
-use super::state::HopStatus;
+use super::status::HopStatus;
 use crate::counters::{Counters, Name, Slot};
 use crate::tables::{Replica, Tables};
 use crate::view::{PathFlags, PathView, PortId, Side, Standing, Via};

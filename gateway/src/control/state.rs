@@ -19,6 +19,7 @@ use tombolo_overlay::keys::CidKey;
 use tombolo_overlay::register::{Registrations, Siblings, Verdict};
 
 use super::hops::{Event, Hops, PortChange, Whose};
+use super::status::Status;
 use crate::bucket::Bucket;
 use crate::counters::{Counters, Name};
 use crate::decide::{self, Now};
@@ -58,33 +59,6 @@ pub struct Send {
     pub bytes: Vec<u8>,
     /// Path and sequence of a PROBE: it may turn out too large.
     pub probe: Option<(u64, u64)>,
-}
-
-/// What readers may know.
-#[derive(Clone, Debug, Default)]
-pub struct Status {
-    pub hops: Vec<HopStatus>,
-    pub registered: usize,
-    pub announced: usize,
-    pub unreachable: Vec<ClusterTag>,
-    pub refused_registers: u64,
-    pub gone_sent: u64,
-    pub gone_received: u64,
-}
-
-/// One gateway of a peer, or a sibling.
-#[derive(Clone, PartialEq, Debug)]
-pub struct HopStatus {
-    pub cluster: String,
-    pub name: String,
-    pub sibling: bool,
-    pub address: SocketAddr,
-    pub alive: bool,
-    pub draining: bool,
-    pub rtt: Option<Duration>,
-    pub loss_per_mille: u32,
-    pub mtu: u16,
-    pub last_ack: Option<Instant>,
 }
 
 /// The state.
@@ -355,7 +329,9 @@ impl State {
         if claimed || inside {
             return;
         }
-        if !self.learned.contains_key(&source) && self.learned.len() >= LEARNED {
+        // Others' endpoints leave ours half of the room.
+        let room = if matches!(who, Who::Foreign { .. }) { LEARNED / 2 } else { LEARNED };
+        if !self.learned.contains_key(&source) && self.learned.len() >= room {
             return;
         }
         let before = self.learned.insert(source, (who, now));

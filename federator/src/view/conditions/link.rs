@@ -42,12 +42,23 @@ fn past_gateways(view: &View<'_>, peer: &ClusterName) -> Option<Condition> {
         all += 1;
         alive += u32::from(path.alive);
     }
-    let message = format!("{alive} of {all} paths of our sidecars past our gateways are alive");
+    let ranges = view.facts.allowed_ranges(peer);
+    let exports = view.facts.imports.get(peer).into_iter().flat_map(|import| import.exports.values());
+    let told = exports.flat_map(|export| &export.endpoints).filter(|_| spec.flat);
+    let outside = match told.filter(|(_, address)| !ranges.allows(*address)).count() {
+        0 => String::new(),
+        outside => {
+            format!("; {outside} of {peer}'s endpoints lie outside allowedGatewayRanges and are not used")
+        }
+    };
+    let message = format!("{alive} of {all} paths of our sidecars past our gateways are alive{outside}");
     let waits = "no sidecar tells of a path past our gateways yet";
     Some(match (alive, all, spec.flat) {
         (0, 0, false) => unknown("PastGateways", "NotProbed", waits.to_owned()),
         (0, 0, true) => {
-            let text = format!("{waits}: on a flat link, {peer}'s ClusterLink must say `flat: true` as well");
+            let text = format!(
+                "{waits}: on a flat link, {peer}'s ClusterLink must say `flat: true` as well{outside}"
+            );
             unknown("PastGateways", "NotProbed", text)
         }
         (0, _, _) => condition("PastGateways", false, "NoPath", message + ": packets take our gateways"),
