@@ -101,3 +101,16 @@ pub fn run(
     let ended = runtime.block_on(work);
     ended.map(|()| Exit::Done).map_err(|error| Failure::new(crate::failure::chain(&*error)).at(role))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_zone_that_would_be_cut_is_refused_by_name() {
+        assert_eq!(zone(None).unwrap(), "");
+        assert_eq!(zone(Some("z".repeat(64))).unwrap().len(), 64);
+        let refused = format!("{:?}", zone(Some("z".repeat(65))).unwrap_err());
+        assert!(refused.contains("--zone has 65 characters"), "{refused}");
+    }
+}

@@ -86,12 +86,8 @@ Examples:
         /// Sign this certificate request instead of making a key
         #[arg(long, value_name = "FILE")]
         csr: Option<PathBuf>,
-        /// A further intermediate of a known cluster, with its tag
-        #[arg(long, conflicts_with = "recreate")]
-        renew: bool,
-        /// The cluster was lost: sign a new one by its name, with a new tag; peers must `link accept` it
-        #[arg(long)]
-        recreate: bool,
+        #[command(flatten)]
+        known: Known,
         #[command(flatten)]
         place: Place,
         #[command(flatten)]
@@ -181,6 +177,27 @@ Examples:
     Reload(deliver::ReloadArgs),
 }
 
+/// How a name that is registered already is treated.
+#[derive(Clone, Copy, Debug, Args)]
+struct Known {
+    /// A further intermediate of a known cluster, with its tag
+    #[arg(long, conflicts_with = "recreate")]
+    renew: bool,
+    /// The cluster was lost: sign a new one by its name, with a new tag; peers must `link accept` it
+    #[arg(long)]
+    recreate: bool,
+}
+
+impl Known {
+    fn existing(self) -> Existing {
+        match (self.renew, self.recreate) {
+            (true, _) => Existing::Renew,
+            (_, true) => Existing::Recreate,
+            _ => Existing::Refuse,
+        }
+    }
+}
+
 #[derive(Debug, Args)]
 struct Place {
     /// Directory of the root [default: <state directory>/trust]
@@ -207,13 +224,13 @@ pub fn run(args: TrustArgs, connect: Connect) -> Result<Exit, Failure> {
         Verb::Init { trust_domain, encryption, place, key } => {
             init(&trust_domain, encryption, &key, &place.resolve()?)
         }
-        Verb::Cluster { name, out, csr: Some(file), renew, recreate, place, key } => {
+        Verb::Cluster { name, out, csr: Some(file), known, place, key } => {
             let name: ClusterName = name.parse().map_err(Failure::usage)?;
-            let existing = Existing::from_flags(renew, recreate);
+            let existing = known.existing();
             csr::signed(&name, &csr::read(&file)?, out, existing, &place.resolve()?, &key)
         }
-        Verb::Cluster { name, out, csr: None, renew, recreate, place, key } => {
-            cluster(&name, out, Existing::from_flags(renew, recreate), &place.resolve()?, &key)
+        Verb::Cluster { name, out, csr: None, known, place, key } => {
+            cluster(&name, out, known.existing(), &place.resolve()?, &key)
         }
         Verb::Csr(args) => csr::make(args),
         Verb::Sign(args) => csr::sign(args),

@@ -95,17 +95,6 @@ pub enum Existing {
     Recreate,
 }
 
-impl Existing {
-    /// As the command line says it; the two exclude each other there.
-    pub fn from_flags(renew: bool, recreate: bool) -> Self {
-        match (renew, recreate) {
-            (true, _) => Self::Renew,
-            (_, true) => Self::Recreate,
-            _ => Self::Refuse,
-        }
-    }
-}
-
 /// The offline root.
 pub struct RootAuthority {
     dir: PathBuf,

@@ -2,77 +2,20 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used)] // a panic is a test's failure
 
+mod minting;
+
 use std::time::Duration;
 
+use minting::{NOW, at, sign, uri, world};
 use rcgen::{
-    BasicConstraints, CertificateParams, CustomExtension, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
-    KeyUsagePurpose, SanType,
+    BasicConstraints, CertificateParams, CustomExtension, ExtendedKeyUsagePurpose, IsCa, KeyPair,
+    KeyUsagePurpose,
 };
-use rustls_pki_types::CertificateDer;
-use time::OffsetDateTime;
 use tombolo_identity::authority::{AuthorityError, ClusterMaterial, Existing, RootAuthority};
-use tombolo_identity::cluster_binding::{ClusterBinding, OID};
+use tombolo_identity::cluster_binding::OID;
 use tombolo_identity::issuer::{IssueError, KeyAndCsr, LEAF_LIFE, LeafIssuer, verify_record};
 use tombolo_identity::verify::{Usage, authenticate, unix_time};
-use tombolo_identity::{BundleSet, IdentityError, SpiffeId, Svid, TrustBundle};
-
-const NOW: Duration = Duration::from_secs(1_795_000_000);
-const HOUR: Duration = Duration::from_secs(3600);
-
-struct World {
-    _dir: tempfile::TempDir,
-    root: RootAuthority,
-    east: ClusterMaterial,
-}
-
-fn world() -> World {
-    let dir = tempfile::tempdir().unwrap();
-    let mut root =
-        RootAuthority::init(&dir.path().join("trust"), "acme.example".parse().unwrap(), NOW).unwrap();
-    let east = root.sign_cluster(&"east".parse().unwrap(), Existing::Refuse, NOW).unwrap();
-    World { _dir: dir, root, east }
-}
-
-impl World {
-    fn bundles(&self) -> BundleSet {
-        BundleSet::of(self.root.bundle())
-    }
-    fn leaf(&self, edit: impl FnOnce(&mut CertificateParams)) -> Vec<CertificateDer<'static>> {
-        sign(&self.east, "spiffe://acme.example/cluster/east/ns/shop/sa/cart", edit)
-    }
-    fn check(&self, chain: &[CertificateDer<'_>]) -> Result<(), IdentityError> {
-        authenticate(chain, &self.bundles(), Usage::Client, unix_time(NOW)).map(drop)
-    }
-}
-
-fn uri(text: &str) -> SanType {
-    SanType::URI(text.try_into().unwrap())
-}
-
-fn at(time: Duration) -> OffsetDateTime {
-    OffsetDateTime::from_unix_timestamp(time.as_secs() as i64).unwrap()
-}
-
-/// A leaf as an attacker who holds the cluster's CA key could make it.
-fn sign(
-    ca: &ClusterMaterial,
-    id: &str,
-    edit: impl FnOnce(&mut CertificateParams),
-) -> Vec<CertificateDer<'static>> {
-    let ca_key = KeyPair::from_pem(&ca.key_pem).unwrap();
-    let issuer = Issuer::from_ca_cert_der(&ca.certificate, &ca_key).unwrap();
-    let mut params = CertificateParams::default();
-    params.subject_alt_names = vec![uri(id)];
-    params.is_ca = IsCa::ExplicitNoCa;
-    params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-    params.extended_key_usages =
-        vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
-    params.not_before = at(NOW - HOUR);
-    params.not_after = at(NOW + HOUR);
-    edit(&mut params);
-    let key = KeyPair::generate().unwrap();
-    vec![params.signed_by(&key, &issuer).unwrap().der().clone(), ca.certificate.clone()]
-}
+use tombolo_identity::{BundleSet, SpiffeId, Svid, TrustBundle};
 
 #[test]
 fn a_leaf_by_the_rules_authenticates_and_names_its_cluster() {
@@ -151,38 +94,12 @@ fn an_id_of_2048_bytes_is_served_and_a_longer_one_refused() {
     assert_eq!(error.kind(), "spiffe_id");
 }
 
-/// An intermediate that the root really signed, but wrongly.
-fn odd_intermediate(world: &World, edit: impl FnOnce(&mut CertificateParams)) -> ClusterMaterial {
-    let dir = world._dir.path().join("trust");
-    let root_key = KeyPair::from_pem(&std::fs::read_to_string(dir.join("root.key")).unwrap()).unwrap();
-    let root = world.root.bundle().roots.remove(0);
-    let issuer = Issuer::from_ca_cert_der(&root, &root_key).unwrap();
-    let key = KeyPair::generate().unwrap();
-    let mut params = CertificateParams::default();
-    params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
-    params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
-    params.not_before = at(NOW - HOUR);
-    params.not_after = at(NOW + HOUR);
-    let binding = ClusterBinding { cluster: "east".parse().unwrap(), tag: world.east.tag };
-    params.custom_extensions = vec![CustomExtension::from_oid_content(OID, binding.to_der())];
-    edit(&mut params);
-    let certificate = params.signed_by(&key, &issuer).unwrap().der().clone();
-    ClusterMaterial {
-        cluster: "east".parse().unwrap(),
-        tag: world.east.tag,
-        trust_domain: world.east.trust_domain.clone(),
-        key_pem: zeroize::Zeroizing::new(key.serialize_pem()),
-        certificate,
-        bundle: world.root.bundle(),
-    }
-}
-
 #[test]
 fn an_intermediate_must_be_bound_once_and_carry_no_path() {
     let world = world();
     let id = "spiffe://acme.example/cluster/east/vm/db-1";
     let kind = |edit: fn(&mut CertificateParams)| {
-        world.check(&sign(&odd_intermediate(&world, edit), id, |_| ())).map_err(|e| e.kind())
+        world.check(&sign(&world.odd_intermediate(edit), id, |_| ())).map(drop).map_err(|e| e.kind())
     };
     assert_eq!(kind(|_| ()), Ok(()), "the baseline is good");
     assert_eq!(kind(|p| p.custom_extensions.clear()), Err("unbound"));
@@ -199,7 +116,7 @@ fn an_intermediate_must_be_bound_once_and_carry_no_path() {
 #[test]
 fn a_stolen_intermediate_of_another_cluster_cannot_mint_for_this_one() {
     let mut world = world();
-    let west = world.root.sign_cluster(&"west".parse().unwrap(), Existing::Refuse, NOW).unwrap();
+    let west = world.west();
     let forged = sign(&west, "spiffe://acme.example/cluster/east/ns/shop/sa/cart", |_| ());
     assert_eq!(world.check(&forged).unwrap_err().kind(), "wrong_cluster");
     // Nor by showing east's intermediate beside its own: the binding that counts is the signer's.
@@ -211,7 +128,7 @@ fn a_stolen_intermediate_of_another_cluster_cannot_mint_for_this_one() {
 #[test]
 fn another_root_an_empty_bundle_and_a_long_chain_are_refused() {
     let world = world();
-    let other = self::world();
+    let other = minting::world();
     assert_eq!(world.check(&other.leaf(|_| ())).unwrap_err().kind(), "path");
     let empty = TrustBundle { roots: Vec::new(), ..world.root.bundle() };
     let error =
@@ -290,7 +207,7 @@ fn the_register_refuses_a_known_name_keeps_a_tag_on_renewal_and_changes_it_on_re
     assert_eq!(renewed.tag, world.east.tag);
     let recreated = world.root.sign_cluster(&east, Existing::Recreate, NOW).unwrap();
     assert_ne!(recreated.tag, world.east.tag);
-    let reloaded = RootAuthority::load(&world._dir.path().join("trust")).unwrap();
+    let reloaded = RootAuthority::load(&world.dir.path().join("trust")).unwrap();
     assert_eq!(reloaded.registry().len(), 3);
     assert_eq!(reloaded.fingerprint(), world.root.fingerprint());
 }
@@ -299,7 +216,7 @@ fn the_register_refuses_a_known_name_keeps_a_tag_on_renewal_and_changes_it_on_re
 fn files_are_private_never_overwritten_and_damage_is_named() {
     use std::os::unix::fs::PermissionsExt;
     let world = world();
-    let dir = world._dir.path().join("trust");
+    let dir = world.dir.path().join("trust");
     let mode = |name: &str| std::fs::metadata(dir.join(name)).unwrap().permissions().mode() & 0o777;
     assert_eq!((mode("root.key"), mode(".")), (0o600, 0o700));
     let again = RootAuthority::init(&dir, "acme.example".parse().unwrap(), NOW);
@@ -308,7 +225,7 @@ fn files_are_private_never_overwritten_and_damage_is_named() {
     let error = RootAuthority::load(&dir).err().unwrap().to_string();
     assert!(error.contains("registry.json") && error.contains("backup"), "{error}");
 
-    let out = world._dir.path().join("east");
+    let out = world.dir.path().join("east");
     world.east.save(&out).unwrap();
     let loaded = ClusterMaterial::load(&out).unwrap();
     assert_eq!(

@@ -3,69 +3,21 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used)] // a panic is a test's failure
 
+mod minting;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
+use minting::{Chain, ID, NOW, World, at, sign, sign_key, uri, world};
 use proptest::prelude::*;
-use rcgen::{
-    BasicConstraints, CertificateParams, CustomExtension, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
-    KeyUsagePurpose, PublicKeyData, SanType, SignatureAlgorithm,
-};
-use rustls_pki_types::CertificateDer;
-use time::OffsetDateTime;
-use tombolo_identity::authority::{ClusterMaterial, Existing, RootAuthority};
-use tombolo_identity::cluster_binding::{ClusterBinding, OID};
+use rcgen::{BasicConstraints, CertificateParams, IsCa, KeyUsagePurpose, PublicKeyData, SignatureAlgorithm};
 use tombolo_identity::revocation::{Revocations, Target};
 use tombolo_identity::verify::{PeerIdentity, Usage, authenticate, unix_time};
 use tombolo_identity::{BundleSet, IdentityError, TrustBundle};
 
-const NOW: Duration = Duration::from_secs(1_795_000_000);
-const HOUR: Duration = Duration::from_secs(3600);
-const ID: &str = "spiffe://acme.example/cluster/east/ns/shop/sa/cart";
 /// As the documentation lists them, between backquotes in the last column.
 const DOCUMENT: &str = include_str!("../../../docs/verification.md");
-
-type Chain = Vec<CertificateDer<'static>>;
-
-struct World {
-    dir: tempfile::TempDir,
-    root: RootAuthority,
-    east: ClusterMaterial,
-    west: ClusterMaterial,
-}
-
-fn world() -> World {
-    let dir = tempfile::tempdir().unwrap();
-    let mut root =
-        RootAuthority::init(&dir.path().join("trust"), "acme.example".parse().unwrap(), NOW).unwrap();
-    let east = root.sign_cluster(&"east".parse().unwrap(), Existing::Refuse, NOW).unwrap();
-    let west = root.sign_cluster(&"west".parse().unwrap(), Existing::Refuse, NOW).unwrap();
-    World { dir, root, east, west }
-}
-
-fn uri(text: &str) -> SanType {
-    SanType::URI(text.try_into().unwrap())
-}
-fn at(time: Duration) -> OffsetDateTime {
-    OffsetDateTime::from_unix_timestamp(time.as_secs() as i64).unwrap()
-}
-
-/// A leaf of `ID` as whoever holds the CA key could make it.
-fn leaf(ca: &ClusterMaterial, key: &impl PublicKeyData, edit: impl FnOnce(&mut CertificateParams)) -> Chain {
-    let ca_key = KeyPair::from_pem(&ca.key_pem).unwrap();
-    let issuer = Issuer::from_ca_cert_der(&ca.certificate, &ca_key).unwrap();
-    let mut params = CertificateParams::default();
-    params.subject_alt_names = vec![uri(ID)];
-    params.is_ca = IsCa::ExplicitNoCa;
-    params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-    params.extended_key_usages =
-        vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
-    params.not_before = at(NOW - HOUR);
-    params.not_after = at(NOW + HOUR);
-    edit(&mut params);
-    vec![params.signed_by(key, &issuer).unwrap().der().clone(), ca.certificate.clone()]
-}
 
 /// RSA with a modulus of 1024 bits, which no library of ours makes any more.
 struct WeakKey(Vec<u8>);
@@ -87,97 +39,61 @@ impl PublicKeyData for WeakKey {
     }
 }
 
-impl World {
-    fn bundles(&self) -> BundleSet {
-        BundleSet::of(self.root.bundle())
-    }
+/// A chain for each reason, by [`IdentityError::kind`].
+fn refused(world: &mut World) -> Vec<(&'static str, Result<PeerIdentity, IdentityError>)> {
+    let west = world.west();
+    let world = &*world;
+    let good = || world.leaf(|_| ());
+    let with = |edit: fn(&mut CertificateParams)| world.check(&world.leaf(edit));
+    let under = |bundles: &BundleSet| authenticate(&good(), bundles, Usage::Client, unix_time(NOW));
+    let mut long = good();
+    long.extend(std::iter::repeat_n(world.east.certificate.clone(), 4));
+    let target = Target::SpiffeId(ID.parse().unwrap());
+    let revoked = world.bundles().revoking(Revocations::new([(target, Arc::from("east/stolen"))]));
+    let mut trailing = good();
+    trailing[0] = [trailing[0].as_ref(), &[0]].concat().into();
+    vec![
+        ("no_certificate", world.check(&[])),
+        ("chain_too_long", world.check(&long)),
+        ("malformed", world.check(&trailing)),
+        ("uri_sans", with(|p| p.subject_alt_names.push(uri("spiffe://acme.example/cluster/east/vm/x")))),
+        ("spiffe_id", with(|p| p.subject_alt_names = vec![uri("spiffe://Acme.example/cluster/east/vm/x")])),
+        ("no_path", with(|p| p.subject_alt_names = vec![uri("spiffe://acme.example")])),
+        ("leaf_is_ca", with(|p| p.is_ca = IsCa::Ca(BasicConstraints::Unconstrained))),
+        ("key_usage", with(|p| p.key_usages.push(KeyUsagePurpose::CrlSign))),
+        ("weak_key", world.check(&sign_key(&world.east, ID, &WeakKey::new(), |_| ()))),
+        (
+            "unknown_trust_domain",
+            with(|p| p.subject_alt_names = vec![uri("spiffe://b.example/cluster/east/vm/x")]),
+        ),
+        ("empty_bundle", under(&BundleSet::of(TrustBundle { roots: Vec::new(), ..world.root.bundle() }))),
+        ("path", under(&BundleSet::of(minting::world().root.bundle()))),
+        ("expired", with(|p| p.not_after = at(NOW - Duration::from_secs(1)))),
+        ("not_yet_valid", with(|p| p.not_before = at(NOW + Duration::from_secs(1)))),
+        (
+            "signer_path",
+            world.check(&under_odd_intermediate(world, |p| {
+                p.subject_alt_names = vec![uri("spiffe://acme.example/cluster/east")];
+            })),
+        ),
+        ("unbound", world.check(&under_odd_intermediate(world, |p| p.custom_extensions.clear()))),
+        ("wrong_cluster", world.check(&sign(&west, ID, |_| ()))),
+        ("revoked", under(&revoked)),
+    ]
+}
 
-    fn leaf(&self, edit: impl FnOnce(&mut CertificateParams)) -> Chain {
-        leaf(&self.east, &KeyPair::generate().unwrap(), edit)
-    }
-
-    fn check(&self, chain: &[CertificateDer<'_>]) -> Result<PeerIdentity, IdentityError> {
-        authenticate(chain, &self.bundles(), Usage::Client, unix_time(NOW))
-    }
-
-    /// A leaf of an intermediate that the root really signed, but wrongly.
-    fn under_odd_intermediate(&self, edit: impl FnOnce(&mut CertificateParams)) -> Chain {
-        let key = std::fs::read_to_string(self.dir.path().join("trust/root.key")).unwrap();
-        let root_key = KeyPair::from_pem(&key).unwrap();
-        let root = self.root.bundle().roots.remove(0);
-        let issuer = Issuer::from_ca_cert_der(&root, &root_key).unwrap();
-        let key = KeyPair::generate().unwrap();
-        let mut params = CertificateParams::default();
-        params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
-        params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
-        params.not_before = at(NOW - HOUR);
-        params.not_after = at(NOW + HOUR);
-        let binding = ClusterBinding { cluster: "east".parse().unwrap(), tag: self.east.tag };
-        params.custom_extensions = vec![CustomExtension::from_oid_content(OID, binding.to_der())];
-        edit(&mut params);
-        let odd = ClusterMaterial {
-            cluster: "east".parse().unwrap(),
-            tag: self.east.tag,
-            trust_domain: self.east.trust_domain.clone(),
-            key_pem: zeroize::Zeroizing::new(key.serialize_pem()),
-            certificate: params.signed_by(&key, &issuer).unwrap().der().clone(),
-            bundle: self.root.bundle(),
-        };
-        leaf(&odd, &KeyPair::generate().unwrap(), |_| ())
-    }
-
-    /// A chain for each reason, by [`IdentityError::kind`].
-    fn refused(&self) -> Vec<(&'static str, Result<PeerIdentity, IdentityError>)> {
-        let good = || self.leaf(|_| ());
-        let with = |edit: fn(&mut CertificateParams)| self.check(&self.leaf(edit));
-        let under = |bundles: &BundleSet| authenticate(&good(), bundles, Usage::Client, unix_time(NOW));
-        let mut long = good();
-        long.extend(std::iter::repeat_n(self.east.certificate.clone(), 4));
-        let target = Target::SpiffeId(ID.parse().unwrap());
-        let revoked = self.bundles().revoking(Revocations::new([(target, Arc::from("east/stolen"))]));
-        let mut trailing = good();
-        trailing[0] = [trailing[0].as_ref(), &[0]].concat().into();
-        vec![
-            ("no_certificate", self.check(&[])),
-            ("chain_too_long", self.check(&long)),
-            ("malformed", self.check(&trailing)),
-            ("uri_sans", with(|p| p.subject_alt_names.push(uri("spiffe://acme.example/cluster/east/vm/x")))),
-            (
-                "spiffe_id",
-                with(|p| p.subject_alt_names = vec![uri("spiffe://Acme.example/cluster/east/vm/x")]),
-            ),
-            ("no_path", with(|p| p.subject_alt_names = vec![uri("spiffe://acme.example")])),
-            ("leaf_is_ca", with(|p| p.is_ca = IsCa::Ca(BasicConstraints::Unconstrained))),
-            ("key_usage", with(|p| p.key_usages.push(KeyUsagePurpose::CrlSign))),
-            ("weak_key", self.check(&leaf(&self.east, &WeakKey::new(), |_| ()))),
-            (
-                "unknown_trust_domain",
-                with(|p| p.subject_alt_names = vec![uri("spiffe://b.example/cluster/east/vm/x")]),
-            ),
-            ("empty_bundle", under(&BundleSet::of(TrustBundle { roots: Vec::new(), ..self.root.bundle() }))),
-            ("path", under(&BundleSet::of(world().root.bundle()))),
-            ("expired", with(|p| p.not_after = at(NOW - Duration::from_secs(1)))),
-            ("not_yet_valid", with(|p| p.not_before = at(NOW + Duration::from_secs(1)))),
-            (
-                "signer_path",
-                self.check(&self.under_odd_intermediate(|p| {
-                    p.subject_alt_names = vec![uri("spiffe://acme.example/cluster/east")];
-                })),
-            ),
-            ("unbound", self.check(&self.under_odd_intermediate(|p| p.custom_extensions.clear()))),
-            ("wrong_cluster", self.check(&leaf(&self.west, &KeyPair::generate().unwrap(), |_| ()))),
-            ("revoked", under(&revoked)),
-        ]
-    }
+/// A leaf of an intermediate that the root really signed, but wrongly.
+fn under_odd_intermediate(world: &World, edit: impl FnOnce(&mut CertificateParams)) -> Chain {
+    sign(&world.odd_intermediate(edit), ID, |_| ())
 }
 
 #[test]
 fn every_reason_is_reached_and_documented() {
-    let world = world();
+    let mut world = world();
     assert!(world.check(&world.leaf(|_| ())).is_ok());
-    assert!(world.check(&world.under_odd_intermediate(|_| ())).is_ok());
+    assert!(world.check(&under_odd_intermediate(&world, |_| ())).is_ok());
     let mut reached = BTreeSet::new();
-    for (kind, result) in world.refused() {
+    for (kind, result) in refused(&mut world) {
         let error = result.expect_err(kind);
         assert_eq!(error.kind(), kind, "{error}");
         reached.insert(kind);

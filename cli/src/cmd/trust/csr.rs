@@ -11,7 +11,7 @@ use tombolo_model::names::ClusterName;
 use tombolo_runtime::clock;
 
 use super::keys::KeyArgs;
-use super::{Place, cluster_dir, dirs, rotate};
+use super::{Known, Place, cluster_dir, dirs, rotate};
 use crate::failure::{Exit, Failure, chain};
 use crate::output;
 
@@ -35,12 +35,8 @@ pub struct SignArgs {
     /// Directory to write to [default: <dir>/clusters/<name>]
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
-    /// A further intermediate of a known cluster, with its tag
-    #[arg(long, conflicts_with = "recreate")]
-    renew: bool,
-    /// The cluster was lost: sign a new one by its name, with a new tag; peers must `link accept` it
-    #[arg(long)]
-    recreate: bool,
+    #[command(flatten)]
+    known: Known,
     #[command(flatten)]
     place: Place,
     #[command(flatten)]
@@ -65,14 +61,14 @@ pub fn make(args: CsrArgs) -> Result<Exit, Failure> {
 }
 
 pub fn sign(args: SignArgs) -> Result<Exit, Failure> {
-    let SignArgs { file, out, renew, recreate, place, key } = args;
+    let SignArgs { file, out, known, place, key } = args;
     let csr = read(&file)?;
     let name = csr.cluster.clone().ok_or_else(|| {
         Failure::new("the certificate request names no cluster")
             .at(file.display())
             .remedy("name it: `tombolo trust cluster NAME --csr FILE`")
     })?;
-    signed(&name, &csr, out, Existing::from_flags(renew, recreate), &place.resolve()?, &key)
+    signed(&name, &csr, out, known.existing(), &place.resolve()?, &key)
 }
 
 pub fn read(file: &Path) -> Result<ClusterCsr, Failure> {
