@@ -48,6 +48,11 @@ pub struct AttestationLabels {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct PacketLabels {
+    pub reason: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct RejectLabels {
     pub record: &'static str,
 }
@@ -91,6 +96,7 @@ pub struct Metrics {
     attestations: Family<AttestationLabels, Counter>,
     expired_connections: Counter,
     revoked_connections: Counter,
+    dropped_packets: Family<PacketLabels, Counter>,
 }
 
 impl Metrics {
@@ -118,6 +124,7 @@ impl Metrics {
             attestations: Family::default(),
             expired_connections: Counter::default(),
             revoked_connections: Counter::default(),
+            dropped_packets: Family::default(),
         };
         let m = &metrics;
         registry.register_with_unit(
@@ -190,6 +197,11 @@ impl Metrics {
             "Connections cut because their peer is revoked",
             m.revoked_connections.clone(),
         );
+        registry.register(
+            "dropped_packets",
+            "Packets that the overlay's sockets dropped, by reason",
+            m.dropped_packets.clone(),
+        );
         metrics
     }
 
@@ -202,6 +214,15 @@ impl Metrics {
         }
         self.expired_connections.inner().store(stats.expired_closed, Relaxed);
         self.revoked_connections.inner().store(stats.revoked_closed, Relaxed);
+        for (reason, count) in [
+            ("no_route", stats.no_route),
+            ("send_error", stats.send_errors),
+            ("control_overflow", stats.control_overflow),
+            ("part_overflow", stats.part_overflow),
+            ("malformed", stats.malformed),
+        ] {
+            self.dropped_packets.get_or_create(&PacketLabels { reason }).inner().store(count, Relaxed);
+        }
     }
 
     pub fn count_access(&self, service: &str, verdict: &'static str, policy: &str) {
