@@ -8,8 +8,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 
+use crate::link::Shape;
 use crate::mesh::{Layout, Mesh, http_get};
-use crate::traffic::{Answer, StreamReader, StreamServer};
+use crate::traffic::{Answer, RequestLoad, StreamReader, StreamServer};
 
 /// Longest time from applied manifests to the first answer from the other cluster.
 const FIRST_ANSWER: Duration = Duration::from_secs(15);
@@ -70,6 +71,15 @@ impl World {
         Ok(world)
     }
 
+    /// Three clusters far from each other, of which north calls west as east does; where it reaches both services.
+    pub fn with_north(shape: Shape) -> Result<(Self, SocketAddr, SocketAddr)> {
+        let clusters = &["east", "north", "west"];
+        let mut world = Self::start(&Layout { clusters, gateways: 1, shape, ..Layout::default() })?;
+        world.mesh.apply("north", &(west_first("web") + &west_first("stream")))?;
+        let (web, stream) = call(&mut world.mesh, "north", "client")?;
+        Ok((world, web, stream))
+    }
+
     /// Waits until a call is answered by `cluster`'s application.
     pub fn answered_by(&self, cluster: &str, limit: Duration) -> Result<Duration> {
         self.mesh.eventually(&format!("{cluster} answers"), limit, |mesh| {
@@ -126,6 +136,23 @@ pub fn call(mesh: &mut Mesh, cluster: &str, name: &str) -> Result<(SocketAddr, S
     let flags = [flag("--upstream", "web", 80, web), flag("--upstream", "stream", 9000, stream)].concat();
     mesh.sidecar(cluster, name, &flags)?;
     Ok((web, stream))
+}
+
+/// Kills a process under readers and 50 requests a second: no request fails, and no stream stalls for longer than `limit`.
+pub fn killed_under_load(
+    world: &mut World,
+    readers: &[StreamReader],
+    process: &str,
+    limit: Duration,
+) -> Result<()> {
+    let load = RequestLoad::start(&world.mesh.cluster("east")?.namespace, world.web, "/", 50);
+    let harm = || world.mesh.process_mut(process)?.kill().map(drop);
+    let stalled = stalls(readers, harm, Duration::from_secs(2), Duration::from_secs(10))?;
+    println!("{process} killed: stalls {stalled:?}");
+    ensure!(stalled.iter().all(|stall| *stall < limit), "{stalled:?}");
+    let answers = load.finish()?;
+    ensure!(failed(&answers).is_empty(), "{:?}", failed(&answers));
+    Ok(())
 }
 
 /// Does `harm` and watches `readers` for at least `watch` and until each moves again, at most `limit`: the longest stall

@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result, ensure};
 use tombolo_tests::capability::require_netns;
 use tombolo_tests::link::Shape;
 use tombolo_tests::mesh::{Layout, Mesh, http_get};
-use tombolo_tests::scenario::{World, entry, failed, flowing, metric, stalls};
+use tombolo_tests::scenario::{World, entry, failed, flowing, killed_under_load, metric, stalls};
 use tombolo_tests::traffic::RequestLoad;
 
 const SETTLED: Duration = Duration::from_secs(20);
@@ -68,19 +68,7 @@ fn remote_egress_leaves_the_own_gateways_out_and_falls_back_to_them() -> Result<
     ensure!(outgoing < incoming / 20.0, "{outgoing} packets left by the own gateways, {incoming} came in");
 
     // The peer's gateways go, one after the other: the streams go on, at last by the own ones.
-    let load = RequestLoad::start(&world.mesh.cluster("east")?.namespace, world.web, "/", 50);
-    let mesh = &mut world.mesh;
-    let stalled = stalls(
-        &readers,
-        || mesh.process_mut("west/gw-1")?.kill().map(drop),
-        Duration::from_secs(2),
-        Duration::from_secs(10),
-    )?;
-    println!("one of the peer's gateways killed: stalls {stalled:?}");
-    let worst = stalled.iter().max().copied().unwrap_or_default();
-    ensure!(worst < Duration::from_millis(1500), "{stalled:?}");
-    let answers = load.finish()?;
-    ensure!(failed(&answers).is_empty(), "{:?}", failed(&answers));
+    killed_under_load(&mut world, &readers, "west/gw-1", Duration::from_millis(1500))?;
     // The border of west takes nothing from east's sidecars any more, only from its gateways.
     world.mesh.cluster("west")?.namespace.nft(
         "table ip tombolo_dropped {

@@ -9,7 +9,7 @@ use tombolo_tests::capability::require_netns;
 use tombolo_tests::link::Shape;
 use tombolo_tests::mesh::{Layout, Mesh, http_get};
 use tombolo_tests::netns::Namespace;
-use tombolo_tests::scenario::{World, call, entry, flowing, metric, west_first};
+use tombolo_tests::scenario::{World, entry, flowing, metric};
 use tombolo_tests::traffic::StreamReader;
 
 const FAR: Shape = Shape { delay: Duration::from_millis(25), ..Shape::PERFECT };
@@ -69,11 +69,7 @@ fn answers(namespace: &Namespace, at: std::net::SocketAddr, cluster: &str) -> Re
 fn a_revoked_identity_is_cut_and_refused_in_every_cluster_and_can_be_taken_back() -> Result<()> {
     let test = "a_revoked_identity_is_cut_and_refused_in_every_cluster_and_can_be_taken_back";
     let Some(_) = require_netns(test) else { return Ok(()) };
-    let layout =
-        Layout { clusters: &["east", "north", "west"], gateways: 1, shape: FAR, ..Layout::default() };
-    let mut world = World::start(&layout)?;
-    world.mesh.apply("north", &(west_first("web") + &west_first("stream")))?;
-    let (north_web, north_stream) = call(&mut world.mesh, "north", "client")?;
+    let (world, north_web, north_stream) = World::with_north(FAR)?;
     let mesh = &world.mesh;
     let (east, north) = (&mesh.cluster("east")?.namespace, &mesh.cluster("north")?.namespace);
     let from_west = || -> Result<()> {

@@ -13,7 +13,7 @@ use tombolo_tests::capability::require_netns;
 use tombolo_tests::link::Shape;
 use tombolo_tests::mesh::{Layout, Mesh, binary, http_get};
 use tombolo_tests::process::ProcessSpec;
-use tombolo_tests::scenario::{World, call, failed, flag, flowing, metric, west_first};
+use tombolo_tests::scenario::{World, failed, flag, flowing, metric};
 use tombolo_tests::traffic::{RequestLoad, StreamReader};
 
 const FAR: Shape = Shape { delay: Duration::from_millis(10), ..Shape::PERFECT };
@@ -121,11 +121,7 @@ fn further_intermediate(mesh: &Mesh, cluster: &str) -> Result<()> {
 fn roots_intermediates_and_leaves_rotate_under_load_and_whatever_is_killed() -> Result<()> {
     let test = "roots_intermediates_and_leaves_rotate_under_load_and_whatever_is_killed";
     let Some(_) = require_netns(test) else { return Ok(()) };
-    let layout =
-        Layout { clusters: &["east", "north", "west"], gateways: 1, shape: FAR, ..Layout::default() };
-    let mut world = World::start(&layout)?;
-    world.mesh.apply("north", &(west_first("web") + &west_first("stream")))?;
-    let (north_web, north_stream) = call(&mut world.mesh, "north", "client")?;
+    let (mut world, north_web, north_stream) = World::with_north(FAR)?;
     world.mesh.eventually("west answers north", PATIENCE, |mesh| {
         let answer = http_get(&mesh.cluster("north")?.namespace, north_web, "/")?;
         ensure!(answer.lines().last().unwrap_or_default().contains("west"), "{answer}");
@@ -243,8 +239,14 @@ fn whoever_has_not_acknowledged_is_named_and_comes_back_by_itself_even_after_for
     let (code, _, stderr) = rotate(&world.mesh, "west", &[])?;
     ensure!(code == 1 && stderr.contains("sa/client"), "exit {code}: {stderr}");
     let dir = world.mesh.path("trust").display().to_string();
-    let refused = world.mesh.tombolo(&["trust", "cluster", "south", "--dir", &dir]).err().context("made")?;
-    ensure!(refused.to_string().contains("rotation of the root is under way"), "{refused:#}");
+    let csr = world.mesh.path("csr").display().to_string();
+    world.mesh.tombolo(&["trust", "csr", "south", "--out", &csr])?;
+    let csr = format!("{csr}/ca.csr");
+    for verb in [&["cluster", "south"][..], &["sign", &csr], &["passphrase", "--remove"]] {
+        let refused = world.mesh.tombolo(&[&["trust"], verb, &["--dir", &dir]].concat());
+        let refused = refused.err().with_context(|| format!("{verb:?} is not refused"))?;
+        ensure!(refused.to_string().contains("rotation of the root is under way"), "{refused:#}");
+    }
     let (code, _, stderr) = rotate(&world.mesh, "west", &["--force"])?;
     ensure!(code == 2, "force without a wait: {stderr}");
     let (code, _, stderr) = rotate(&world.mesh, "west", &["--wait", "--force", "--timeout", "1s"])?;

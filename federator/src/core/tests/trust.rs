@@ -1,11 +1,13 @@
 //! Trust updates as the core takes them, keeps them and passes them on.
 
 use prost::Message;
-use tombolo_identity::rotation::{SignedUpdate, TrustUpdate, is_issued_by};
+use tombolo_identity::rotation::{SignedUpdate, TrustUpdate, UpdateError, is_issued_by};
 use tombolo_model::ids::{Epoch, Revision};
 use tombolo_model::sync::Update;
 
 use super::*;
+use crate::core::trust::settle;
+use crate::facts::TrustRecord;
 use crate::registry::HeldTrust;
 use crate::rotation::{TRUST, progress_key, records};
 
@@ -295,4 +297,17 @@ fn a_further_intermediate_is_read_without_a_restart_if_it_is_this_clusters() {
     drop(east);
     let again = world.start("east", at(6));
     assert_eq!(again.core.facts.trust.leaves_after, leaves_after, "kept over a restart");
+}
+
+#[test]
+fn an_older_bundle_is_refused_at_a_start_and_a_clock_set_back_makes_nobody_renew_for_ever() {
+    let mut world = World::new();
+    let east = world.cluster("east");
+    let record = TrustRecord { sequence: 5, ..TrustRecord::default() };
+    let refused = settle(&east.core.issuer.material, &record, at(1).unix).unwrap_err();
+    assert_eq!(refused, UpdateError::Old { held: 5, found: 1 });
+    let record = TrustRecord { leaves_after: at(100).unix.as_secs(), ..TrustRecord::default() };
+    let settled = settle(&east.core.issuer.material, &record, at(1).unix).unwrap();
+    assert_eq!(settled.leaves_since(at(1).unix.as_secs()), at(1).unix.as_secs());
+    assert_eq!(settled.leaves_since(at(200).unix.as_secs()), at(100).unix.as_secs());
 }
