@@ -3,8 +3,8 @@
 //! A thread of its own, because commits wait for the disk. Everybody else sends it jobs through [`CoreHandle::call`]
 //! and reads what it publishes: an `Arc<Facts>`, replaced whole after each batch of jobs that changed something. A job
 //! commits to the store before it changes a fact, so an error always means "unchanged". Operations live in the modules
-//! below, each `impl Core`: [`boot`], [`allot`], [`leases`], [`tokens`], [`members`], [`links`], [`imports`],
-//! `bundle_document`, `crl`, `jwt`, [`objects`], [`trust`] and [`audit`]. Ends when the last handle is dropped.
+//! below, each `impl Core`: [`boot`], [`allot`], [`leases`], [`lapsed`], [`tokens`], [`members`], [`links`], [`imports`],
+//! `bundle_document`, `crl`, `jwt`, [`objects`], [`pods`], [`trust`] and [`audit`]. Ends when the last handle is dropped.
 
 pub mod allot;
 pub mod audit;
@@ -14,10 +14,12 @@ mod crl;
 mod error;
 pub mod imports;
 mod jwt;
+pub mod lapsed;
 pub mod leases;
 pub mod links;
 pub mod members;
 pub mod objects;
+pub mod pods;
 #[cfg(test)]
 pub(crate) mod tests;
 pub mod tokens;

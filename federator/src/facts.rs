@@ -29,6 +29,8 @@ use crate::store::{Record, Table};
 pub const CONTROL: &str = "control";
 /// The `service` of the reserved join handle.
 pub const JOIN: &str = "join";
+/// The `service` of the reserved renewal handle.
+pub const RENEWAL: &str = "renewal";
 
 /// What never changes while the process runs.
 #[derive(Debug)]
@@ -231,9 +233,27 @@ pub struct LeaseRecord {
     /// Of a gateway: what it announced.
     #[serde(default)]
     pub gateway: Option<GatewayRecord>,
+    /// Its holder has joined anew: once this one's identity has ended it is not renewed any more.
+    #[serde(default)]
+    pub replaced: bool,
+    /// Of a machine: what its token said.
+    #[serde(default)]
+    pub group: String,
+    /// Of a pod that joined by its service account.
+    #[serde(default)]
+    pub pod: Option<PodRecord>,
 }
 impl Record for LeaseRecord {
     const TABLE: Table = Table::Leases;
+}
+
+/// The pod behind a lease.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct PodRecord {
+    /// Kubernetes gives it to no other pod.
+    pub uid: String,
+    pub name: String,
+    pub joined_unix: u64,
 }
 
 /// Where a gateway replica is.
@@ -321,8 +341,17 @@ impl Record for TokenRecord {
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub enum TokenPurpose {
-    Workload { role: Role, name: String, namespace: String },
-    Link { peer: ClusterName },
+    Workload {
+        role: Role,
+        name: String,
+        namespace: String,
+        /// Of a machine; empty: none.
+        #[serde(default)]
+        group: String,
+    },
+    Link {
+        peer: ClusterName,
+    },
 }
 
 /// A linked cluster.

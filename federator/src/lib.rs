@@ -1,9 +1,9 @@
 //! The control plane of one cluster.
 //!
 //! [`core`] is the one writer of [`facts`] and [`store`]; [`registry`] says who is there; [`exports`] and [`policies`]
-//! read the operators' objects, [`authorities`] says which CAs end; [`snapshot`], [`records`] and [`view`] turn facts into what members, peers and operators
+//! read the operators' objects, [`joining`] who may join, [`authorities`] says which CAs end; [`snapshot`], [`records`] and [`view`] turn facts into what members, peers and operators
 //! are told, [`import`] reads what peers tell; [`service`] and [`peers`] carry it over the overlay, [`linking`] makes
-//! links; [`role`] binds and runs the whole.
+//! links; [`token_review`] asks Kubernetes about pods; [`role`] binds and runs the whole.
 
 pub mod authorities;
 pub mod bundle_endpoint;
@@ -12,6 +12,7 @@ pub mod crl;
 pub mod exports;
 pub mod facts;
 pub mod import;
+pub mod joining;
 pub mod jwt;
 pub mod linking;
 pub mod metrics;
@@ -26,5 +27,6 @@ pub mod rotation;
 pub mod service;
 pub mod snapshot;
 pub mod store;
+pub mod token_review;
 pub mod view;
 mod wiring;

@@ -111,6 +111,14 @@ pub fn in_force(facts: &Facts) -> Vec<v1::Revocation> {
     own.chain(of_peers).take_while(fits).collect()
 }
 
+/// What this cluster itself revokes here.
+pub fn targets_in_force(facts: &Facts) -> Vec<Target> {
+    let own = own(facts).filter(|(_, revocation)| holds_here(facts, revocation));
+    own.filter_map(|(_, revocation)| revoking::from_wire(&revocation).ok())
+        .map(|(target, _)| target)
+        .collect()
+}
+
 /// A revocation of the own cluster is for the linked ones: here it would cut the members from the federator that alone
 /// could take it back.
 pub fn holds_here(facts: &Facts, revocation: &v1::Revocation) -> bool {

@@ -25,12 +25,13 @@ use tombolo_overlay::grpc::{GrpcAcceptor, GrpcIncoming};
 use tombolo_overlay::member;
 use tombolo_overlay::member::renewal::due_at;
 use tombolo_overlay::revoking::Enforcer;
-use tombolo_overlay::{BindError, HandleClass, Limits, Overlay, OverlayConfig, ServerTls};
+use tombolo_overlay::{BindError, FirstContactTls, HandleClass, Limits, Overlay, OverlayConfig, ServerTls};
 use tombolo_proto::v1;
 use tombolo_proto::v1::admin_server::AdminServer;
 use tombolo_proto::v1::config_server::ConfigServer;
 use tombolo_proto::v1::federation_server::FederationServer;
 use tombolo_proto::v1::join_server::JoinServer;
+use tombolo_proto::v1::renewal_server::RenewalServer;
 use tombolo_proto::v1::workload_server::WorkloadServer;
 use tombolo_runtime::admin::{Admin, AdminError};
 use tombolo_runtime::clock;
@@ -54,10 +55,14 @@ use crate::service::admin::{AdminService, check_operator};
 use crate::service::config::ConfigService;
 use crate::service::federation::{FederationService, Logs};
 use crate::service::join::JoinService;
+use crate::service::renewal::RenewalService;
 use crate::service::workload::WorkloadService;
 use crate::snapshot::rings::Rings;
 use crate::store::redb::RedbStore;
 use crate::store::{Store, StoreError};
+use crate::token_review::access::{AccessError, KubernetesAccess};
+use crate::token_review::api::ApiReviewer;
+use crate::token_review::{NoReviewer, TokenReviewer};
 use crate::wiring;
 
 /// Where the overlay listens unless told otherwise (design section 3).
@@ -86,6 +91,8 @@ pub struct FederatorConfig {
     pub audit: Retention,
     /// Where foreign trust domains fetch this one's bundle; `None`: nowhere.
     pub bundle_endpoint: Option<BundleEndpointConfig>,
+    /// Whom to ask about pods' tokens; `None`: pods do not join.
+    pub kubernetes: Option<KubernetesAccess>,
 }
 
 /// Why a federator did not start.
@@ -121,6 +128,8 @@ pub enum BuildError {
     Admin(#[from] AdminError),
     #[error(transparent)]
     BundleEndpoint(#[from] BundleEndpointError),
+    #[error("--kubernetes: {0}")]
+    Kubernetes(#[from] AccessError),
 }
 
 /// Builds federators.
@@ -139,6 +148,7 @@ pub struct Bound {
     metrics: Metrics,
     crl: crl::Published,
     bundle_endpoint: Option<BundleEndpoint>,
+    reviewer: Arc<dyn TokenReviewer>,
     bind: IpAddr,
     trust_dir: PathBuf,
     /// Dropped when everything serves.
@@ -160,6 +170,7 @@ impl Federator {
             properties,
             audit,
             bundle_endpoint,
+            kubernetes,
         } = config;
         let trust = |source| BuildError::Trust { cluster: cluster.clone(), dir: trust_dir.clone(), source };
         let material = ClusterMaterial::load(&trust_dir).map_err(trust)?;
@@ -181,7 +192,7 @@ impl Federator {
         let mut core = Core::load(store, material, properties, clock::since_unix_epoch())?;
         core.set_audit_retention(audit);
         let core = core.start().map_err(BuildError::Thread)?;
-        let svid = SvidHandle::new(own_svid(&core).await?);
+        let svid = SvidHandle::by(clock::since_unix_epoch, own_svid(&core).await?);
         let bundle_endpoint = match &bundle_endpoint {
             Some(config) => Some(BundleEndpoint::bind(config, &svid).await?),
             None => None,
@@ -191,6 +202,10 @@ impl Federator {
         enforcer.learn(&revocations::in_force(&core.facts()));
         let (endpoint, keys) = core.attempt(|core, moment| core.own_endpoint(moment)).await?;
         let tasks = TaskGroup::new();
+        let reviewer: Arc<dyn TokenReviewer> = match kubernetes {
+            Some(access) => Arc::new(ApiReviewer::new(access, tasks.clone())?),
+            None => Arc::new(NoReviewer),
+        };
         let overlay = Overlay::bind(
             OverlayConfig {
                 tag,
@@ -202,7 +217,10 @@ impl Federator {
                 learns: true,
                 server: Some(ServerTls {
                     mesh: tls::mesh_server_config(&svid)?,
-                    join: Some(tls::join_server_config(&svid)?),
+                    join: Some(FirstContactTls {
+                        join: tls::join_server_config(&svid)?,
+                        renewal: tls::renewal_server_config(&svid)?,
+                    }),
                 }),
                 svid: Some(svid.clone()),
                 limits: Limits { max_pending: MAX_PENDING, ..Limits::default() },
@@ -225,6 +243,7 @@ impl Federator {
             metrics,
             crl,
             bundle_endpoint,
+            reviewer,
             bind: listen.ip(),
             trust_dir,
             serving,
@@ -258,6 +277,7 @@ impl Bound {
             metrics,
             crl,
             bundle_endpoint,
+            reviewer,
             bind,
             trust_dir,
             serving,
@@ -295,10 +315,14 @@ impl Bound {
             .add_service(FederationServer::new(federation))
             .add_service(WorkloadServer::new(WorkloadService::new(core.clone(), metrics.clone())));
         tasks.spawn("control services", served("control", server.serve_with_incoming(control_incoming)));
-        let joins = JoinService::new(core.clone(), svid.clone(), metrics);
+        let (renewal, renewal_incoming) = GrpcIncoming::new(&tasks);
+        let renewals = RenewalService::new(core.clone(), svid.clone(), metrics.clone());
+        let server = Server::builder().add_service(RenewalServer::new(renewals));
+        tasks.spawn("renewal service", served("renewal", server.serve_with_incoming(renewal_incoming)));
+        let joins = JoinService::new(core.clone(), reviewer, svid.clone(), metrics);
         let server = Server::builder().add_service(JoinServer::new(joins));
         tasks.spawn("join service", served("join", server.serve_with_incoming(join_incoming)));
-        tasks.spawn("connections", accept(overlay.clone(), control, join));
+        tasks.spawn("connections", accept(overlay.clone(), control, join, renewal));
         let ending = core.clone();
         let service = AdminService { core, svid, bind, trust_dir, tasks: tasks.clone() };
         let server = Server::builder().add_service(AdminServer::with_interceptor(service, check_operator));
@@ -329,11 +353,12 @@ async fn served(
 }
 
 /// Hands each connection to the services that its handle is for.
-async fn accept(overlay: Overlay, control: GrpcAcceptor, join: GrpcAcceptor) {
+async fn accept(overlay: Overlay, control: GrpcAcceptor, join: GrpcAcceptor, renewal: GrpcAcceptor) {
     while let Some(peer) = overlay.accept().await {
         match peer.class() {
             HandleClass::Control => control.attach(peer),
             HandleClass::Join => join.attach(peer),
+            HandleClass::Renewal => renewal.attach(peer),
             // No mesh handle is served here.
             HandleClass::Mesh => peer.close(tombolo_overlay::close_code::NOT_ADMITTED, "no service here"),
         }

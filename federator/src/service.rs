@@ -6,6 +6,8 @@ mod audit;
 pub mod config;
 pub mod federation;
 pub mod join;
+mod pace;
+pub mod renewal;
 pub mod workload;
 
 use std::sync::Arc;

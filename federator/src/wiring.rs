@@ -10,7 +10,7 @@ use tombolo_overlay::revoking::Enforcer;
 use tombolo_overlay::{GatewayHop, HandleClass, Inbound, InboundHandle, Overlay, Routes};
 
 use crate::core::CoreHandle;
-use crate::facts::{CONTROL, Facts, JOIN};
+use crate::facts::{CONTROL, Facts, JOIN, RENEWAL};
 use crate::revocations;
 use crate::snapshot::across::across;
 use crate::snapshot::rings::Rings;
@@ -36,7 +36,8 @@ pub fn routes(facts: &Facts, own: Block, rings: &Rings, unix: Duration) -> Route
     routes
 }
 
-/// The handles that the federator serves: its control handles, one per importing cluster, and the join handle.
+/// The handles that the federator serves: its control handles, one per importing cluster, the join handle, and that of
+/// members that come back.
 pub fn inbound(facts: &Facts) -> Inbound {
     let mut handles = HashMap::new();
     for record in facts.handles.values().filter(|r| r.service == CONTROL && r.released.is_none()) {
@@ -49,6 +50,12 @@ pub fn inbound(facts: &Facts) -> Inbound {
     }
     let join = InboundHandle { class: HandleClass::Join, importer: None, service: Arc::from(JOIN) };
     handles.insert(Handle::JOIN, join);
+    let renewal = InboundHandle {
+        class: HandleClass::Renewal,
+        importer: Some(facts.cluster.name.clone()),
+        service: Arc::from(RENEWAL),
+    };
+    handles.insert(Handle::RENEW, renewal);
     Inbound { handles }
 }
 

@@ -19,7 +19,7 @@ use std::time::Duration;
 use tombolo_model::ids::{Block, ClusterTag, EndpointId};
 use tombolo_overlay::cid::{Cid, Kind, Packet};
 use tombolo_overlay::keys::Hour;
-use tombolo_overlay::rendezvous;
+use tombolo_overlay::{rendezvous, renewal_holder};
 
 use crate::counters::{Counters, Reason, Slot};
 use crate::keys::KeyCache;
@@ -167,7 +167,9 @@ impl Context<'_> {
         let block = endpoint.block();
         let record = tables.endpoint(block, self.now.unix).ok_or(Reason::UnknownEndpoint)?;
         let (hour, now) = (self.hour(), self.now.hour());
-        if !self.dcid.verify(tables.endpoint_key(block, self.keys, hour, now)) {
+        if !self.dcid.verify(tables.endpoint_key(block, self.keys, hour, now))
+            && !self.by_renewal_key(tables, block, record)
+        {
             return Err(Reason::Mac.into());
         }
         if record.ends(endpoint) && !self.view.is_heard(endpoint) {
@@ -176,11 +178,28 @@ impl Context<'_> {
         Ok(self.route(block, record).ok_or(Reason::Unregistered)?)
     }
 
+    /// Whether the ID was made by a holder that comes back.
+    fn by_renewal_key(&mut self, tables: &Tables, block: Block, record: Endpoint) -> bool {
+        let key = tables.renewal_key(block, record, self.keys, self.now.hour());
+        key.is_some_and(|key| self.dcid.verify(key))
+    }
+
+    /// Whether whoever dials a handle holds its key. The renewal handle has none: each caller has a key of its own.
+    fn holds_key(&mut self, tables: &Tables, handle: &InboundHandle) -> Result<(), Reason> {
+        let held = if handle.class == Class::Renewal {
+            let holder = renewal_holder(&self.dcid.nonce());
+            let known = holder.and_then(|block| Some((block, tables.endpoint(block, self.now.unix)?)));
+            let (block, record) = known.ok_or(Reason::UnknownEndpoint)?;
+            self.by_renewal_key(tables, block, record)
+        } else {
+            let (hour, now) = (self.hour(), self.now.hour());
+            self.dcid.verify(handle.key(self.keys, hour, now))
+        };
+        if held { Ok(()) } else { Err(Reason::Mac) }
+    }
+
     fn admit_first_packet(&mut self, tables: &Tables, handle: &InboundHandle) -> Result<Forward, Stop> {
-        let (hour, now) = (self.hour(), self.now.hour());
-        if !self.dcid.verify(handle.key(self.keys, hour, now)) {
-            return Err(Reason::Mac.into());
-        }
+        self.holds_key(tables, handle)?;
         // By nonce alone, so that a retransmission, and the second half of a ClientHello, reach the same endpoint.
         let nonce = rendezvous::key_of(&self.dcid.nonce());
         let candidates = handle.endpoints.iter().filter_map(|id| {

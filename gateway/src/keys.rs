@@ -29,6 +29,11 @@ impl KeyName {
         }
         Self(hasher.finish())
     }
+
+    /// A part of another name.
+    pub fn to_bytes(self) -> [u8; 8] {
+        self.0.to_be_bytes()
+    }
 }
 
 /// The cache of one thread.

@@ -12,11 +12,12 @@ use tokio::sync::watch;
 use tombolo_overlay::cid::Kind;
 use tombolo_overlay::datagram::StartNumber;
 use tombolo_overlay::lease::LeaseError;
-use tombolo_overlay::member::{JoinError, Member, MemberError};
+use tombolo_overlay::member::{EntryPoints, JoinError, Member, MemberError};
 use tombolo_overlay::revoking::Enforcer;
 use tombolo_overlay::{BindError, GatewayHop, Limits, Overlay, OverlayConfig};
 use tombolo_proto::v1;
 use tombolo_runtime::admin::{Admin, AdminError};
+use tombolo_runtime::clock;
 use tombolo_runtime::drain::{self, Drain};
 use tombolo_runtime::readiness::{BlockReady, Readiness};
 use tombolo_runtime::tasks::TaskGroup;
@@ -111,6 +112,7 @@ impl Gateway {
                 expected: config.name.clone(),
             });
         }
+        member.check_renewable(clock::since_unix_epoch())?;
         let control = member.control();
         let towards = control.federators.iter().filter_map(|(_, address)| *address);
         let towards = towards.chain(control.gateways.iter().map(|hop| hop.address));
@@ -200,7 +202,7 @@ impl Bound {
             ready_once_configured(received.clone(), plane.handle(), configured),
         );
         tasks.spawn("control", control.run());
-        member.spawn_renewal(vec![overlay.clone()], &tasks);
+        member.spawn_renewal(vec![overlay.clone()], EntryPoints::default(), &tasks);
         let report = ReportTask {
             member,
             overlay: overlay.clone(),

@@ -11,6 +11,7 @@ mod tests;
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
+use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -49,12 +50,13 @@ pub struct Tables {
 struct KeyNames {
     endpoint: KeyName,
     replica: KeyName,
+    renewal: KeyName,
 }
 
 impl KeyNames {
     fn of(key: &ClusterKey) -> Self {
         let name = |purpose| KeyName::of(purpose, &[key.as_bytes()]);
-        Self { endpoint: name("endpoint"), replica: name("replica") }
+        Self { endpoint: name("endpoint"), replica: name("replica"), renewal: name("renewal") }
     }
 }
 
@@ -68,6 +70,8 @@ pub struct Endpoint {
     pub min_incarnation: u8,
     /// The whole block is.
     pub gone: bool,
+    /// Its holder may come back by the renewal key with this salt.
+    pub renewal: Option<NonZeroU32>,
 }
 
 impl Endpoint {
@@ -77,7 +81,8 @@ impl Endpoint {
     }
 
     /// A joiner: known by its registration alone.
-    const PROVISIONAL: Self = Self { address: None, registers: true, min_incarnation: 0, gone: false };
+    const PROVISIONAL: Self =
+        Self { address: None, registers: true, min_incarnation: 0, gone: false, renewal: None };
 }
 
 /// What a handle admits.
@@ -86,6 +91,7 @@ pub enum Class {
     Service,
     Control,
     Join,
+    Renewal,
 }
 
 /// What importers may reach here by one handle.
@@ -241,6 +247,20 @@ impl Tables {
     ) -> &'a CidKey {
         let derive = || self.cluster_key.endpoint_key(block, hour);
         keys.get(self.key_names.endpoint, block.value(), hour, now, derive)
+    }
+
+    /// The key by which the block's holder comes back when its hourly ones have run out, if it may.
+    pub fn renewal_key<'a>(
+        &self,
+        block: Block,
+        record: Endpoint,
+        keys: &'a mut KeyCache,
+        now: Hour,
+    ) -> Option<&'a CidKey> {
+        let salt = record.renewal?.get();
+        // Cached by the salt too: a block that is given out again has another one.
+        let name = KeyName::of("renewal of", &[&self.key_names.renewal.to_bytes(), &salt.to_be_bytes()]);
+        Some(keys.get(name, block.value(), now, now, || self.cluster_key.renewal_key(block, salt)))
     }
 
     /// The key of control datagrams between the replicas of this cluster.

@@ -83,9 +83,13 @@ pub fn parse(text: &str, wanted: TokenKind, now: Duration) -> Result<Token, Toke
             expected: name(wanted),
             remedy: match wanted {
                 TokenKind::Link => "tombolo link token PEER",
+                TokenKind::Pod => "tombolo token pods",
                 _ => "tombolo token create",
             },
         });
+    }
+    if wanted == TokenKind::Pod {
+        return Ok(token);
     }
     let end = u64::try_from(token.not_after_unix).unwrap_or(0);
     let now = now.as_secs();
@@ -122,6 +126,9 @@ pub fn decode(text: &str) -> Result<Token, TokenError> {
 
 fn check(token: &Token) -> Result<(), TokenError> {
     let missing = |field| Err(TokenError::Incomplete { field });
+    if token.kind() == TokenKind::Pod {
+        return check_for_pods(token);
+    }
     if token.token_id.is_empty() || token.token_id.len() > 64 {
         return missing("id");
     }
@@ -145,10 +152,26 @@ fn check(token: &Token) -> Result<(), TokenError> {
     Ok(())
 }
 
+/// It names cluster, root and federators, and nothing that anybody has to keep to themselves.
+fn check_for_pods(token: &Token) -> Result<(), TokenError> {
+    let missing = |field| Err(TokenError::Incomplete { field });
+    if token.cluster.is_empty() || token.tag == 0 {
+        return missing("cluster");
+    }
+    if token.root_fingerprint.is_empty() {
+        return missing("root fingerprint");
+    }
+    if token.federator_names.is_empty() && token.federators.iter().all(|f| f.address.is_empty()) {
+        return missing("addresses");
+    }
+    Ok(())
+}
+
 fn name(kind: TokenKind) -> &'static str {
     match kind {
         TokenKind::Workload => "join",
         TokenKind::Link => "link",
+        TokenKind::Pod => "pod",
         TokenKind::Unspecified => "nameless",
     }
 }
@@ -209,6 +232,28 @@ mod tests {
         for error in [wrong, late] {
             assert!(!error.to_string().contains(&text[PREFIX.len()..PREFIX.len() + 20]));
         }
+    }
+
+    #[test]
+    fn a_token_for_pods_does_not_end_and_is_no_join_token() {
+        let pods = Token {
+            kind: TokenKind::Pod.into(),
+            token_id: String::new(),
+            secret: Vec::new(),
+            join_keys: None,
+            not_after_unix: 0,
+            federators: Vec::new(),
+            federator_names: vec!["federator.tombolo.svc:7443".into()],
+            ..token()
+        };
+        let text = encode(&pods);
+        assert_eq!(parse(&text, TokenKind::Pod, NOW), Ok(pods.clone()));
+        let wrong = parse(&text, TokenKind::Workload, NOW).unwrap_err();
+        assert!(wrong.to_string().contains("this is a pod token"), "{wrong}");
+        let wrong = parse(&encode(&token()), TokenKind::Pod, NOW).unwrap_err();
+        assert!(wrong.to_string().contains("tombolo token pods"), "{wrong}");
+        let nowhere = Token { federator_names: Vec::new(), ..pods };
+        assert_eq!(decode(&encode(&nowhere)).unwrap_err(), TokenError::Incomplete { field: "addresses" });
     }
 
     #[test]

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use tombolo_model::names::{NameError, ServiceKey};
 use tombolo_overlay::MAX_PARTS;
+use tombolo_overlay::member::EntryPoints;
 
 use crate::health::HealthCheck;
 use crate::inbound::InboundLimits;
@@ -65,12 +66,16 @@ pub struct SidecarConfig {
     pub state_dir: PathBuf,
     /// A join token's text; needed once, while the state directory is empty.
     pub token: Option<String>,
+    /// File with this pod's projected service account token; `token` is one for pods then.
+    pub service_account_token: Option<PathBuf>,
     pub bind: SocketAddr,
     /// Where gateways and neighbours reach this sidecar: `None` with an unspecified bind address means that it has none
     /// (a VM behind NAT) and REGISTERs.
     pub announce: Option<SocketAddr>,
     /// As cloud providers name them; empty when unknown. Gateways of the same zone are preferred.
     pub zone: String,
+    /// Where gateways may be found when none of those last known answers.
+    pub gateways: EntryPoints,
     /// Largest UDP payload that is tried on a path; what fits is found out.
     pub max_udp_payload_bytes: u16,
     pub services: Vec<ServiceConfig>,
@@ -239,6 +244,8 @@ mod tests {
             token: None,
             bind: SocketAddr::from(([0, 0, 0, 0], DEFAULT_PORT)),
             announce: None,
+            service_account_token: None,
+            gateways: EntryPoints::default(),
             zone: String::new(),
             max_udp_payload_bytes: DEFAULT_UDP_PAYLOAD,
             services: services_from(parse(services)),

@@ -15,11 +15,12 @@ use tokio::sync::{Semaphore, watch};
 use tombolo_identity::tls;
 use tombolo_overlay::cid::Kind;
 use tombolo_overlay::lease::LeaseError;
-use tombolo_overlay::member::{JoinError, Member, MemberError};
+use tombolo_overlay::member::{JoinError, JoinOptions, Member, MemberError};
 use tombolo_overlay::revoking::Enforcer;
 use tombolo_overlay::{BindError, Limits, Overlay, OverlayConfig, Part, Routes, ServerTls};
 use tombolo_proto::v1;
 use tombolo_runtime::admin::{Admin, AdminError};
+use tombolo_runtime::clock;
 use tombolo_runtime::drain::{self, Drain, DrainTrigger};
 use tombolo_runtime::readiness::{BlockReady, Readiness};
 use tombolo_runtime::tasks::TaskGroup;
@@ -48,7 +49,7 @@ pub enum BuildError {
     #[error(transparent)]
     Member(#[from] MemberError),
     #[error(
-        "{dir} holds no identity yet, and no join token is given: make one with `tombolo token create --role sidecar` (or `tombolo vm token`) and give it with --join-token-file"
+        "{dir} holds no identity yet, and no join token is given: make one with `tombolo token create --role sidecar` (or `tombolo vm token`, or `tombolo token pods` in Kubernetes) and give it with --join-token-file"
     )]
     NotJoined { dir: String },
     #[error(transparent)]
@@ -130,10 +131,14 @@ impl Sidecar {
         };
         let admin = Admin::bind(config.admin, registry, readiness).await?;
 
-        let member = match (Member::load(&dir)?, &config.token) {
-            (Some(member), _) => member,
-            (None, Some(token)) => Member::join(token, &dir, Some(&config.name), config.bind).await?,
-            (None, None) => return Err(BuildError::NotJoined { dir: dir.display().to_string() }),
+        let member = match (Member::load(&dir)?, &config.token, &config.service_account_token) {
+            (Some(member), _, _) => member,
+            (None, Some(token), Some(file)) => {
+                let options = JoinOptions { name: config.name.clone(), bind: config.bind };
+                Member::join_pod(token, file, &dir, &options).await?
+            }
+            (None, Some(token), None) => Member::join(token, &dir, Some(&config.name), config.bind).await?,
+            (None, None, _) => return Err(BuildError::NotJoined { dir: dir.display().to_string() }),
         };
         if member.name() != config.name {
             return Err(BuildError::OtherName {
@@ -142,6 +147,7 @@ impl Sidecar {
                 expected: config.name.clone(),
             });
         }
+        member.check_renewable(clock::since_unix_epoch())?;
         let tasks = TaskGroup::new();
         let endpoint = member.burn_endpoint()?;
         let mut parts = Part::bind(config.bind, threads)
@@ -226,7 +232,7 @@ impl Bound {
         control.restore();
         tasks.spawn("ready once configured", ready_once_configured(received.clone(), configured));
         tasks.spawn("control", control.run());
-        member.spawn_renewal(vec![overlay.clone()], &tasks);
+        member.spawn_renewal(vec![overlay.clone()], config.gateways.clone(), &tasks);
 
         if let Some(api) = workload_api {
             api.spawn(&member, &overlay, received.clone(), &tasks);

@@ -19,6 +19,7 @@ pub mod process;
 pub mod scenario;
 pub mod spiffe_probe;
 pub mod stolen;
+pub mod token_review;
 pub mod traffic;
 pub mod usage;
 pub mod wire;

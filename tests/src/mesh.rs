@@ -76,6 +76,8 @@ pub struct Mesh {
     clusters: BTreeMap<String, Cluster>,
     outside: Vec<Namespace>,
     threads: u8,
+    /// Seconds that every clock was moved on by ([`Mesh::pass`]).
+    passed: i64,
     dir: tempfile::TempDir,
     bin: PathBuf,
 }
@@ -133,6 +135,7 @@ impl Mesh {
             clusters: BTreeMap::new(),
             outside: Vec::new(),
             threads: layout.threads,
+            passed: 0,
             dir: tempfile::tempdir()?,
             bin: binary()?,
         };
@@ -148,6 +151,7 @@ impl Mesh {
             cluster.clock_off =
                 layout.clock_off.filter(|(of, _)| of == name).map_or(0, |(_, seconds)| seconds);
         }
+        mesh.set_clocks()?;
         mesh.connect(layout.shape)?;
         for name in layout.clusters {
             mesh.federator(name)?;

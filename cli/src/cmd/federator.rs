@@ -9,10 +9,11 @@ use serde::Deserialize;
 use tombolo_federator::bundle_endpoint::{BundleEndpointConfig, WebCertificate};
 use tombolo_federator::core::audit::Retention;
 use tombolo_federator::role::{DEFAULT_LISTEN, Federator, FederatorConfig};
+use tombolo_federator::token_review::access::{IN_CLUSTER_DIR, KubernetesAccess};
 use tombolo_model::names::ClusterName;
 use tombolo_runtime::dirs::Dirs;
 use tombolo_runtime::tasks::TaskGroup;
-use tombolo_runtime::{admin, signals};
+use tombolo_runtime::{admin, settings, signals};
 
 use super::role::{self, layered};
 use crate::failure::{Exit, Failure};
@@ -24,7 +25,8 @@ Examples:
   tombolo federator --cluster east
   tombolo federator --cluster east --trust-dir /etc/tombolo/east --listen 10.0.0.5:7443
   tombolo federator --config /etc/tombolo/federator.yaml --log-format json
-  tombolo federator --cluster east --bundle-endpoint 0.0.0.0:8443")]
+  tombolo federator --cluster east --bundle-endpoint 0.0.0.0:8443
+  tombolo federator --cluster east --kubernetes in-cluster          pods join as their service account")]
 pub struct FederatorArgs {
     #[command(flatten)]
     settings: Settings,
@@ -83,6 +85,9 @@ struct Settings {
     /// Its private key (PEM)
     #[arg(long, env = "TOMBOLO_BUNDLE_ENDPOINT_KEY", value_name = "FILE", help_heading = "Bundle endpoint")]
     bundle_endpoint_key: Option<PathBuf>,
+    /// Let pods join as their service account, by the word of this Kubernetes API server: `in-cluster`, or a kubeconfig
+    #[arg(long, env = "TOMBOLO_KUBERNETES", value_name = "in-cluster|FILE")]
+    kubernetes: Option<String>,
     /// Level, or `target=level,...` [default: info]
     #[arg(long, env = "TOMBOLO_LOG", value_name = "FILTER", help_heading = "Logs")]
     log_level: Option<String>,
@@ -104,6 +109,7 @@ layered!(Settings {
     bundle_endpoint,
     bundle_endpoint_certificate,
     bundle_endpoint_key,
+    kubernetes,
     log_level,
     log_format
 });
@@ -136,6 +142,7 @@ impl Settings {
             bundle_endpoint,
             bundle_endpoint_certificate,
             bundle_endpoint_key,
+            kubernetes,
             log_level: _,
             log_format: _,
         } = self;
@@ -179,8 +186,26 @@ impl Settings {
                 .map(|text| property(text))
                 .collect::<Result<_, _>>()?,
             bundle_endpoint: endpoint(bundle_endpoint, bundle_endpoint_certificate, bundle_endpoint_key)?,
+            kubernetes: kubernetes.map(|place| api_server(&place)).transpose()?,
         })
     }
+}
+
+/// Where the Kubernetes API server is.
+fn api_server(place: &str) -> Result<KubernetesAccess, Failure> {
+    if place != "in-cluster" {
+        return Ok(KubernetesAccess::Kubeconfig(PathBuf::from(place)));
+    }
+    // As Kubernetes sets them in every pod.
+    let host = settings::environment("KUBERNETES_SERVICE_HOST");
+    let port = settings::environment("KUBERNETES_SERVICE_PORT");
+    let (Some(host), Some(port)) = (host, port) else {
+        return Err(Failure::usage("--kubernetes in-cluster: KUBERNETES_SERVICE_HOST and _PORT are not set")
+            .remedy("this is no pod: give a kubeconfig"));
+    };
+    let host = if host.contains(':') { format!("[{host}]") } else { host };
+    let dir = PathBuf::from(IN_CLUSTER_DIR);
+    Ok(KubernetesAccess::InCluster { server: format!("https://{host}:{port}"), dir })
 }
 
 /// A certificate and its key go together, and with an address.

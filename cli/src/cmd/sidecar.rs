@@ -7,6 +7,7 @@ use std::str::FromStr;
 
 use clap::Args;
 use serde::Deserialize;
+use tombolo_overlay::member::EntryPoints;
 use tombolo_runtime::{admin, dirs::Dirs, rt};
 use tombolo_sidecar::config::{
     self, Mapping, ServiceConfig, SidecarConfig, UpstreamConfig, services_from, upstreams_from,
@@ -34,6 +35,10 @@ Examples:
   tombolo sidecar --name client --join-token-file client.token --upstream shop/web:80=127.0.0.1:9080
   tombolo sidecar --name db-1 --join-token-file vm.token --workload db.yaml
 
+In Kubernetes, as the pod's service account (docs/operations.md shows the pod):
+  tombolo sidecar --name web --join-token-file /etc/tombolo/pods.token \\
+      --service-account-token /var/run/secrets/tombolo/token --service shop/web:80=127.0.0.1:8080
+
 With the SPIFFE Workload API, for applications that do their own mTLS or carry tokens; these are told where it is by
 SPIFFE_ENDPOINT_SOCKET=unix:///run/tombolo/web/workload.sock:
   tombolo sidecar --name web --service shop/web:80=127.0.0.1:8080 \\
@@ -55,6 +60,10 @@ struct Settings {
     /// File with the token of `tombolo token create` or `tombolo vm token`; needed for the first start only
     #[arg(long, env = "TOMBOLO_JOIN_TOKEN_FILE", value_name = "FILE")]
     join_token_file: Option<PathBuf>,
+    /// In Kubernetes: the file with this pod's projected service account token. It joins as its service account then, and
+    /// --join-token-file is one of `tombolo token pods`
+    #[arg(long, env = "TOMBOLO_SERVICE_ACCOUNT_TOKEN", value_name = "FILE")]
+    service_account_token: Option<PathBuf>,
     /// Identity, lease and last configuration [default: <state directory>/sidecar/<name>]
     #[arg(long, env = "TOMBOLO_STATE_DIR", value_name = "DIR")]
     state_dir: Option<PathBuf>,
@@ -68,6 +77,10 @@ struct Settings {
     /// Where this workload runs, e.g. eu-west-1a: gateways of the same zone are used first
     #[arg(long, env = "TOMBOLO_ZONE", value_name = "ZONE")]
     zone: Option<String>,
+    /// Where a gateway of the cluster may be found if none of those last known answers, e.g. when this machine comes back
+    /// after weeks: HOST:PORT, resolved anew each time; may be repeated
+    #[arg(long = "gateway", env = "TOMBOLO_GATEWAYS", value_delimiter = ',', value_name = "HOST:PORT")]
+    gateways: Option<Vec<String>>,
     /// Largest UDP payload tried on a path, in bytes; 8952 on a network with 9000-byte frames [default: 1452]
     #[arg(long, env = "TOMBOLO_MAX_UDP_PAYLOAD", value_name = "BYTES")]
     max_udp_payload: Option<u16>,
@@ -124,10 +137,12 @@ struct Settings {
 layered!(Settings {
     name,
     join_token_file,
+    service_account_token,
     state_dir,
     bind,
     announce,
     zone,
+    gateways,
     max_udp_payload,
     services,
     health,
@@ -206,10 +221,12 @@ impl Settings {
         let Self {
             name,
             join_token_file,
+            service_account_token,
             state_dir,
             bind,
             announce,
             zone,
+            gateways,
             max_udp_payload,
             services,
             health,
@@ -244,10 +261,12 @@ impl Settings {
                 None => Dirs::from_environment().map_err(Failure::new)?.role_state("sidecar", &name),
             },
             token: join_token_file.as_deref().map(role::join_token).transpose()?.flatten(),
+            service_account_token,
             name,
             bind: bind.unwrap_or_else(|| (Ipv4Addr::UNSPECIFIED, config::DEFAULT_PORT).into()),
             announce,
             zone: role::zone(zone)?,
+            gateways: entry_points(gateways)?,
             max_udp_payload_bytes: max_udp_payload.unwrap_or(config::DEFAULT_UDP_PAYLOAD),
             services,
             upstreams,
@@ -260,6 +279,21 @@ impl Settings {
         };
         config.check().map_err(Failure::usage)?;
         Ok(config)
+    }
+}
+
+/// Names with a port; resolved when they are needed.
+fn entry_points(gateways: Option<Vec<String>>) -> Result<EntryPoints, Failure> {
+    let gateways = gateways.unwrap_or_default();
+    let has_port = |entry: &&String| {
+        entry
+            .rsplit_once(':')
+            .is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok_and(|p| p > 0))
+    };
+    match gateways.iter().find(|entry| !has_port(entry)) {
+        Some(entry) => Err(Failure::usage(format_args!("--gateway {entry:?} is not HOST:PORT"))
+            .remedy("give it as gateways.east.example:7440 or 203.0.113.7:7440")),
+        None => Ok(EntryPoints(gateways)),
     }
 }
 

@@ -52,9 +52,27 @@ Examples:
         /// Namespace of a sidecar: its identity is ns/<namespace>/sa/<name>
         #[arg(short, long, env = "TOMBOLO_NAMESPACE", default_value = "default")]
         namespace: String,
+        /// Group of a machine, which `JoinPolicy` objects may ask for
+        #[arg(long, default_value = "")]
+        group: String,
         /// How long the token is good for, at most a day
         #[arg(long, default_value = "15m", value_parser = duration)]
         ttl: Duration,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// Print what pods need to know to join as their service account: no secret, for a ConfigMap
+    #[command(after_help = "\
+It names this cluster, its root and its federators, and does not end: print it anew after `trust rotate`. Who a pod is says
+its own projected token, with the audience tombolo.dev/<trust domain>; the federator must run with --kubernetes.
+
+Examples:
+  tombolo token pods --federator federator.tombolo.svc:7443 > pods.token
+  kubectl create configmap tombolo --from-file pods.token")]
+    Pods {
+        /// Where pods reach a federator, HOST:PORT, resolved when a pod joins; may be repeated [default: its own address]
+        #[arg(long = "federator", value_name = "HOST:PORT")]
+        federators: Vec<String>,
         #[command(flatten)]
         output: Output,
     },
@@ -78,8 +96,12 @@ impl Role {
 }
 
 pub async fn run(args: TokenArgs, connect: Connect) -> Result<Exit, Failure> {
-    let TokenArgs { verb: Verb::Create { role, name, namespace, ttl, output } } = args;
-    print(create(role, name, namespace, ttl, &connect).await?, output.format)?;
+    match args.verb {
+        Verb::Create { role, name, namespace, group, ttl, output } => {
+            print(create(role, name, namespace, group, ttl, &connect).await?, output.format)?;
+        }
+        Verb::Pods { federators, output } => print(pods(federators, &connect).await?, output.format)?,
+    }
     Ok(Exit::Done)
 }
 
@@ -88,6 +110,7 @@ pub async fn create(
     role: Role,
     name: String,
     namespace: String,
+    group: String,
     ttl: Duration,
     connect: &Connect,
 ) -> Result<TokenResponse, Failure> {
@@ -98,6 +121,18 @@ pub async fn create(
         namespace: if role == Role::Sidecar { namespace } else { String::new() },
         ttl_seconds: ttl_seconds(ttl)?,
         via_gateways: role == Role::Vm,
+        federator_names: Vec::new(),
+        group,
+    });
+    Ok(admin.client.create_join_token(request).await.map_err(|status| admin.failed(status))?.into_inner())
+}
+
+async fn pods(federators: Vec<String>, connect: &Connect) -> Result<TokenResponse, Failure> {
+    let mut admin = Admin::connect(connect).await?;
+    let request = admin.request(CreateJoinTokenRequest {
+        role: "pod".to_owned(),
+        federator_names: federators,
+        ..CreateJoinTokenRequest::default()
     });
     Ok(admin.client.create_join_token(request).await.map_err(|status| admin.failed(status))?.into_inner())
 }
@@ -114,15 +149,20 @@ pub fn ttl_seconds(ttl: Duration) -> Result<u32, Failure> {
 /// The token alone on standard output, so that it can be piped; what people need besides on standard error.
 pub fn print(response: TokenResponse, format: Format) -> Result<(), Failure> {
     let TokenResponse { token, not_after_unix, firewall: rules } = response;
-    let not_after =
-        OffsetDateTime::from_unix_timestamp(not_after_unix).ok().and_then(|t| t.format(&Rfc3339).ok());
+    let ends = not_after_unix > 0;
+    let not_after = OffsetDateTime::from_unix_timestamp(not_after_unix).ok().filter(|_| ends);
+    let not_after = not_after.and_then(|time| time.format(&Rfc3339).ok());
     let document = json!({ "version": 1, "token": token, "notAfter": not_after, "firewall": rules });
     match format {
         Format::Json => output::json(&document),
         Format::Yaml => output::yaml(&document),
         Format::Table | Format::Wide | Format::Name => {
             output::line(token)?;
-            eprintln!("good for one use until {}", not_after.unwrap_or_else(|| "an unknown time".to_owned()));
+            match not_after {
+                Some(time) => eprintln!("good for one use until {time}"),
+                None if ends => eprintln!("good for one use until an unknown time"),
+                None => eprintln!("holds no secret, and does not end"),
+            }
             firewall(&rules);
             Ok(())
         }

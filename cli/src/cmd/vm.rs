@@ -25,10 +25,14 @@ enum Verb {
     #[command(after_help = "\
 Examples:
   tombolo vm token db-1
+  tombolo vm token db-1 --group databases
   tombolo vm token db-1 --ttl 5m -o json")]
     Token {
         /// Name of the machine: its identity is cluster/<cluster>/vm/<name>
         name: String,
+        /// The machine's group, which `JoinPolicy` objects may ask for
+        #[arg(long, default_value = "")]
+        group: String,
         /// How long the token is good for, at most a day
         #[arg(long, default_value = "15m", value_parser = duration)]
         ttl: Duration,
@@ -38,7 +42,8 @@ Examples:
 }
 
 pub async fn run(args: VmArgs, connect: Connect) -> Result<Exit, Failure> {
-    let VmArgs { verb: Verb::Token { name, ttl, output } } = args;
-    token::print(token::create(token::Role::Vm, name, String::new(), ttl, &connect).await?, output.format)?;
+    let VmArgs { verb: Verb::Token { name, group, ttl, output } } = args;
+    let made = token::create(token::Role::Vm, name, String::new(), group, ttl, &connect).await?;
+    token::print(made, output.format)?;
     Ok(Exit::Done)
 }

@@ -83,6 +83,10 @@ fn about(object: &Value) -> String {
         }
         "AccessPolicy" => access(object),
         "Revocation" => revoked(object),
+        "JoinPolicy" if object.pointer("/spec/machines").is_some() => {
+            format!("machines {}", strings("/spec/machines/names"))
+        }
+        "JoinPolicy" => format!("service accounts of {}", strings("/spec/serviceAccounts/namespaces")),
         "ClusterLink" => format!("gateways {}", strings("/spec/gateways")),
         "ClusterProperty" => text(object, "/spec/value").to_owned(),
         _ => String::new(),

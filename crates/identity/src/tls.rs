@@ -1,9 +1,10 @@
 //! Identities under rustls: one snapshot of key, chain and bundles, swapped whole; verifiers that apply [`verify`].
 //!
-//! TLS 1.3 only, X25519MLKEM768 preferred, no resumption and no early data (a resumed session would skip the
+//! Validity is judged by the clock that the [`SvidHandle`] was given. TLS 1.3 only, X25519MLKEM768 preferred, no resumption and no early data (a resumed session would skip the
 //! verifier), no SNI. A swap acts on the next handshake; on live connections the overlay shows the new chain by itself.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
@@ -12,6 +13,7 @@ use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms, aws_lc_rs};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::server::{ClientHello, NoServerSessionStorage, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
+use rustls::time_provider::TimeProvider;
 use rustls::{
     CertificateError, ClientConfig, DigitallySignedStruct, DistinguishedName, Error, OtherError,
     ServerConfig, SignatureScheme,
@@ -110,25 +112,55 @@ impl Svid {
     }
 }
 
+/// Time since the Unix epoch.
+pub type Clock = fn() -> Duration;
+
+fn system_clock() -> Duration {
+    rustls::time_provider::DefaultTimeProvider
+        .current_time()
+        .map_or(Duration::ZERO, |now| Duration::from_secs(now.as_secs()))
+}
+
+/// What rustls reads the time from.
+#[derive(Debug)]
+struct By(Clock);
+
+impl TimeProvider for By {
+    fn current_time(&self) -> Option<UnixTime> {
+        Some(UnixTime::since_unix_epoch((self.0)()))
+    }
+}
+
 /// The current snapshot; clones share it. Swapping it is rotation.
 #[derive(Clone, Debug)]
-pub struct SvidHandle(Arc<ArcSwap<Svid>>);
+pub struct SvidHandle {
+    current: Arc<ArcSwap<Svid>>,
+    clock: Clock,
+}
 
 impl SvidHandle {
+    /// Peers are judged by the system's clock.
     pub fn new(svid: Svid) -> Self {
-        Self(Arc::new(ArcSwap::from_pointee(svid)))
+        Self::by(system_clock, svid)
+    }
+    /// Peers are judged by this clock: the one that everything else in the process goes by.
+    pub fn by(clock: Clock, svid: Svid) -> Self {
+        Self { current: Arc::new(ArcSwap::from_pointee(svid)), clock }
     }
     pub fn load(&self) -> Arc<Svid> {
-        self.0.load_full()
+        self.current.load_full()
+    }
+    fn time(&self) -> Arc<dyn TimeProvider> {
+        Arc::new(By(self.clock))
     }
     /// The next handshake uses `svid`; overlays show it on live connections within a second or so. Revocations stay.
     pub fn swap(&self, svid: Svid) {
-        self.0.rcu(|current| svid.revoking(current.bundles.revocations().clone()));
+        self.current.rcu(|current| svid.revoking(current.bundles.revocations().clone()));
     }
     /// Who is refused from the next handshake on. Live connections are the overlays' to cut
     /// (`Overlay::enforce_revocations`).
     pub fn set_revocations(&self, revocations: &Revocations) {
-        self.0.rcu(|current| current.revoking(revocations.clone()));
+        self.current.rcu(|current| current.revoking(revocations.clone()));
     }
 }
 
@@ -225,6 +257,9 @@ macro_rules! tls13_signatures {
         }
     };
 }
+
+mod lapsed;
+pub use lapsed::{ALPN_RENEWAL, renewal_client_config, renewal_server_config};
 
 impl ServerCertVerifier for MeshVerifier {
     fn verify_server_cert(
@@ -347,7 +382,7 @@ fn finish_client(mut config: ClientConfig, protocol: &[u8]) -> Arc<ClientConfig>
 
 /// Server side of application and control connections: a client certificate is demanded.
 pub fn mesh_server_config(svid: &SvidHandle) -> Result<Arc<ServerConfig>, Error> {
-    let config = ServerConfig::builder_with_provider(provider())
+    let config = ServerConfig::builder_with_details(provider(), svid.time())
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .with_client_cert_verifier(Arc::new(MeshVerifier::new(svid, ExpectedPeer::Any)))
         .with_cert_resolver(Arc::new(Resolver { svid: svid.clone(), with_root: false }));
@@ -380,25 +415,34 @@ pub fn https_server_config_with(resolver: Arc<dyn ResolvesServerCert>) -> Result
 
 /// Client side of application and control connections.
 pub fn mesh_client_config(svid: &SvidHandle, expected: ExpectedPeer) -> Result<Arc<ClientConfig>, Error> {
-    let config = ClientConfig::builder_with_provider(provider())
+    client_config(svid, expected, ALPN_MESH)
+}
+
+fn client_config(
+    svid: &SvidHandle,
+    expected: ExpectedPeer,
+    protocol: &[u8],
+) -> Result<Arc<ClientConfig>, Error> {
+    let config = ClientConfig::builder_with_details(provider(), svid.time())
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .dangerous()
         .with_custom_certificate_verifier(Arc::new(MeshVerifier::new(svid, expected)))
         .with_client_cert_resolver(Arc::new(Resolver { svid: svid.clone(), with_root: false }));
-    Ok(finish_client(config, ALPN_MESH))
+    Ok(finish_client(config, protocol))
 }
 
 /// Client side of joining: the root is pinned by its fingerprint (`sha256:<hex>`).
 pub fn join_client_config(
     root_fingerprint: &str,
     expected: ExpectedPeer,
+    clock: Clock,
 ) -> Result<Arc<ClientConfig>, Error> {
     let verifier = PinnedRootVerifier {
         root_fingerprint: root_fingerprint.to_owned(),
         expected,
         algorithms: aws_lc_rs::default_provider().signature_verification_algorithms,
     };
-    let config = ClientConfig::builder_with_provider(provider())
+    let config = ClientConfig::builder_with_details(provider(), Arc::new(By(clock)))
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .dangerous()
         .with_custom_certificate_verifier(Arc::new(verifier))

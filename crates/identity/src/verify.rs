@@ -21,6 +21,9 @@ use crate::spiffe_id::{SpiffeId, TrustDomain};
 
 /// Leaf, intermediate, root, and one spare: a longer chain only costs CPU.
 pub const MAX_CHAIN: usize = 4;
+/// An identity that has ended is renewed by possession of its key for this long: a machine that was off over a long holiday
+/// comes back by itself.
+pub const RENEWABLE_FOR: Duration = Duration::from_secs(30 * 24 * 3600);
 
 /// Why a chain was refused, one variant per rule.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -210,6 +213,54 @@ pub fn authenticate(
     usage: Usage,
     now: UnixTime,
 ) -> Result<PeerIdentity, IdentityError> {
+    let (identity, _) = authenticate_unrevoked(chain, bundles, usage, now)?;
+    match bundles.revocations().of(&identity) {
+        Some(revocation) => {
+            Err(IdentityError::Revoked { id: identity.spiffe_id, revocation: Arc::clone(revocation) })
+        }
+        None => Ok(identity),
+    }
+}
+
+/// Authenticates whoever comes to renew: the leaf may have ended up to [`RENEWABLE_FOR`] ago, while its issuer must still
+/// hold; every other rule is [`authenticate`]'s. Whether it is revoked is the caller's to ask, so that it can answer.
+pub fn authenticate_lapsed(
+    chain: &[CertificateDer<'_>],
+    bundles: &BundleSet,
+    usage: Usage,
+    now: UnixTime,
+) -> Result<PeerIdentity, IdentityError> {
+    let leaf = chain.first().ok_or(IdentityError::NoCertificate)?;
+    let ended = not_after(leaf)?;
+    if now.as_secs() <= ended {
+        return authenticate_unrevoked(chain, bundles, usage, now).map(|(identity, _)| identity);
+    }
+    let at = UnixTime::since_unix_epoch(Duration::from_secs(ended));
+    let (identity, issuer) = authenticate_unrevoked(chain, bundles, usage, at)?;
+    if now.as_secs() - ended > RENEWABLE_FOR.as_secs() {
+        return Err(IdentityError::Expired(identity.spiffe_id));
+    }
+    // The certificate that the leaf was judged by, or one of its key that a root has signed anew.
+    let of_its_key = |der: &&CertificateDer<'_>| {
+        let spki = parse(der).map(|c| <[u8; 32]>::from(Sha256::digest(c.public_key().raw)));
+        spki.is_ok_and(|spki| spki == identity.issuer_spki)
+    };
+    let reissued = bundles.reissued().iter().filter(of_its_key);
+    let mut issuers = std::iter::once(issuer).chain(reissued);
+    if issuers.any(|der| not_after(der).is_ok_and(|until| now.as_secs() <= until)) {
+        return Ok(identity);
+    }
+    let reason = "its issuer has ended meanwhile".to_owned();
+    Err(IdentityError::Path { id: identity.spiffe_id, reason })
+}
+
+/// The identity, and the certificate of its issuer that it was judged by.
+fn authenticate_unrevoked<'a>(
+    chain: &'a [CertificateDer<'a>],
+    bundles: &'a BundleSet,
+    usage: Usage,
+    now: UnixTime,
+) -> Result<(PeerIdentity, &'a CertificateDer<'a>), IdentityError> {
     if chain.len() > MAX_CHAIN {
         return Err(IdentityError::ChainTooLong(chain.len()));
     }
@@ -222,27 +273,26 @@ pub fn authenticate(
     if bundle.roots.is_empty() {
         return Err(IdentityError::EmptyBundle(domain));
     }
-    let identity = match check_path(chain, &bundle.roots, &id, usage, now) {
-        Ok(()) => peer_identity_from_certs(chain)?,
-        Err(error) => by_reissued(chain, bundles, bundle, &id, usage, now).ok_or(error)?,
-    };
-    match bundles.revocations().of(&identity) {
-        Some(revocation) => Err(IdentityError::Revoked { id, revocation: Arc::clone(revocation) }),
-        None => Ok(identity),
+    match check_path(chain, &bundle.roots, &id, usage, now) {
+        Ok(()) => {
+            let identity = peer_identity_from_certs(chain)?;
+            chain.get(1).map(|issuer| (identity, issuer)).ok_or_else(|| malformed("no intermediate"))
+        }
+        Err(error) => by_reissued(chain, bundles, bundle, &id, usage, now).ok_or(error),
     }
 }
 
 /// Who shows an intermediate of a root that is trusted no more, where a trusted root has signed the same key and name
 /// anew: a member that was away during a rotation comes back by it. Everything but the signature on the leaf is taken
 /// from the certificate that is known here.
-fn by_reissued(
-    chain: &[CertificateDer<'_>],
-    bundles: &BundleSet,
+fn by_reissued<'a>(
+    chain: &'a [CertificateDer<'a>],
+    bundles: &'a BundleSet,
     bundle: &TrustBundle,
     id: &SpiffeId,
     usage: Usage,
     now: UnixTime,
-) -> Option<PeerIdentity> {
+) -> Option<(PeerIdentity, &'a CertificateDer<'a>)> {
     let [leaf, shown, ..] = chain else { return None };
     let named = |der: &CertificateDer<'_>| {
         let certificate = parse(der).ok()?;
@@ -253,7 +303,7 @@ fn by_reissued(
     let better = [leaf.clone(), known.clone()];
     check_path(&better, &bundle.roots, id, usage, now).ok()?;
     let identity = peer_identity_from_certs(&better).ok()?;
-    Some(PeerIdentity { chain_hash: chain_hash(chain), ..identity })
+    Some((PeerIdentity { chain_hash: chain_hash(chain), ..identity }, known))
 }
 
 /// RFC 5280 path validation by webpki: signatures, validity, CA bits, path lengths, extended key usage.

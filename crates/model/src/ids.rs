@@ -125,6 +125,9 @@ impl Handle {
     pub const FIRST_CONTACT: Handle = Handle(1);
     /// Reserved control handle for joining with a token.
     pub const JOIN: Handle = Handle(2);
+    /// Reserved control handle for renewing an identity that has ended. The nonce of an ID for it begins with the caller's
+    /// block, by which it is keyed.
+    pub const RENEW: Handle = Handle(3);
     /// Handles below this are reserved and never allotted.
     pub const FIRST_ALLOTTED: u32 = 256;
 

@@ -9,6 +9,7 @@ pub mod condition;
 pub mod duration;
 pub mod failover_policy;
 pub mod fields;
+pub mod join_policy;
 pub mod revocation;
 pub mod service_export;
 pub mod service_import;
@@ -27,6 +28,7 @@ pub use condition::Condition;
 pub use duration::DurationText;
 pub use failover_policy::FailoverPolicySpec;
 pub use fields::{FieldError, ObjectError};
+pub use join_policy::JoinPolicySpec;
 pub use revocation::{RevocationSpec, RevocationTarget};
 pub use service_export::ServiceExportSpec;
 pub use service_import::ServiceImportSpec;
@@ -103,6 +105,13 @@ pub const KINDS: &[KindInfo] = &[
         namespaced: false,
         api_versions: TOMBOLO,
     },
+    KindInfo {
+        kind: "JoinPolicy",
+        plural: "joinpolicies",
+        short: &["jp"],
+        namespaced: false,
+        api_versions: TOMBOLO,
+    },
 ];
 
 impl KindInfo {
@@ -159,6 +168,7 @@ pub enum Spec {
     AccessPolicy(AccessPolicySpec),
     ClusterLink(ClusterLinkSpec),
     Revocation(RevocationSpec),
+    JoinPolicy(JoinPolicySpec),
 }
 
 /// A validated object. Its status is not read from users: federators fill it in.
@@ -198,6 +208,7 @@ impl Object {
             Spec::AccessPolicy(_) => "AccessPolicy",
             Spec::ClusterLink(_) => "ClusterLink",
             Spec::Revocation(_) => "Revocation",
+            Spec::JoinPolicy(_) => "JoinPolicy",
         }
     }
 
@@ -263,6 +274,7 @@ impl Object {
             "FailoverPolicy" => typed("spec", spec).map(Spec::FailoverPolicy),
             "AccessPolicy" => typed("spec", spec).map(Spec::AccessPolicy),
             "Revocation" => typed("spec", spec).map(Spec::Revocation),
+            "JoinPolicy" => typed("spec", spec).map(Spec::JoinPolicy),
             _ => typed("spec", spec).map(Spec::ClusterLink),
         };
         let spec = match spec {
@@ -282,6 +294,7 @@ impl Object {
             }
             Spec::ClusterLink(spec) => spec.validate(&mut errors),
             Spec::Revocation(spec) => spec.validate(&mut errors),
+            Spec::JoinPolicy(spec) => spec.validate(&mut errors),
         }
         if errors.is_empty() { Ok(Self { api_version, metadata, spec }) } else { fail(errors) }
     }
@@ -296,6 +309,7 @@ impl Object {
             Spec::AccessPolicy(spec) => serde_json::to_value(spec),
             Spec::ClusterLink(spec) => serde_json::to_value(spec),
             Spec::Revocation(spec) => serde_json::to_value(spec),
+            Spec::JoinPolicy(spec) => serde_json::to_value(spec),
         };
         serde_json::json!({
             "apiVersion": self.api_version,

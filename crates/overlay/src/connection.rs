@@ -52,6 +52,8 @@ pub enum HandleClass {
     Control,
     /// Joining with a token: the caller has no identity yet.
     Join,
+    /// Renewing an identity that has ended.
+    Renewal,
 }
 
 /// What an accepted connection is pinned to by its original connection ID.

@@ -9,7 +9,7 @@ use std::time::Duration;
 use futures::stream::{FuturesUnordered, StreamExt};
 use quinn::{Connection, ConnectionError, ConnectionId, TransportConfig};
 use tombolo_identity::{IdentityError, PeerIdentity};
-use tombolo_model::ids::{ClusterTag, Handle};
+use tombolo_model::ids::{Block, ClusterTag, Handle};
 use tombolo_runtime::clock;
 
 use crate::cid::{Cid, Kind};
@@ -80,6 +80,8 @@ pub(crate) struct Dialler<'a> {
     /// The expected round trip, when it is known.
     pub rtt: Option<Duration>,
     pub class: HandleClass,
+    /// Whom the ID names in its nonce: of the renewal handle alone.
+    pub holder: Option<Block>,
 }
 
 impl Dialler<'_> {
@@ -130,7 +132,11 @@ impl Dialler<'_> {
             handle: target.handle,
             last_hour: target.keys.last_hour(),
         })?;
-        let cid = Cid::mint(target.kind, target.tag, target.handle.value(), rand::random(), hour, key);
+        let nonce = match self.holder {
+            Some(block) => renewal_nonce(block, rand::random()),
+            None => rand::random(),
+        };
+        let cid = Cid::mint(target.kind, target.tag, target.handle.value(), nonce, hour, key);
         let config =
             client_config(tls, Arc::clone(&self.transport), move || ConnectionId::new(cid.as_bytes()))?;
         Ok(self.endpoint.connect_with(config, VIRTUAL_PEER, SERVER_NAME)?)
@@ -140,6 +146,20 @@ impl Dialler<'_> {
         let identity = peer_identity(&connection)?;
         Ok(PeerConnection::new(connection, identity, self.class, None))
     }
+}
+
+/// Of an ID for the renewal handle: the caller's block, then 24 random bits, so that gateways know by whose key to judge it.
+/// A caller has a few of them at a time at most.
+pub fn renewal_nonce(block: Block, random: [u8; 3]) -> [u8; 7] {
+    let [a, b, c, d] = block.value().to_be_bytes();
+    let [e, f, g] = random;
+    [a, b, c, d, e, f, g]
+}
+
+/// Who dials the renewal handle with an ID of this nonce.
+pub fn renewal_holder(nonce: &[u8; 7]) -> Option<Block> {
+    let [a, b, c, d, ..] = *nonce;
+    Block::new(u32::from_be_bytes([a, b, c, d]))
 }
 
 /// The identity that the TLS verifier accepted; `None` when the peer showed no certificate (a joiner).

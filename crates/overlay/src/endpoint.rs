@@ -15,7 +15,7 @@ use quinn::{Incoming, TokioRuntime, TransportConfig};
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tombolo_identity::{Svid, SvidHandle};
-use tombolo_model::ids::{ClusterTag, EndpointId};
+use tombolo_model::ids::{ClusterTag, EndpointId, Handle};
 use tombolo_runtime::tasks::TaskGroup;
 
 use crate::admission::Inbound;
@@ -31,7 +31,7 @@ use crate::hops::{self, HopReport, HopsHandle};
 use crate::keys::KeyRing;
 use crate::liveness::{self, Hints, LivenessHandle};
 use crate::parts::{Part, Place};
-use crate::routes::{RouteState, Routes};
+use crate::routes::{GatewayHop, RouteState, Routes};
 use crate::socket::{ControlPacket, OverlaySocket, Slot};
 use crate::transport::{self, Limits, UnusableTls};
 
@@ -49,8 +49,17 @@ const CLOSE_PATIENCE: Duration = Duration::from_millis(500);
 pub struct ServerTls {
     /// Mesh and control: a client certificate is demanded.
     pub mesh: Arc<rustls::ServerConfig>,
-    /// Joining: the server alone is authenticated; federators only.
-    pub join: Option<Arc<rustls::ServerConfig>>,
+    /// Federators only.
+    pub join: Option<FirstContactTls>,
+}
+
+/// TLS towards those who have no identity that holds.
+#[derive(Clone, Debug)]
+pub struct FirstContactTls {
+    /// Joining: the server alone is authenticated.
+    pub join: Arc<rustls::ServerConfig>,
+    /// Renewing an identity that has ended.
+    pub renewal: Arc<rustls::ServerConfig>,
 }
 
 /// How to bind an overlay.
@@ -325,6 +334,16 @@ impl Overlay {
     pub fn set_routes(&self, routes: Routes) {
         self.0.hops.set_routes(routes);
     }
+    /// Further gateways to try, until the next routes are set.
+    pub fn add_gateways(&self, gateways: Vec<GatewayHop>) {
+        let mut routes = Routes::clone(&self.0.shared.routes.load().routes);
+        for hop in gateways {
+            if !routes.gateways.iter().any(|known| known.address == hop.address) {
+                routes.gateways.push(hop);
+            }
+        }
+        self.set_routes(routes);
+    }
     /// Renewed keys of the own block: IDs made from now on use them.
     pub fn set_keys(&self, keys: KeyRing) {
         self.0.shared.keys.store(Arc::new(keys));
@@ -340,10 +359,21 @@ impl Overlay {
         target: &DialTarget,
         tls: Arc<rustls::ClientConfig>,
     ) -> Result<PeerConnection, DialError> {
-        let class = if target.kind == Kind::Service { HandleClass::Mesh } else { HandleClass::Control };
+        let renews = target.kind == Kind::Control && target.handle == Handle::RENEW;
+        let class = match target.kind {
+            Kind::Service => HandleClass::Mesh,
+            _ if renews => HandleClass::Renewal,
+            _ => HandleClass::Control,
+        };
+        let holder = renews.then(|| self.endpoint_id().block());
         let rtt = self.0.rtt_micros.lock().unwrap_or_else(PoisonError::into_inner).get(&target.tag).copied();
-        let dialler =
-            Dialler { endpoint: &self.0.quic, transport: Arc::clone(&self.0.client_transport), rtt, class };
+        let dialler = Dialler {
+            endpoint: &self.0.quic,
+            transport: Arc::clone(&self.0.client_transport),
+            rtt,
+            class,
+            holder,
+        };
         let shown = self.own_svid();
         let connection = dialler.dial(target, tls).await?;
         let known = &self.0.rtt_micros;
@@ -457,13 +487,19 @@ impl Overlay {
 struct Servers {
     mesh: Arc<quinn::ServerConfig>,
     join: Option<Arc<quinn::ServerConfig>>,
+    renewal: Option<Arc<quinn::ServerConfig>>,
 }
 
 impl Servers {
     fn new(tls: &ServerTls, limits: &Limits) -> Result<Self, UnusableTls> {
         let token_key = transport::token_key();
-        let join = tls.join.as_ref().map(|tls| transport::server_config(tls, &token_key, limits));
-        Ok(Self { mesh: transport::server_config(&tls.mesh, &token_key, limits)?, join: join.transpose()? })
+        let config = |tls: &Arc<rustls::ServerConfig>| transport::server_config(tls, &token_key, limits);
+        let first = tls.join.as_ref();
+        Ok(Self {
+            mesh: config(&tls.mesh)?,
+            join: first.map(|tls| config(&tls.join)).transpose()?,
+            renewal: first.map(|tls| config(&tls.renewal)).transpose()?,
+        })
     }
 }
 
@@ -502,6 +538,7 @@ async fn accept_loop(
         let server = match pinned.class {
             HandleClass::Mesh | HandleClass::Control => Some(&servers.mesh),
             HandleClass::Join => servers.join.as_ref(),
+            HandleClass::Renewal => servers.renewal.as_ref(),
         };
         let Some(server) = server.cloned() else {
             counters.refused.fetch_add(1, Relaxed);

@@ -119,6 +119,12 @@ impl ClusterKey {
     pub fn endpoint_key(&self, block: Block, hour: Hour) -> CidKey {
         kdf(self.as_bytes(), "tombolo endpoint", &[&block.value().to_be_bytes(), &hour.0.to_be_bytes()])
     }
+    /// Key by which the holder of a block comes back when its hourly ones have run out: of its endpoint-kind IDs, its control
+    /// datagrams, and the IDs that it dials the renewal handle with. The same at any hour. `salt` differs from holder to
+    /// holder, should a block ever be given out again.
+    pub fn renewal_key(&self, block: Block, salt: u32) -> CidKey {
+        kdf(self.as_bytes(), "tombolo renewal", &[&block.value().to_be_bytes(), &salt.to_be_bytes()])
+    }
     /// Key of control datagrams between the gateway replicas of one cluster.
     pub fn probe_key(&self, hour: Hour) -> CidKey {
         kdf(self.as_bytes(), "tombolo replica", &[&hour.0.to_be_bytes()])
@@ -224,6 +230,10 @@ impl KeyRing {
     /// `hours` keys from `first` on.
     pub fn derive(first: Hour, hours: usize, key_of: impl Fn(Hour) -> CidKey) -> Self {
         Self((first.0..first.0.saturating_add(hours as u64)).map(|h| (Hour(h), key_of(Hour(h)))).collect())
+    }
+    /// One key, whatever the hour: of whoever is judged by no hour.
+    pub fn constant(since_unix_epoch: Duration, key: &CidKey) -> Self {
+        Self::derive_now(since_unix_epoch, |_| key.clone())
     }
     /// The same hours, each key turned into another.
     pub fn map(&self, key_of: impl Fn(&CidKey) -> CidKey) -> Self {

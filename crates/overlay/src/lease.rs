@@ -17,12 +17,14 @@ mod file;
 #[cfg(test)]
 mod tests;
 
+use std::time::Duration;
+
 use tombolo_model::ids::{Block, ClusterTag};
 use tombolo_model::names::ClusterName;
 use tombolo_proto::convert::{self, FieldError};
 use tombolo_proto::v1;
 
-use crate::keys::KeyRing;
+use crate::keys::{CidKey, KeyRing};
 
 pub use file::{LeaseError, LeaseFile, RELEASED_AFTER};
 
@@ -46,6 +48,8 @@ pub struct EndpointLease {
     pub signature: Vec<u8>,
     /// Of the block, for the hours ahead; not signed.
     pub keys: KeyRing,
+    /// Of a machine: what it comes back by when `keys` have run out; not signed.
+    pub renewal_key: Option<CidKey>,
 }
 
 impl EndpointLease {
@@ -78,6 +82,17 @@ impl EndpointLease {
             not_after_unix: i64::try_from(self.not_after).unwrap_or(i64::MAX),
             signature: self.signature.clone(),
             keys: Some(self.keys.to_wire()),
+            renewal_key: self.renewal_key.iter().flat_map(|key| *key.as_bytes()).collect(),
+        }
+    }
+
+    /// What IDs are made with at this time: the keys of these hours, or, once they have run out, the renewal key.
+    pub fn keys_at(&self, since_unix_epoch: Duration) -> KeyRing {
+        match &self.renewal_key {
+            Some(key) if self.keys.current(since_unix_epoch).is_none() => {
+                KeyRing::constant(since_unix_epoch, key)
+            }
+            _ => self.keys.clone(),
         }
     }
 
@@ -100,6 +115,10 @@ impl EndpointLease {
             not_after,
             signature: wire.signature.clone(),
             keys: KeyRing::from_wire(wire.keys.as_ref().unwrap_or(&v1::KeyRing::default()))?,
+            renewal_key: match wire.renewal_key.as_slice() {
+                [] => None,
+                key => Some(CidKey::from_bytes(convert::bytes("lease.renewal_key", key)?)),
+            },
         })
     }
 }

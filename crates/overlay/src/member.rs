@@ -10,12 +10,13 @@
 //! in. A torn or foreign file is an error that says what to do, never a reason to start over.
 //!
 //! [`join`](mod@join) fills the directory, [`control`] keeps a connection to a federator, [`renewal`] renews the SVID at half its
-//! life, [`trust`] tells what is trusted and shown, [`workload`] asks for what the application behind it shows. The key is made
+//! life, [`lapsed`] one that has ended, [`trust`] tells what is trusted and shown, [`workload`] asks for what the application behind it shows. The key is made
 //! here and never leaves.
 
 pub mod backoff;
 pub mod control;
 pub mod join;
+pub mod lapsed;
 pub mod renewal;
 mod state;
 #[cfg(test)]
@@ -45,6 +46,7 @@ use crate::routes::{GatewayHop, Routes};
 
 pub use control::ControlError;
 pub use join::{JoinConnection, JoinError, JoinOptions, JoinPlan};
+pub use lapsed::{EntryPoints, LapsedError};
 use state::State;
 pub use trust::trust_of;
 
@@ -82,6 +84,8 @@ pub enum MemberError {
     Issued(#[from] SvidError),
     #[error("the federator sent an identity for {found}, expected {expected}")]
     OtherIdentity { found: String, expected: String },
+    #[error("{0}")]
+    TooLate(String),
     #[error("a new key can't be made: {0}")]
     Key(#[from] tombolo_identity::issuer::IssueError),
 }
@@ -134,7 +138,7 @@ impl Member {
             name: state.name.clone(),
             cluster: state.cluster.clone(),
             tag: state.tag,
-            svid: SvidHandle::new(svid),
+            svid: SvidHandle::by(clock::since_unix_epoch, svid),
             lease: ArcSwap::from_pointee(lease),
             control: ArcSwap::from_pointee(control),
             state: Mutex::new(state),
@@ -212,9 +216,7 @@ impl Member {
         if new == *old {
             return Ok(());
         }
-        self.update(|state| state.set_control(&new))?;
-        self.0.control.store(Arc::new(new));
-        Ok(())
+        self.replace_control(new)
     }
 
     /// A renewed lease: its keys reach a day further. Another block than ours is refused.
@@ -269,12 +271,17 @@ impl Member {
         Ok(())
     }
 
-    fn renew_control_keys(&self, keys: KeyRing) -> Result<(), MemberError> {
-        let mut new = Control::clone(&self.control());
-        new.keys = Arc::new(keys);
+    /// Another way to the federators, on disk before it is used.
+    fn replace_control(&self, new: Control) -> Result<(), MemberError> {
         self.update(|state| state.set_control(&new))?;
         self.0.control.store(Arc::new(new));
         Ok(())
+    }
+
+    fn renew_control_keys(&self, keys: KeyRing) -> Result<(), MemberError> {
+        let mut new = Control::clone(&self.control());
+        new.keys = Arc::new(keys);
+        self.replace_control(new)
     }
 
     /// Changes the state on disk first, then in memory.

@@ -15,7 +15,7 @@ use tombolo_overlay::lease::EndpointLease;
 use tombolo_proto::v1;
 
 use super::allot::block_key;
-use super::{Core, CoreError, Moment};
+use super::{Core, CoreError, Moment, lapsed};
 use crate::facts::{CONTROL, FederatorEndpoint, IdentityRecord, LeaseRecord, Role};
 use crate::registry::Member;
 use crate::revocations;
@@ -75,6 +75,9 @@ impl Core {
             keys: KeyRing::derive_now(moment.unix, |hour| {
                 cluster.cluster_key.endpoint_key(record.block, hour)
             }),
+            renewal_key: (record.role == Role::Vm).then(|| {
+                cluster.cluster_key.renewal_key(record.block, lapsed::renewal_salt(&record.spiffe_id).get())
+            }),
         };
         lease.signature = self.issuer.sign_record(LABEL, &lease.signed_bytes())?;
         Ok(lease.to_wire())
@@ -99,6 +102,9 @@ impl Core {
             services: Vec::new(),
             pinned: Vec::new(),
             gateway: None,
+            replaced: false,
+            group: String::new(),
+            pod: None,
         })
     }
 
@@ -328,6 +334,8 @@ impl Core {
     pub(super) fn forget_expired(&mut self, unix: u64, monotonic: Duration) {
         let mut transaction = Transaction::new();
         let reuse = |lease: &LeaseRecord| match lease.role {
+            // A pod never comes back: it joins anew, by its service account.
+            _ if lease.pod.is_some() => PROVISIONAL_REUSE_AFTER,
             Role::Provisional => PROVISIONAL_REUSE_AFTER,
             _ => REUSE_AFTER,
         };

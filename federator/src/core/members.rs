@@ -15,6 +15,7 @@ use super::leases::member_role;
 use super::{Core, CoreError, Moment};
 use crate::facts::{GatewayRecord, LeaseRecord, Port, Role, ServedRecord, ShiftRecord};
 use crate::import::port_of;
+use crate::joining;
 use crate::registry::{Event, GatewayHello, Presence, SidecarHello};
 use crate::revocations;
 use crate::store::{Table, Transaction};
@@ -260,6 +261,7 @@ impl Core {
         record: &LeaseRecord,
         key: &ServiceKey,
     ) -> Result<(), String> {
+        joining::may_serve(&self.facts, id, record, key)?;
         let within = id.within_cluster().unwrap_or_default();
         let parts: Vec<&str> = within.split('/').skip(1).collect();
         match (role, parts.as_slice()) {

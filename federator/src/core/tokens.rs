@@ -10,12 +10,14 @@ use tombolo_identity::SpiffeId;
 use tombolo_model::audit::{Action, Event};
 use tombolo_model::ids::Block;
 use tombolo_model::names::{ClusterName, Namespace, ObjectName};
+use tombolo_model::resource::join_policy::{self, Attested};
 use tombolo_proto::{token, v1};
 
 use super::allot::block_key;
 use super::leases::{Issued, LEASE_LIFE};
 use super::{Core, CoreError, Moment};
-use crate::facts::{CONTROL, LeaseRecord, Role, TokenPurpose, TokenRecord};
+use crate::facts::{LeaseRecord, Role, TokenPurpose, TokenRecord};
+use crate::joining;
 use crate::registry::Presence;
 use crate::store::{Table, Transaction, record};
 use crate::view::rfc3339_seconds;
@@ -66,13 +68,16 @@ impl Core {
         request: &v1::CreateJoinTokenRequest,
         moment: Moment,
     ) -> Result<MadeToken, CoreError> {
+        if request.role == "pod" {
+            return self.pods_token(request);
+        }
         let role = match request.role.as_str() {
             "gateway" => Role::Gateway,
             "sidecar" => Role::Sidecar,
             "vm" => Role::Vm,
             other => {
                 return Err(CoreError::Invalid(format!(
-                    "field role: {other:?} is not gateway, sidecar or vm"
+                    "field role: {other:?} is not gateway, sidecar, vm or pod"
                 )));
             }
         };
@@ -83,8 +88,22 @@ impl Core {
         } else {
             String::new()
         };
-        let purpose =
-            TokenPurpose::Workload { role, name: request.name.clone(), namespace: namespace.clone() };
+        if role == Role::Vm {
+            if !request.group.is_empty() {
+                join_policy::check_group(&request.group).map_err(|e| CoreError::Invalid(e.to_string()))?;
+            }
+            // Said here already, where somebody reads it.
+            let machine = Attested::Machine { name: &request.name, group: &request.group };
+            joining::may_join(&self.facts, machine).map_err(CoreError::Denied)?;
+        } else if !request.group.is_empty() {
+            return Err(CoreError::Invalid("field group: only machines have one (role vm)".to_owned()));
+        }
+        let purpose = TokenPurpose::Workload {
+            role,
+            name: request.name.clone(),
+            namespace: namespace.clone(),
+            group: request.group.clone(),
+        };
         let mut token = v1::Token {
             kind: v1::TokenKind::Workload.into(),
             role: role.as_str().to_owned(),
@@ -185,12 +204,17 @@ impl Core {
     fn made(&self, record: &TokenRecord, id: &str) -> Event {
         let (action, subject) = match &record.kind {
             TokenPurpose::Link { peer } => (Action::LinkToken, format!("cluster:{peer}")),
-            TokenPurpose::Workload { role, name, namespace } => {
+            TokenPurpose::Workload { role, name, namespace, .. } => {
                 let identity = self.identity_of(*role, name, namespace);
                 (Action::Token, identity.map_or_else(|_| name.clone(), |id| id.to_string()))
             }
         };
-        let reason = format!("good until {}", rfc3339_seconds(record.not_after));
+        let mut reason = format!("good until {}", rfc3339_seconds(record.not_after));
+        if let TokenPurpose::Workload { group, .. } = &record.kind
+            && !group.is_empty()
+        {
+            reason = format!("group {group}; {reason}");
+        }
         Event { token: id.to_owned(), reason, ..Event::done(action, subject) }
     }
 
@@ -273,7 +297,7 @@ impl Core {
     ) -> Result<v1::JoinWorkloadResponse, CoreError> {
         let hash = request_hash(request);
         let record = self.check_token(&request.token_id, &request.secret, &hash, moment)?;
-        let TokenPurpose::Workload { role, name, namespace } = &record.kind else {
+        let TokenPurpose::Workload { role, name, namespace, group } = &record.kind else {
             return Err(CoreError::Denied(
                 "this is a link token: use it with `tombolo link join`".to_owned(),
             ));
@@ -281,6 +305,10 @@ impl Core {
         if request.name != *name {
             let given: String = request.name.chars().take(64).collect();
             return Err(CoreError::Denied(format!("the token is for {name:?}, not for {given:?}")));
+        }
+        if *role == Role::Vm {
+            // Policies may have changed since the token was made.
+            joining::may_join(&self.facts, Attested::Machine { name, group }).map_err(CoreError::Denied)?;
         }
         let id = self.identity_of(*role, name, namespace)?;
         let issued = self.issue(&request.csr_der, &id, *role, moment, Transaction::new())?;
@@ -292,33 +320,20 @@ impl Core {
             Some(lease) => ((**lease).clone(), transaction),
             None => {
                 let end = moment.unix.as_secs() + LEASE_LIFE.as_secs();
-                let lease = self.new_lease(id.as_str(), *role, end)?;
+                let lease = LeaseRecord { group: group.clone(), ..self.new_lease(id.as_str(), *role, end)? };
                 let key = block_key(lease.block);
                 let transaction = transaction.absent(Table::Leases, key.as_str()).put(key, &lease);
                 (lease, transaction)
             }
         };
-        let wire = self.lease_to_wire(&lease, moment)?;
+        let answer = self.membership(svid, &lease, moment)?;
+        let (transaction, replaced) = self.replace_leases(&id, *role, &lease, transaction);
         let transaction = Self::use_token(transaction, &request.token_id, &record, &hash, Some(lease.block));
         self.commit_audited(transaction, event, moment)?;
         self.install_identity(identity);
         tracing::info!(spiffe_id = %id, block = %lease.block, "joined");
-        let role = *role;
-        self.install_lease(lease);
-        let cluster = self.facts.cluster.clone();
-        Ok(v1::JoinWorkloadResponse {
-            svid: Some(svid),
-            lease: Some(wire),
-            control: Some(v1::ControlAccess {
-                cluster: cluster.name.to_string(),
-                tag: cluster.tag.value(),
-                handle: self.facts.handle(&cluster.name, CONTROL).map_or(0, |h| h.handle.value()),
-                keys: self.control_keys(moment),
-                federators: self.federators(role != Role::Vm),
-                spiffe_ids: vec![cluster.federator_id.to_string()],
-            }),
-            gateways: self.gateways_for(role),
-        })
+        replaced.into_iter().chain([lease]).for_each(|lease| self.install_lease(lease));
+        Ok(answer)
     }
 
     fn identity_of(&self, role: Role, name: &str, namespace: &str) -> Result<SpiffeId, CoreError> {

@@ -131,5 +131,8 @@ fn remembered(healthy: bool) -> LeaseRecord {
         services: vec![ServedRecord { service: web(), ports: vec![], weight: 100, healthy }],
         pinned: vec![],
         gateway: None,
+        replaced: false,
+        group: String::new(),
+        pod: None,
     }
 }

@@ -1,10 +1,10 @@
-//! `Join`: the first contact of gateways, sidecars, machines and clusters, each with a one-use token.
+//! `Join`: the first contact of gateways, sidecars, machines and clusters, each with a one-use token, and of pods with
+//! their service account's.
 //!
-//! Callers have no identity yet, so both calls are rate-limited for everybody together: guessing is slow, and a flood of
+//! Callers have no identity yet, so all calls are rate-limited for everybody together: guessing is slow, and a flood of
 //! bad requests costs no signatures.
 
-use std::sync::{Mutex, PoisonError};
-use std::time::Instant;
+use std::sync::Arc;
 
 use tombolo_identity::{SvidHandle, rotation};
 use tombolo_model::audit::{Action, Event};
@@ -12,53 +12,40 @@ use tombolo_proto::v1;
 use tombolo_proto::v1::join_server::Join;
 use tombolo_runtime::clock;
 use tonic::{Request, Response, Status};
+use zeroize::Zeroizing;
 
+use super::pace::Pace;
 use crate::core::{Core, CoreError, CoreHandle, Moment};
 use crate::linking;
 use crate::metrics::Metrics;
+use crate::token_review::{TokenReviewer, audience};
 
 /// A rollout of a thousand pods joins within 20 s.
 const PER_SECOND: f64 = 50.0;
 const BURST: f64 = 100.0;
 
-/// A token bucket.
-#[derive(Debug)]
-struct Bucket {
-    level: f64,
-    at: Instant,
-    /// Since the last request that was let in: counted here, because a job for each would be a way to flood the core.
-    turned_away: u64,
-}
-
 pub struct JoinService {
     core: CoreHandle,
+    reviewer: Arc<dyn TokenReviewer>,
     svid: SvidHandle,
     metrics: Metrics,
-    bucket: Mutex<Bucket>,
+    pace: Pace,
 }
 
 impl JoinService {
-    pub fn new(core: CoreHandle, svid: SvidHandle, metrics: Metrics) -> Self {
-        Self {
-            core,
-            svid,
-            metrics,
-            bucket: Mutex::new(Bucket { level: BURST, at: Instant::now(), turned_away: 0 }),
-        }
+    pub fn new(
+        core: CoreHandle,
+        reviewer: Arc<dyn TokenReviewer>,
+        svid: SvidHandle,
+        metrics: Metrics,
+    ) -> Self {
+        Self { core, reviewer, svid, metrics, pace: Pace::new(PER_SECOND, BURST) }
     }
 
     /// Lets a request in; how many were turned away before it.
     fn admit(&self) -> Result<u64, Status> {
-        let mut bucket = self.bucket.lock().unwrap_or_else(PoisonError::into_inner);
-        let now = Instant::now();
-        bucket.level = (bucket.level + (now - bucket.at).as_secs_f64() * PER_SECOND).min(BURST);
-        bucket.at = now;
-        if bucket.level < 1.0 {
-            bucket.turned_away += 1;
-            return Err(Status::resource_exhausted("too many join requests: try again in a second"));
-        }
-        bucket.level -= 1.0;
-        Ok(std::mem::take(&mut bucket.turned_away))
+        let turned_away = self.pace.admit();
+        turned_away.ok_or_else(|| Status::resource_exhausted("too many join requests: try again in a second"))
     }
 }
 
@@ -89,6 +76,27 @@ impl Join for JoinService {
         };
         let joined = self.core.attempt(join).await;
         self.metrics.issued("join", &joined);
+        Ok(Response::new(joined?))
+    }
+
+    async fn join_pod(
+        &self,
+        request: Request<v1::JoinPodRequest>,
+    ) -> Result<Response<v1::JoinWorkloadResponse>, Status> {
+        let turned_away = self.admit()?;
+        let v1::JoinPodRequest { service_account_token, csr_der } = request.into_inner();
+        let token = Zeroizing::new(service_account_token);
+        let expected = audience(&self.svid.load().spiffe_id.trust_domain());
+        let reviewed = self.reviewer.review(&token, &expected).await;
+        if let Err(error) = &reviewed {
+            tracing::warn!(%error, kind = error.kind(), "a pod is not let in");
+        }
+        let join = move |core: &mut Core, moment| {
+            core.turned_away(Action::Join, turned_away, moment);
+            core.join_pod(reviewed, &csr_der, moment)
+        };
+        let joined = self.core.attempt(join).await;
+        self.metrics.issued("join_pod", &joined);
         Ok(Response::new(joined?))
     }
 

@@ -3,13 +3,14 @@
 use std::collections::HashSet;
 use std::time::Duration;
 
-use tombolo_model::ids::{EndpointId, Handle};
+use tombolo_model::ids::{Block, EndpointId, Handle};
 use tombolo_model::names::ServiceKey;
 use tombolo_overlay::keys::HandleBinding;
 use tombolo_proto::v1;
 
+use crate::core::lapsed::{may_come_back, renewal_salt};
 use crate::core::tokens::is_open_provisional;
-use crate::facts::{CONTROL, Facts, HandleRecord, JOIN, Link, Role};
+use crate::facts::{CONTROL, Facts, HandleRecord, JOIN, Link, RENEWAL, Role};
 use crate::registry::Gateway;
 use crate::revocations;
 use crate::rotation;
@@ -20,6 +21,8 @@ const SERVICE_INITIALS: u32 = 1000;
 const CONTROL_INITIALS: u32 = 200;
 /// Guessing tokens must be slow, a rollout of a hundred pods must not.
 const JOIN_INITIALS: u32 = 20;
+/// A thousand machines come back within a minute.
+const RENEWAL_INITIALS: u32 = 20;
 
 /// The snapshot of the replica `name`. `monotonic` as the registry's clock.
 pub fn snapshot(facts: &Facts, name: &str, monotonic: Duration, unix: Duration) -> v1::GatewaySnapshot {
@@ -73,11 +76,13 @@ fn endpoint(id: EndpointId, address: Option<std::net::SocketAddr>, gone: bool) -
         registers: address.is_none(),
         min_incarnation: id.incarnation().value().into(),
         gone,
+        renewal: 0,
     }
 }
 
 /// Every endpoint of the cluster: members, gateways' own, this federator; and who holds a lease and has not said hello
-/// yet, since a machine outside reaches us through the gateways alone.
+/// yet, since a machine outside reaches us through the gateways alone; one whose identity has ended costs 12 bytes until it
+/// can't come back any more.
 fn endpoints(facts: &Facts, monotonic: Duration, unix: Duration) -> Vec<v1::GatewayEndpoint> {
     let federator = facts.federator.iter().map(|f| endpoint(f.endpoint, Some(f.address), false));
     let gateways = facts.registry.gateways.values().filter_map(|gateway| {
@@ -91,15 +96,23 @@ fn endpoints(facts: &Facts, monotonic: Duration, unix: Duration) -> Vec<v1::Gate
     });
     let mut endpoints: Vec<_> = federator.chain(gateways).chain(members).collect();
     let known: HashSet<u32> = endpoints.iter().map(|endpoint| endpoint.block).collect();
+    let comes_back = may_come_back(facts, unix.as_secs());
     let silent = facts.leases.values().filter(|lease| {
         let joins = matches!(lease.role, Role::Sidecar | Role::Vm | Role::Gateway);
-        joins && lease.not_after >= unix.as_secs() && !known.contains(&lease.block.value())
+        let holds = joins && lease.not_after >= unix.as_secs() || comes_back(lease);
+        holds && !known.contains(&lease.block.value())
     });
     endpoints.extend(silent.map(|lease| v1::GatewayEndpoint {
         block: lease.block.value(),
         registers: true,
         ..Default::default()
     }));
+    for endpoint in &mut endpoints {
+        let lease = Block::new(endpoint.block).and_then(|block| facts.leases.get(&block));
+        if let Some(lease) = lease.filter(|lease| comes_back(lease)) {
+            endpoint.renewal = renewal_salt(&lease.spiffe_id).get();
+        }
+    }
     endpoints
 }
 
@@ -129,18 +142,20 @@ fn inbound(facts: &Facts) -> Vec<v1::InboundHandle> {
             handles.push(handle(record, v1::HandleClass::Service, healthy, SERVICE_INITIALS));
         }
     }
-    let binding = HandleBinding {
-        handle: Handle::JOIN,
-        importer: facts.cluster.name.clone(),
-        service: JOIN.to_owned(),
-        export_uid: [0; 16],
-    };
-    handles.push(v1::InboundHandle {
-        binding: Some(binding.to_wire()),
-        class: v1::HandleClass::Join.into(),
-        endpoints: federators.into_iter().map(EndpointId::value).collect(),
-        initials_per_second: JOIN_INITIALS,
-    });
+    let reserved = [
+        (Handle::JOIN, JOIN, v1::HandleClass::Join, JOIN_INITIALS),
+        (Handle::RENEW, RENEWAL, v1::HandleClass::Renewal, RENEWAL_INITIALS),
+    ];
+    for (handle, service, class, initials_per_second) in reserved {
+        let (importer, service) = (facts.cluster.name.clone(), service.to_owned());
+        let binding = HandleBinding { handle, importer, service, export_uid: [0; 16] };
+        handles.push(v1::InboundHandle {
+            binding: Some(binding.to_wire()),
+            class: class.into(),
+            endpoints: federators.iter().map(|id| id.value()).collect(),
+            initials_per_second,
+        });
+    }
     handles
 }
 

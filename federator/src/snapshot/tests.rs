@@ -43,6 +43,9 @@ fn lease(facts: &mut Facts, block: u32, role: Role) {
         services: Vec::new(),
         pinned: Vec::new(),
         gateway: None,
+        replaced: false,
+        group: String::new(),
+        pod: None,
     };
     facts.leases.insert(block, record.into());
 }

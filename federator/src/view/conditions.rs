@@ -6,6 +6,7 @@
 pub mod access;
 pub mod export;
 pub mod import;
+pub mod joining;
 pub mod link;
 pub mod policy;
 pub mod revocation;

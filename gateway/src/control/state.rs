@@ -197,10 +197,17 @@ impl State {
             // Unknown ones are dropped before any derivation.
             let Some(record) = tables.endpoint(block, clocks.unix) else { continue };
             verified = unverified.verify(tables.endpoint_key(block, &mut self.keys, hour, clocks.hour()));
+            let mut key = tables.endpoint_key(block, &mut self.keys, clocks.hour(), clocks.hour()).clone();
+            if verified.is_err()
+                && let Some(renewal) = tables.renewal_key(block, record, &mut self.keys, clocks.hour())
+            {
+                // Its holder comes back, and knows no other key.
+                verified = unverified.verify(renewal);
+                key = renewal.clone();
+            }
             if verified.is_ok() {
                 let datagram = verified?;
                 self.hear(endpoint, record.ends(endpoint), now);
-                let key = tables.endpoint_key(block, &mut self.keys, clocks.hour(), clocks.hour()).clone();
                 let answer =
                     Answer { arrival, selector: datagram.selector, sequence: datagram.sequence, key, clocks };
                 return self.asked_by_endpoint(endpoint, &datagram, &answer, now, out);

@@ -237,13 +237,17 @@ fn an_endpoint_of_a_peer_may_ask_whether_we_live_and_be_told_what_is_gone_and_no
 /// REGISTERs from `source`, with the challenge echoed.
 fn register(bench: &mut Bench, endpoint: EndpointId, source: &str, counter: u64) {
     let key = cluster_key().endpoint_key(endpoint.block(), hour());
+    register_by(bench, endpoint, source, counter, &key);
+}
+
+fn register_by(bench: &mut Bench, endpoint: EndpointId, source: &str, counter: u64, key: &CidKey) {
     let ask = |counter, challenge| {
-        encode(of(endpoint), counter, Body::Register(Register { replica: StartNumber(42), challenge }), &key)
+        encode(of(endpoint), counter, Body::Register(Register { replica: StartNumber(42), challenge }), key)
     };
     let answers = bench.receive(BORDER, source, ask(counter, 0)).unwrap();
-    let Body::Challenge(challenge) = read(&answers[0], &key).body else { panic!("a challenge") };
+    let Body::Challenge(challenge) = read(&answers[0], key).body else { panic!("a challenge") };
     let answers = bench.receive(BORDER, source, ask(counter + 1, challenge.challenge)).unwrap();
-    assert!(matches!(read(&answers[0], &key).body, Body::Registered(_)));
+    assert!(matches!(read(&answers[0], key).body, Body::Registered(_)));
 }
 
 #[test]
@@ -401,4 +405,18 @@ proptest! {
             let _ = bench.receive(INNER, VM, bytes);
         }
     }
+}
+
+#[test]
+fn a_machine_that_comes_back_registers_by_its_renewal_key_where_the_snapshot_lets_it() {
+    let mut wire = snapshot();
+    wire.endpoints[1].renewal = 9;
+    let vm = endpoint(2, 3);
+    let key = cluster_key().renewal_key(vm.block(), 9);
+    let mut bench = Bench::new(parse(&wire, None));
+    register_by(&mut bench, vm, VM, 10, &key);
+    assert!(bench.view().registered.contains_key(&vm.block()));
+    let mut bench = Bench::new(tables());
+    let ask = Body::Register(Register { replica: StartNumber(42), challenge: 0 });
+    assert!(bench.receive(BORDER, VM, encode(of(vm), 10, ask, &key)).is_err());
 }

@@ -436,3 +436,76 @@ proptest! {
         judge(&view(), Side::Inner, OWN, &packet, NOW);
     }
 }
+
+/// Block 2, a machine, may come back by a key with the salt 9; so says the snapshot.
+fn with_renewal() -> View {
+    let mut wire = snapshot();
+    wire.endpoints[1].renewal = 9;
+    wire.handles.push(inbound(
+        3,
+        "east",
+        "renewal",
+        tombolo_proto::v1::HandleClass::Renewal,
+        &[endpoint(1, 0)],
+    ));
+    let mut view = view();
+    view.tables = parse(&wire, None);
+    view.registered = Arc::new(registered());
+    view
+}
+
+fn renewal_key(salt: u32) -> CidKey {
+    cluster_key().renewal_key(Block::new(2).unwrap(), salt)
+}
+
+/// A first packet to the renewal handle, by the holder of a block.
+fn comes_back(block: u32, key: &CidKey, handle: u32) -> Vec<u8> {
+    let nonce = tombolo_overlay::renewal_nonce(Block::new(block).unwrap(), [1, 2, 3]);
+    initial(&Cid::mint(Kind::Control, east(), handle, nonce, hour(), key))
+}
+
+#[test]
+fn who_comes_back_reaches_the_federator_and_is_answered_by_its_renewal_key_alone() {
+    let view = with_renewal();
+    let judged = |packet: &[u8]| judge(&view, Side::Border, STRANGER, packet, NOW);
+    let federator = Some((OWN.to_owned(), INNER));
+    assert_eq!(target(judged(&comes_back(2, &renewal_key(9), 3))), federator);
+    let answered = |key: &CidKey| {
+        judged(&short(&Cid::mint(Kind::Endpoint, east(), endpoint(2, 0).value(), [4; 7], hour(), key)))
+    };
+    let machine = Some(("198.51.100.7:40000".to_owned(), BORDER));
+    assert_eq!(target(answered(&renewal_key(9))), machine);
+    assert_eq!(target(answered(&endpoint_key(2))), machine, "its hourly keys hold as ever");
+    for (packet, expected, why) in [
+        (comes_back(2, &renewal_key(8), 3), Reason::Mac, "of another holder of the block"),
+        (comes_back(2, &endpoint_key(2), 3), Reason::Mac, "an hourly key leads elsewhere"),
+        (comes_back(1, &renewal_key(9), 3), Reason::Mac, "block 1 may not come back"),
+        (comes_back(77, &renewal_key(9), 3), Reason::UnknownEndpoint, "nobody's block"),
+        (comes_back(2, &renewal_key(9), 2), Reason::Mac, "the join handle is keyed by the cluster"),
+        (comes_back(2, &renewal_key(9), 301), Reason::Mac, "and the others by their links"),
+    ] {
+        assert_eq!(reason(judged(&packet)), Some(expected), "{why}");
+    }
+    // Revoked, or joined anew: the snapshot says so.
+    let mut ended = with_renewal();
+    let mut wire = snapshot();
+    wire.handles.push(inbound(
+        3,
+        "east",
+        "renewal",
+        tombolo_proto::v1::HandleClass::Renewal,
+        &[endpoint(1, 0)],
+    ));
+    ended.tables = parse(&wire, None);
+    let packet = comes_back(2, &renewal_key(9), 3);
+    assert_eq!(reason(judge(&ended, Side::Border, STRANGER, &packet, NOW)), Some(Reason::Mac));
+}
+
+#[test]
+fn coming_back_is_rate_limited() {
+    let view = with_renewal();
+    let packet = comes_back(2, &renewal_key(9), 3);
+    let judged = (0..6).map(|_| judge(&view, Side::Border, STRANGER, &packet, NOW));
+    let limited = judged.filter(|action| reason(*action) == Some(Reason::RateLimited)).count();
+    assert_eq!(limited, 1, "five a second");
+}

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
+use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -157,6 +158,7 @@ fn endpoint(wire: &v1::GatewayEndpoint) -> Result<(Block, Endpoint), FieldError>
         registers: wire.registers,
         min_incarnation: incarnation.value(),
         gone: wire.gone,
+        renewal: NonZeroU32::new(wire.renewal),
     };
     Ok((block, endpoint))
 }
@@ -226,16 +228,22 @@ fn inbound(
         v1::HandleClass::Service => Class::Service,
         v1::HandleClass::Control => Class::Control,
         v1::HandleClass::Join => Class::Join,
+        v1::HandleClass::Renewal => Class::Renewal,
         v1::HandleClass::Unspecified => {
-            return Err(FieldError::new("handles.class", wire.class, "service, control or join"));
+            return Err(FieldError::new("handles.class", wire.class, "service, control, join or renewal"));
         }
     };
-    // The reserved handle is the same everywhere and keyed by the cluster; all others are allotted on a link.
-    if (class == Class::Join) != (handle == Handle::JOIN) || (class != Class::Join && handle.is_reserved()) {
-        let expected = "2 for class join, an allotted handle (256 or more) for the others";
+    // The reserved handles are the same everywhere and keyed by the cluster; all others are allotted on a link.
+    let reserved = match class {
+        Class::Join => Some(Handle::JOIN),
+        Class::Renewal => Some(Handle::RENEW),
+        Class::Service | Class::Control => None,
+    };
+    if reserved.map_or(handle.is_reserved(), |reserved| reserved != handle) {
+        let expected = "2 for class join, 3 for renewal, an allotted handle (256 or more) for the others";
         return Err(FieldError::new("handles.binding.handle", handle, expected));
     }
-    let (importer, key) = if class == Class::Join {
+    let (importer, key) = if reserved.is_some() {
         let name = KeyName::of("reserved", &[cluster_key.as_bytes()]);
         (own_tag, HandleKey { name, source: KeySource::Reserved(cluster_key.clone()) })
     } else {

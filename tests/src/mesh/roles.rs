@@ -11,6 +11,8 @@ use crate::{balancer, nat};
 
 /// What only scenario tests set: shifts a role's clock.
 const CLOCK_OFFSET: &str = "TOMBOLO_CLOCK_OFFSET_SECONDS";
+/// Machines outside have one clock.
+const OUTSIDE: &str = "outside";
 
 impl Mesh {
     /// `tombolo` with arguments in a cluster's namespace, by the cluster's clock; not started yet.
@@ -18,8 +20,40 @@ impl Mesh {
         let cluster = self.cluster(cluster)?;
         Ok(ProcessSpec::new(format!("{}-{name}", cluster.name), &self.bin)
             .args(args)
-            .env(CLOCK_OFFSET, cluster.clock_off.to_string())
+            .env(CLOCK_OFFSET, self.clock_env(&cluster.name))
             .within(&cluster.namespace))
+    }
+
+    /// Ends every process and moves every clock on by so many seconds, as a holiday does: nothing runs meanwhile.
+    pub fn sleep(&mut self, seconds: i64) -> Result<()> {
+        for process in self.processes.values_mut() {
+            process.stop()?;
+        }
+        self.pass(seconds)
+    }
+
+    /// Moves every clock on by so many seconds, under whatever runs. Only what goes by the wall clock sees it: what waits,
+    /// and quinn, go by the machine's.
+    pub fn pass(&mut self, seconds: i64) -> Result<()> {
+        self.passed += seconds;
+        self.set_clocks()
+    }
+
+    /// Processes look at these files all the time.
+    pub(super) fn set_clocks(&self) -> Result<()> {
+        let clocks = self.clusters.values().map(|cluster| (cluster.name.as_str(), cluster.clock_off));
+        for (name, off) in clocks.chain([(OUTSIDE, 0)]) {
+            std::fs::write(self.clock(name), (off + self.passed).to_string())?;
+        }
+        Ok(())
+    }
+
+    fn clock(&self, name: &str) -> PathBuf {
+        self.path(&format!("{name}.clock"))
+    }
+
+    fn clock_env(&self, name: &str) -> String {
+        format!("@{}", text(&self.clock(name)))
     }
 
     fn role(&mut self, cluster: &str, name: &str, args: &[&str]) -> Result<()> {
@@ -62,7 +96,8 @@ impl Mesh {
         Ok(path)
     }
 
-    pub(super) fn gateway(&mut self, cluster: &str, name: &str) -> Result<()> {
+    /// A further gateway replica.
+    pub fn gateway(&mut self, cluster: &str, name: &str) -> Result<()> {
         let token = text(&self.token(cluster, "gateway", name)?);
         let host = 11 + u8::try_from(self.cluster(cluster)?.gateways.len())?;
         let c = self.cluster(cluster)?;
@@ -106,6 +141,12 @@ impl Mesh {
         Ok(host)
     }
 
+    /// The next sidecar gets the host after the next: something else is there.
+    pub fn skip_host(&mut self, cluster: &str) -> Result<()> {
+        self.clusters.get_mut(cluster).context("no such cluster")?.sidecars += 1;
+        Ok(())
+    }
+
     /// A machine behind a masquerading router, attached to `cluster`'s network and to nothing else: `outside(n)` is the
     /// machine, `outside(n + 1)` its router, whose addresses are `10.99.0.2` and, spare, `10.99.0.6`.
     pub fn machine(&mut self, cluster: &str, name: &str, extra: &[String]) -> Result<usize> {
@@ -132,7 +173,10 @@ impl Mesh {
         let threads = self.threads.to_string();
         let args = [&args[..], &["--threads", &threads]].concat();
         let extra: Vec<&str> = extra.iter().map(String::as_str).collect();
-        let spec = ProcessSpec::new(name, &self.bin).args([&args[..], &extra].concat()).within(&machine);
+        let spec = ProcessSpec::new(name, &self.bin)
+            .args([&args[..], &extra].concat())
+            .env(CLOCK_OFFSET, self.clock_env(OUTSIDE))
+            .within(&machine);
         self.spawn(&format!("vm/{name}"), spec)?;
         self.outside.push(machine);
         self.outside.push(router);

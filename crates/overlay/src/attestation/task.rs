@@ -88,8 +88,8 @@ pub(crate) struct AttestationHandle(mpsc::Sender<Event>);
 impl AttestationHandle {
     /// `shown`: the SVID from before the handshake; it may have shown a newer one, never an older one.
     pub async fn watch(&self, connection: PeerConnection, shown: &Svid) {
-        // A joiner has no identity, and is gone in seconds.
-        if connection.class() != HandleClass::Join {
+        // A joiner has no identity, who renews has one that has ended, and both are gone in seconds.
+        if !matches!(connection.class(), HandleClass::Join | HandleClass::Renewal) {
             let watched = Watched { connection, sender: Sender::new(shown), expiry: None };
             let _ = self.0.send(Event::Watch(Box::new(watched))).await;
         }

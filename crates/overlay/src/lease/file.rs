@@ -72,6 +72,8 @@ struct LeaseJson {
     signature: String,
     first_hour: u64,
     keys: Vec<String>,
+    #[serde(default)]
+    renewal_key: String,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -108,6 +110,11 @@ impl LeaseFile {
             signature: hex::encode(&lease.signature),
             first_hour: wire.first_hour,
             keys: wire.keys.iter().map(hex::encode).collect(),
+            renewal_key: lease
+                .renewal_key
+                .as_ref()
+                .map(|key| hex::encode(key.as_bytes()))
+                .unwrap_or_default(),
         };
         let _lock = lock(dir)?;
         write_whole(&dir.join(LEASE), &json)
@@ -134,6 +141,7 @@ impl LeaseFile {
                 .map_err(|_| damaged("field not_after_unix is beyond any date".to_owned()))?,
             signature: bytes("signature", &json.signature)?,
             keys: Some(v1::KeyRing { first_hour: json.first_hour, keys }),
+            renewal_key: bytes("renewal_key", &json.renewal_key)?,
         };
         EndpointLease::from_wire(&wire).map(Some).map_err(|e| damaged(e.to_string()))
     }

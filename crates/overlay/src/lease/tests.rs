@@ -21,6 +21,7 @@ fn lease(block: u32) -> EndpointLease {
         not_after: 1_800_000_000,
         signature: vec![9; 71],
         keys: KeyRing::derive_now(NOW, |hour: Hour| cluster.endpoint_key(block, hour)),
+        renewal_key: Some(cluster.renewal_key(block, 7)),
     }
 }
 

@@ -1,8 +1,10 @@
-//! Joining a cluster with a one-use token (protocol.md section 4).
+//! Joining a cluster with a one-use token, or as a pod with its service account's (protocol.md section 4).
 //!
 //! The joiner makes its key here, opens a temporary overlay, dials the join handle, shows the token's secret and a CSR,
 //! and stores what it gets. Inside the cluster it dials the federator's address directly, under a join-kind source ID;
 //! outside it REGISTERs with the token's provisional lease at the gateways, so that answers find it.
+
+mod pod;
 
 use std::collections::HashSet;
 use std::net::SocketAddr;
@@ -34,10 +36,19 @@ use crate::routes::{GatewayHop, Routes};
 use crate::transport::Limits;
 
 /// Each dial ends after 3 s by itself; five cover a gateway that is just starting and a registration under loss.
-const DIALS: u32 = 5;
+pub(super) const DIALS: u32 = 5;
 const CALL_TIMEOUT: Duration = Duration::from_secs(10);
 /// The temporary overlay's tasks end by then.
 const CLOSE_PATIENCE: Duration = Duration::from_secs(1);
+
+/// How the joiner shows who it is.
+#[derive(Clone, Debug)]
+enum Proof {
+    /// A join token's secret.
+    Secret,
+    /// A service account's token, in a file that is read when it is needed: Kubernetes replaces it.
+    ServiceAccount(PathBuf),
+}
 
 /// What a token says, ready to be used.
 #[derive(Clone, Debug)]
@@ -196,6 +207,15 @@ impl Member {
         dir: &Path,
         options: &JoinOptions,
     ) -> Result<Self, JoinError> {
+        Self::join_by(plan, &Proof::Secret, dir, options).await
+    }
+
+    async fn join_by(
+        plan: &JoinPlan,
+        proof: &Proof,
+        dir: &Path,
+        options: &JoinOptions,
+    ) -> Result<Self, JoinError> {
         if let Some(state) = State::load(dir)? {
             return Err(JoinError::AlreadyJoined { dir: dir.to_owned(), name: state.name });
         }
@@ -205,7 +225,10 @@ impl Member {
             return Err(JoinError::NoAddress);
         }
         let way = JoinConnection::open(plan, options.bind).await?;
-        let joined = ask(plan, way.peer(), &options.name).await;
+        let joined = match proof {
+            Proof::Secret => ask(plan, way.peer(), &options.name).await,
+            Proof::ServiceAccount(file) => pod::ask(plan, way.peer(), &options.name, file).await,
+        };
         way.close().await;
         let (key, answer) = joined?;
         store(plan, dir, &options.name, &key, answer)
@@ -291,7 +314,7 @@ fn open(plan: &JoinPlan, bind: SocketAddr, tasks: &TaskGroup) -> Result<Overlay,
 /// Dials the join handle until somebody answers.
 async fn dial(plan: &JoinPlan, overlay: &Overlay) -> Result<PeerConnection, JoinError> {
     let expected = ExpectedPeer::Role { cluster: plan.cluster.clone(), path: "/federator".into() };
-    let tls = tls::join_client_config(&plan.root_fingerprint, expected)?;
+    let tls = tls::join_client_config(&plan.root_fingerprint, expected, clock::since_unix_epoch)?;
     let target = DialTarget {
         kind: Kind::Control,
         tag: plan.tag,
@@ -350,7 +373,7 @@ fn unreachable(plan: &JoinPlan, source: DialError) -> JoinError {
 }
 
 /// The federator's words, cut to what a terminal bears.
-fn refusal(status: &tonic::Status) -> String {
+pub(super) fn refusal(status: &tonic::Status) -> String {
     let words: String = status.message().chars().take(300).collect();
     if words.is_empty() { format!("{:?}", status.code()) } else { words }
 }
@@ -392,19 +415,25 @@ fn store(
         hops = plan.addresses.iter().copied().map(GatewayHop::at).collect();
     }
     let control = parse_control(&control, hops)?;
-    let state = State::new(name, plan.cluster.clone(), plan.tag, &key.key_der, &svid, &control)?;
+    let mut state = State::new(name, plan.cluster.clone(), plan.tag, &key.key_der, &svid, &control)?;
+    if !plan.direct {
+        state.origins.clone_from(&plan.addresses);
+    }
     LeaseFile::save(dir, &lease).map_err(MemberError::from)?;
     state.save(dir)?;
     Ok(Member::assemble(dir, state, lease)?)
 }
 
-fn log_rejected(rejected: &[FieldError]) {
+pub(super) fn log_rejected(rejected: &[FieldError]) {
     for error in rejected {
         tracing::warn!(%error, "a record of the federator's answer is not usable and was left out");
     }
 }
 
-fn parse_control(wire: &v1::ControlAccess, gateways: Vec<GatewayHop>) -> Result<Control, FieldError> {
+pub(super) fn parse_control(
+    wire: &v1::ControlAccess,
+    gateways: Vec<GatewayHop>,
+) -> Result<Control, FieldError> {
     let keys = wire.keys.as_ref().ok_or_else(|| FieldError::new("control.keys", "nothing", "present"))?;
     let ids = wire.spiffe_ids.iter().map(|id| convert::parse("control.spiffe_ids", id));
     let (federators, rejected) = control_targets(&wire.federators);

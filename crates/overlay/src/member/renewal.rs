@@ -1,5 +1,5 @@
 //! Renewal of the SVID at half its life, jittered, or when the federator wants another, and of the keys that come with it. A failed renewal is tried again
-//! with backoff: half a life is left. The swap acts on the next handshake, and live connections are shown it.
+//! with backoff: half a life is left. One that has ended takes the way of [`super::lapsed`]. The swap acts on the next handshake, and live connections are shown it.
 
 use std::time::Duration;
 
@@ -10,14 +10,15 @@ use tombolo_runtime::clock;
 use tombolo_runtime::tasks::TaskGroup;
 
 use super::backoff::Backoff;
+use super::lapsed::EntryPoints;
 use super::trust::Schedule;
 use super::{ControlError, Member, MemberError};
 use crate::endpoint::Overlay;
 use crate::keys::KeyRing;
 use crate::lease::EndpointLease;
 
-/// Looked at again at least this often: the clock may have been set.
-const LONGEST_SLEEP: Duration = Duration::from_secs(300);
+/// Looked at again at least this often: the clock may have been set, or the machine was asleep.
+const LONGEST_SLEEP: Duration = Duration::from_secs(60);
 /// Control keys reach 24 h ahead; renewed below this, a federator may be away for half a day.
 const KEYS_LOW: Duration = Duration::from_secs(12 * 3600);
 /// After a renewal that brought no later keys.
@@ -25,6 +26,9 @@ const LOW_PAUSE: Duration = Duration::from_secs(60);
 /// After a renewal that brought another SVID than the federator wants: its wish was on its way.
 const UNFIT_PAUSE: Duration = Duration::from_secs(1);
 const CALL_TIMEOUT: Duration = Duration::from_secs(10);
+/// Without an identity nothing is served: tried soon, and for as long as it takes.
+const LAPSED_FIRST: Duration = Duration::from_secs(1);
+const LAPSED_MOST: Duration = Duration::from_secs(60);
 
 /// Why a renewal failed.
 #[derive(Debug, thiserror::Error)]
@@ -51,11 +55,13 @@ pub fn due_at(issued_at: u64, not_after: u64, random: f64) -> u64 {
 
 impl Member {
     /// Renews for as long as the group lives. Renewed endpoint keys are given to every overlay of the process.
-    pub fn spawn_renewal(&self, overlays: Vec<Overlay>, tasks: &TaskGroup) {
+    /// `entries`: where gateways may be found when none of those last known answers.
+    pub fn spawn_renewal(&self, overlays: Vec<Overlay>, entries: EntryPoints, tasks: &TaskGroup) {
         let member = self.clone();
         tasks.spawn("SVID renewal", async move {
             let Some(first) = overlays.first().cloned() else { return };
             let mut backoff = Backoff::new(Duration::from_secs(5), Duration::from_secs(300));
+            let mut lapsed_backoff = Backoff::new(LAPSED_FIRST, LAPSED_MOST);
             let mut wanted = member.0.wanted.subscribe();
             // The start of this life is not written anywhere; now is late enough and never too late.
             let due = |member: &Member| {
@@ -64,6 +70,18 @@ impl Member {
             let mut schedule = Schedule::new(due(&member));
             loop {
                 let now = clock::since_unix_epoch();
+                if member.has_lapsed(now) {
+                    if member.come_back(&first, &entries, &mut lapsed_backoff).await {
+                        let lease = member.lease();
+                        overlays.iter().for_each(|overlay| overlay.set_keys(lease.keys.clone()));
+                        schedule = Schedule::new(due(&member));
+                        if member.has_lapsed(clock::since_unix_epoch()) {
+                            // The federator's clock is hours off: asking it again at once would change nothing.
+                            tokio::time::sleep(LOW_PAUSE).await;
+                        }
+                    }
+                    continue;
+                }
                 let wait = {
                     let wanted = wanted.borrow_and_update();
                     schedule.wait(&member.trust(), wanted.as_ref(), now, rand::random())
@@ -94,6 +112,25 @@ impl Member {
                 }
             }
         });
+    }
+
+    /// One attempt to renew an identity that has ended; after one that failed, the wait before the next.
+    async fn come_back(&self, overlay: &Overlay, entries: &EntryPoints, backoff: &mut Backoff) -> bool {
+        match self.renew_lapsed(overlay, entries).await {
+            Ok(()) => {
+                backoff.worked();
+                // What was dialled with the old identity has been refused, and need not be waited for.
+                self.disconnect().await;
+                let not_after = self.svid().load().not_after;
+                tracing::info!(spiffe_id = %self.spiffe_id(), not_after, "an identity that had ended is renewed");
+                true
+            }
+            Err(error) => {
+                tracing::error!(%error, spiffe_id = %self.spiffe_id(), "the identity has ended and is not renewed yet");
+                tokio::time::sleep(backoff.failed(rand::random())).await;
+                false
+            }
+        }
     }
 
     fn keys_low(&self, now: Duration) -> bool {

@@ -40,6 +40,9 @@ pub(super) struct State {
     federator_ids: Vec<SpiffeId>,
     federators: Vec<Federator>,
     gateways: Vec<Gateway>,
+    /// The gateways that it joined through: tried beside the last ones known when nothing else answers.
+    #[serde(default)]
+    pub origins: Vec<std::net::SocketAddr>,
 }
 
 /// The key must not end up in a log.
@@ -93,6 +96,7 @@ impl State {
             federator_ids: Vec::new(),
             federators: Vec::new(),
             gateways: Vec::new(),
+            origins: Vec::new(),
         };
         state.set_identity(key_pkcs8, issued);
         state.set_control(control);

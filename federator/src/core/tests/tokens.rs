@@ -129,7 +129,7 @@ fn what_can_not_be_made_is_refused_with_the_field() {
         name: name.into(),
         namespace: namespace.into(),
         ttl_seconds: ttl,
-        via_gateways: false,
+        ..Default::default()
     };
     let cases: &[(v1::CreateJoinTokenRequest, &[&str])] = &[
         (request("admin", "web", "shop", 0), &["role", "admin"]),

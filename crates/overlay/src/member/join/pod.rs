@@ -1,0 +1,88 @@
+//! Joining as a pod: where to says a token without a secret, who says the pod's projected service account token.
+
+use std::path::Path;
+use std::time::Duration;
+
+use tombolo_identity::files;
+use tombolo_identity::issuer::KeyAndCsr;
+use tombolo_proto::v1::join_client::JoinClient;
+use tombolo_proto::{convert, token, v1};
+use tombolo_runtime::clock;
+
+use super::{CALL_TIMEOUT, JoinError, JoinOptions, JoinPlan, Proof, control_targets, log_rejected, refusal};
+use crate::connection::PeerConnection;
+use crate::grpc;
+use crate::keys::{CidKey, KeyRing};
+use crate::member::{Member, MemberError};
+
+/// 1 to 2 KB; the federator takes no more.
+const MAX_SERVICE_ACCOUNT_TOKEN: u64 = 16 * 1024;
+
+impl JoinPlan {
+    /// Reads a token for pods and finds its federators, whose names are resolved now.
+    async fn for_pod(text: &str, now: Duration) -> Result<Self, JoinError> {
+        let token = token::parse(text, v1::TokenKind::Pod, now)?;
+        let mut addresses = Vec::new();
+        for name in &token.federator_names {
+            match tokio::net::lookup_host(name).await {
+                Ok(found) => addresses.extend(found),
+                Err(error) => tracing::warn!(federator = name, %error, "a federator's name does not resolve"),
+            }
+        }
+        let (federators, rejected) = control_targets(&token.federators);
+        log_rejected(&rejected);
+        addresses.extend(federators.into_iter().filter_map(|(_, address)| address));
+        // A federator that is dialled at its own address asks for no MAC.
+        let key = CidKey::from_bytes(rand::random());
+        Ok(Self {
+            addresses,
+            direct: true,
+            root_fingerprint: token.root_fingerprint,
+            cluster: convert::parse("token.cluster", &token.cluster)?,
+            tag: convert::tag("token.tag", token.tag)?,
+            token_id: String::new(),
+            secret: Vec::new(),
+            not_after: u64::MAX,
+            provisional: None,
+            join_keys: KeyRing::constant(now, &key),
+        })
+    }
+}
+
+impl Member {
+    /// Joins as the pod that this process is in. `text`: a token for pods, which says where; `service_account`: the file with
+    /// the projected token, which says who.
+    pub async fn join_pod(
+        text: &str,
+        service_account: &Path,
+        dir: &Path,
+        options: &JoinOptions,
+    ) -> Result<Self, JoinError> {
+        let plan = JoinPlan::for_pod(text, clock::since_unix_epoch()).await?;
+        Self::join_by(&plan, &Proof::ServiceAccount(service_account.to_owned()), dir, options).await
+    }
+}
+
+/// The same for a pod. Its token is read as late as possible: it is replaced all the time.
+pub(super) async fn ask(
+    plan: &JoinPlan,
+    peer: &PeerConnection,
+    name: &str,
+    file: &Path,
+) -> Result<(KeyAndCsr, v1::JoinWorkloadResponse), JoinError> {
+    let token = files::read(file, MAX_SERVICE_ACCOUNT_TOKEN).map_err(MemberError::from)?;
+    let fresh = KeyAndCsr::generate().map_err(MemberError::from)?;
+    let request = v1::JoinPodRequest {
+        service_account_token: String::from_utf8_lossy(&token).trim().to_owned(),
+        csr_der: fresh.csr_der.clone(),
+    };
+    let mut client = JoinClient::new(grpc::channel(peer.clone()));
+    let answer = tokio::time::timeout(CALL_TIMEOUT, client.join_pod(request)).await;
+    let answer = answer.map_err(|_| JoinError::Late { cluster: plan.cluster.clone() })?;
+    let answer = answer.map_err(|status| JoinError::Refused {
+        cluster: plan.cluster.clone(),
+        name: name.to_owned(),
+        reason: refusal(&status),
+    })?;
+    Ok((fresh, answer.into_inner()))
+}
