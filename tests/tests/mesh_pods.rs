@@ -16,6 +16,18 @@ const AUDIENCE: &str = "tombolo.dev/acme.example";
 const ID: &str = "spiffe://acme.example/cluster/west/ns/shop/sa/web";
 const GOOD: &str = "good.shop.web";
 
+const POLICIES: &str = "
+apiVersion: tombolo.dev/v1alpha1
+kind: JoinPolicy
+metadata: { name: pods }
+spec: { serviceAccounts: { namespaces: [ bank ] } }
+---
+apiVersion: tombolo.dev/v1alpha1
+kind: JoinPolicy
+metadata: { name: databases }
+spec: { machines: { names: [ \"db-*\" ], groups: [ databases ] }, services: [ \"shop/db-*\" ] }
+";
+
 /// West, whose federator asks an API server about tokens, and what pods are told.
 struct Kubernetes {
     mesh: Mesh,
@@ -113,6 +125,38 @@ fn a_pod_joins_as_its_service_account_serves_and_joins_anew_when_it_is_started_a
     k8s.mesh.restart("west/pod")?;
     k8s.mesh.ready("west", 21, "pod")?;
     ensure!(k8s.server.asked() == 2, "{}", k8s.server.asked());
+    Ok(())
+}
+
+#[test]
+fn a_join_policy_says_which_service_accounts_and_machines_may_join() -> Result<()> {
+    let test = "a_join_policy_says_which_service_accounts_and_machines_may_join";
+    let Some(_) = require_netns(test) else { return Ok(()) };
+    let k8s = Kubernetes::start()?;
+    k8s.mesh.apply("west", POLICIES)?;
+    let words = k8s.refused_with("selected", GOOD)?;
+    println!("{}", words.lines().last().unwrap_or_default());
+    for said in ["no JoinPolicy lets shop/web join", "pods: namespace bank", "spec.serviceAccounts"] {
+        ensure!(words.contains(said), "{said:?} is missing: {words}");
+    }
+    let refused = |args: &[&str]| match k8s.mesh.operate("west", args) {
+        Ok(output) => anyhow::bail!("{args:?} worked: {output}"),
+        Err(error) => Ok(format!("{error:#}")),
+    };
+    let words = refused(&["vm", "token", "db-1"])?;
+    println!("{}", words.trim());
+    ensure!(words.contains("databases: name db-*, group databases") && words.contains("--group"), "{words}");
+    let words = refused(&["vm", "token", "web-1", "--group", "databases"])?;
+    ensure!(words.contains("machine \"web-1\" of group \"databases\""), "{words}");
+    let token = k8s.mesh.operate("west", &["vm", "token", "db-1", "--group", "databases"])?;
+    ensure!(token.starts_with("tombolo-join-1."), "{token}");
+    let log =
+        k8s.mesh.operate("west", &["audit", "--action", "token", "--identity", "db-1", "-o", "json"])?;
+    ensure!(log.contains("group databases"), "{log}");
+    // The policy goes, and the pod's service account joins.
+    k8s.mesh.operate("west", &["delete", "joinpolicy", "pods", "--yes"])?;
+    let shown = k8s.mesh.operate("west", &["get", "joinpolicies"])?;
+    ensure!(shown.contains("machines db-*") && !shown.contains("bank"), "{shown}");
     Ok(())
 }
 
