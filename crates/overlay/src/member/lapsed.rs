@@ -61,9 +61,10 @@ pub enum LapsedError {
     #[error(transparent)]
     Member(#[from] MemberError),
     #[error(
-        "no federator of cluster {cluster} answers through {through} ({source}): if the cluster's gateways have moved, say where one is with --gateway HOST:PORT"
+        "no federator of cluster {cluster} answers at {places} ({source}): {}",
+        where_else(*direct)
     )]
-    Unreachable { cluster: String, through: String, source: DialError },
+    Unreachable { cluster: String, places: String, direct: bool, source: DialError },
     #[error("the federator refused to renew: {reason}. {remedy}")]
     Refused { reason: String, remedy: String },
     #[error("the federator did not answer within {}s", CALL_TIMEOUT.as_secs())]
@@ -72,6 +73,14 @@ pub enum LapsedError {
     Tls(#[from] rustls::Error),
     #[error("the federator's answer can't be used: {0}")]
     Answer(#[from] FieldError),
+}
+
+fn where_else(direct: bool) -> &'static str {
+    if direct {
+        "is one running there?"
+    } else {
+        "if the cluster's gateways have moved, say where one is with --gateway HOST:PORT"
+    }
 }
 
 /// What an operator does for a member that can't renew any more. Pure.
@@ -166,12 +175,15 @@ impl Member {
     }
 
     fn unreachable(&self, overlay: &Overlay, source: DialError) -> LapsedError {
-        let direct = self.control().federators.iter().filter_map(|(_, address)| *address).collect::<Vec<_>>();
-        let tried =
-            if direct.is_empty() { overlay.hops().iter().map(|hop| hop.address).collect() } else { direct };
-        let through: Vec<String> = tried.iter().map(SocketAddr::to_string).collect();
-        let through = if through.is_empty() { "nothing known".to_owned() } else { through.join(", ") };
-        LapsedError::Unreachable { cluster: self.cluster().to_string(), through, source }
+        let federators: Vec<SocketAddr> =
+            self.control().federators.iter().filter_map(|(_, address)| *address).collect();
+        let direct = !federators.is_empty();
+        let tried = if direct { federators } else { overlay.hops().iter().map(|hop| hop.address).collect() };
+        let places = match tried.as_slice() {
+            [] => "no known place".to_owned(),
+            tried => tried.iter().map(SocketAddr::to_string).collect::<Vec<_>>().join(", "),
+        };
+        LapsedError::Unreachable { cluster: self.cluster().to_string(), places, direct, source }
     }
 
     async fn ask_lapsed(&self, peer: &PeerConnection) -> Result<(), LapsedError> {
