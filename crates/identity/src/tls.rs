@@ -160,7 +160,7 @@ pub fn provider() -> Arc<CryptoProvider> {
     Arc::new(aws_lc_rs::default_provider())
 }
 
-fn refused(error: IdentityError) -> Error {
+pub(crate) fn refused(error: IdentityError) -> Error {
     Error::InvalidCertificate(match error {
         IdentityError::Expired(_) => CertificateError::Expired,
         IdentityError::NotYetValid(_) => CertificateError::NotValidYet,
@@ -225,6 +225,8 @@ macro_rules! tls13_signatures {
         }
     };
 }
+
+pub(crate) use tls13_signatures;
 
 impl ServerCertVerifier for MeshVerifier {
     fn verify_server_cert(

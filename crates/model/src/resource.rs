@@ -12,6 +12,7 @@ pub mod fields;
 pub mod revocation;
 pub mod service_export;
 pub mod service_import;
+pub mod trust_domain_federation;
 pub mod workload;
 
 use std::collections::BTreeMap;
@@ -30,6 +31,7 @@ pub use fields::{FieldError, ObjectError};
 pub use revocation::{RevocationSpec, RevocationTarget};
 pub use service_export::ServiceExportSpec;
 pub use service_import::ServiceImportSpec;
+pub use trust_domain_federation::TrustDomainFederationSpec;
 pub use workload::WorkloadSpec;
 
 /// etcd's own limit is 1.5 MB.
@@ -103,6 +105,13 @@ pub const KINDS: &[KindInfo] = &[
         namespaced: false,
         api_versions: TOMBOLO,
     },
+    KindInfo {
+        kind: "TrustDomainFederation",
+        plural: "trustdomainfederations",
+        short: &["tdf"],
+        namespaced: false,
+        api_versions: TOMBOLO,
+    },
 ];
 
 impl KindInfo {
@@ -159,6 +168,7 @@ pub enum Spec {
     AccessPolicy(AccessPolicySpec),
     ClusterLink(ClusterLinkSpec),
     Revocation(RevocationSpec),
+    TrustDomainFederation(TrustDomainFederationSpec),
 }
 
 /// A validated object. Its status is not read from users: federators fill it in.
@@ -198,6 +208,7 @@ impl Object {
             Spec::AccessPolicy(_) => "AccessPolicy",
             Spec::ClusterLink(_) => "ClusterLink",
             Spec::Revocation(_) => "Revocation",
+            Spec::TrustDomainFederation(_) => "TrustDomainFederation",
         }
     }
 
@@ -263,6 +274,7 @@ impl Object {
             "FailoverPolicy" => typed("spec", spec).map(Spec::FailoverPolicy),
             "AccessPolicy" => typed("spec", spec).map(Spec::AccessPolicy),
             "Revocation" => typed("spec", spec).map(Spec::Revocation),
+            "TrustDomainFederation" => typed("spec", spec).map(Spec::TrustDomainFederation),
             _ => typed("spec", spec).map(Spec::ClusterLink),
         };
         let spec = match spec {
@@ -282,6 +294,7 @@ impl Object {
             }
             Spec::ClusterLink(spec) => spec.validate(&mut errors),
             Spec::Revocation(spec) => spec.validate(&mut errors),
+            Spec::TrustDomainFederation(spec) => spec.validate(&mut errors),
         }
         if errors.is_empty() { Ok(Self { api_version, metadata, spec }) } else { fail(errors) }
     }
@@ -296,6 +309,7 @@ impl Object {
             Spec::AccessPolicy(spec) => serde_json::to_value(spec),
             Spec::ClusterLink(spec) => serde_json::to_value(spec),
             Spec::Revocation(spec) => serde_json::to_value(spec),
+            Spec::TrustDomainFederation(spec) => serde_json::to_value(spec),
         };
         serde_json::json!({
             "apiVersion": self.api_version,
@@ -310,6 +324,7 @@ impl Object {
         match &self.spec {
             Spec::FailoverPolicy(spec) => spec.warnings(),
             Spec::AccessPolicy(spec) => spec.warnings(),
+            Spec::TrustDomainFederation(spec) => spec.warnings(),
             _ => Vec::new(),
         }
     }
