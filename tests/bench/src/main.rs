@@ -18,6 +18,7 @@ mod report;
 mod samples;
 mod scale;
 mod site;
+mod storm;
 mod targets;
 mod topology;
 
@@ -51,6 +52,8 @@ enum Command {
     Scale(scale::ScaleArgs),
     /// Measures what a federator issues against bare signing with openssl, and a thousand members that come at once.
     Issuance(issuance::IssuanceArgs),
+    /// Lets a thousand members that have just started renew at once, over sockets.
+    Storm(storm::StormArgs),
     /// (internal) One load generator; prints its report as JSON.
     #[command(hide = true)]
     Load(load::LoadArgs),
@@ -91,6 +94,7 @@ fn main() -> ExitCode {
         Command::Forward(args) => forward::run(&args),
         Command::Scale(args) => scale::run(&args),
         Command::Issuance(args) => issuance::run(&args),
+        Command::Storm(args) => storm::run(&args),
         Command::Load(args) => load::run(&args),
         Command::Origin(args) => origin::run(&args),
         Command::QuicHop(args) => quic_hop::run(args),
