@@ -4,7 +4,7 @@
 //! and reads what it publishes: an `Arc<Facts>`, replaced whole after each batch of jobs that changed something. A job
 //! commits to the store before it changes a fact, so an error always means "unchanged". Operations live in the modules
 //! below, each `impl Core`: [`boot`], [`allot`], [`leases`], [`tokens`], [`members`], [`links`], [`imports`],
-//! `bundle_document`, `crl`, `jwt`, [`objects`], [`trust`] and [`audit`]. Ends when the last handle is dropped.
+//! `bundle_document`, `crl`, `federations`, `jwt`, [`objects`], [`trust`], `trust_directory` and [`audit`]. Ends when the last handle is dropped.
 
 pub mod allot;
 pub mod audit;
@@ -12,6 +12,7 @@ pub mod boot;
 mod bundle_document;
 mod crl;
 mod error;
+mod federations;
 pub mod imports;
 mod jwt;
 pub mod leases;
@@ -22,6 +23,7 @@ pub mod objects;
 pub(crate) mod tests;
 pub mod tokens;
 pub mod trust;
+mod trust_directory;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;

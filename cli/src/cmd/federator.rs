@@ -8,6 +8,7 @@ use serde::Deserialize;
 
 use tombolo_federator::bundle_endpoint::{BundleEndpointConfig, WebCertificate};
 use tombolo_federator::core::audit::Retention;
+use tombolo_federator::foreign::client::WebRoots;
 use tombolo_federator::role::{DEFAULT_LISTEN, Federator, FederatorConfig};
 use tombolo_model::names::ClusterName;
 use tombolo_runtime::dirs::Dirs;
@@ -83,6 +84,14 @@ struct Settings {
     /// Its private key (PEM)
     #[arg(long, env = "TOMBOLO_BUNDLE_ENDPOINT_KEY", value_name = "FILE", help_heading = "Bundle endpoint")]
     bundle_endpoint_key: Option<PathBuf>,
+    /// CA certificates (PEM) by which foreign bundle endpoints of profile https_web are verified [default: the system's]
+    #[arg(
+        long,
+        env = "TOMBOLO_BUNDLE_CLIENT_ROOTS",
+        value_name = "FILE",
+        help_heading = "Foreign trust domains"
+    )]
+    bundle_client_roots: Option<PathBuf>,
     /// Level, or `target=level,...` [default: info]
     #[arg(long, env = "TOMBOLO_LOG", value_name = "FILTER", help_heading = "Logs")]
     log_level: Option<String>,
@@ -104,6 +113,7 @@ layered!(Settings {
     bundle_endpoint,
     bundle_endpoint_certificate,
     bundle_endpoint_key,
+    bundle_client_roots,
     log_level,
     log_format
 });
@@ -136,6 +146,7 @@ impl Settings {
             bundle_endpoint,
             bundle_endpoint_certificate,
             bundle_endpoint_key,
+            bundle_client_roots,
             log_level: _,
             log_format: _,
         } = self;
@@ -179,6 +190,7 @@ impl Settings {
                 .map(|text| property(text))
                 .collect::<Result<_, _>>()?,
             bundle_endpoint: endpoint(bundle_endpoint, bundle_endpoint_certificate, bundle_endpoint_key)?,
+            web_roots: WebRoots::new(bundle_client_roots),
         })
     }
 }

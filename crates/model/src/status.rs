@@ -37,7 +37,7 @@ pub struct ClusterStatus {
 pub struct Finding {
     /// `notice`, `warning` or `critical`.
     pub severity: String,
-    /// `CaExpiresSoon`, `CaExpired`, `StoreNotWritable` or `ForeignBundleStale`.
+    /// `CaExpiresSoon`, `CaExpired`, `StoreNotWritable`, `ForeignBundleStale` or `UpstreamNotShown`.
     pub reason: String,
     pub about: String,
     pub message: String,

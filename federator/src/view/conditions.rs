@@ -5,6 +5,7 @@
 
 pub mod access;
 pub mod export;
+pub mod federation;
 pub mod import;
 pub mod link;
 pub mod policy;

@@ -93,6 +93,7 @@ fn document(view: &View<'_>, shown: &Shown, members: &ByWorkload<'_>) -> Value {
                 .map(|s| conditions::revocation::of(view, s, spec))
                 .unwrap_or_else(|| (Vec::new(), json!({})))
         }
+        Spec::TrustDomainFederation(_) => conditions::federation::of(view, object),
         Spec::Workload(spec) => workloads::status(view, object, spec, members),
     };
     let conditions: Vec<Value> =

@@ -230,7 +230,7 @@ fn what_can_not_be_adopted_is_refused_and_not_registered() {
         ),
     ];
     for (case, chain, says) in cases {
-        let error = world.adopt(&chain, &[root.clone()]).err().expect(case).to_string();
+        let error = world.adopt(&chain, std::slice::from_ref(&root)).err().expect(case).to_string();
         assert!(error.contains(says), "{case}: {error}");
     }
     assert!(world.root.registry().is_empty());
