@@ -4,7 +4,7 @@
 //! and reads what it publishes: an `Arc<Facts>`, replaced whole after each batch of jobs that changed something. A job
 //! commits to the store before it changes a fact, so an error always means "unchanged". Operations live in the modules
 //! below, each `impl Core`: [`boot`], [`allot`], [`leases`], [`lapsed`], [`tokens`], [`members`], [`links`], [`imports`],
-//! `bundle_document`, `crl`, `jwt`, [`objects`], [`pods`], [`trust`] and [`audit`]. Ends when the last handle is dropped.
+//! `bundle_document`, `crl`, `federations`, `jwt`, [`objects`], [`pods`], [`trust`], `trust_directory` and [`audit`]. Ends when the last handle is dropped.
 
 pub mod allot;
 pub mod audit;
@@ -12,6 +12,7 @@ pub mod boot;
 mod bundle_document;
 mod crl;
 mod error;
+mod federations;
 pub mod imports;
 mod jwt;
 pub mod lapsed;
@@ -24,6 +25,7 @@ pub mod pods;
 pub(crate) mod tests;
 pub mod tokens;
 pub mod trust;
+mod trust_directory;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;

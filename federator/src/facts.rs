@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use rustls::pki_types::CertificateDer;
 use serde::{Deserialize, Serialize};
+use tombolo_identity::authority::adopt::Upstream;
 use tombolo_identity::bundle::{TrustBundle, fingerprint};
 use tombolo_identity::jwt::JwtAuthority;
 use tombolo_identity::{SpiffeId, TrustDomain};
@@ -21,6 +22,7 @@ use tombolo_model::sync::Freshness;
 use tombolo_overlay::keys::{ClusterKey, HandleBinding, LinkKey};
 use tombolo_proto::v1;
 
+use crate::foreign::Federation;
 use crate::registry::Registry;
 use crate::rotation::Word;
 use crate::store::{Record, Table};
@@ -135,6 +137,10 @@ pub struct Facts {
     pub identities: BTreeMap<String, IdentityRecord>,
     /// Of this cluster, published.
     pub jwt_authorities: Vec<JwtAuthority>,
+    /// Foreign trust domains.
+    pub federations: BTreeMap<TrustDomain, Arc<Federation>>,
+    /// What a foreign authority has signed for this cluster's key, for applications to show and to judge by.
+    pub upstream: Option<Arc<Upstream>>,
     pub store_writable: bool,
 }
 

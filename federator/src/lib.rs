@@ -11,6 +11,7 @@ pub mod core;
 pub mod crl;
 pub mod exports;
 pub mod facts;
+pub mod foreign;
 pub mod import;
 pub mod joining;
 pub mod jwt;

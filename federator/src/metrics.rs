@@ -54,6 +54,18 @@ pub struct RefusalLabels {
     pub reason: &'static str,
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct ForeignLabels {
+    pub trust_domain: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct FetchLabels {
+    pub trust_domain: String,
+    /// `ok`, or why there is no bundle.
+    pub result: &'static str,
+}
+
 /// Handles of every metric; clones share them.
 #[derive(Clone, Debug)]
 pub struct Metrics {
@@ -76,6 +88,10 @@ pub struct Metrics {
     revoked_connections: Counter,
     trust_sequence: Gauge<u64, AtomicU64>,
     trust_refused: Family<RefusalLabels, Counter>,
+    foreign_age: Family<ForeignLabels, Gauge<f64, AtomicU64>>,
+    foreign_sequence: Family<ForeignLabels, Gauge<u64, AtomicU64>>,
+    foreign_roots: Family<ForeignLabels, Gauge>,
+    foreign_fetches: Family<FetchLabels, Counter>,
 }
 
 impl Metrics {
@@ -102,6 +118,10 @@ impl Metrics {
             revoked_connections: Counter::default(),
             trust_sequence: Gauge::default(),
             trust_refused: Family::default(),
+            foreign_age: Family::default(),
+            foreign_sequence: Family::default(),
+            foreign_roots: Family::default(),
+            foreign_fetches: Family::default(),
         };
         registry.register("members", "Sidecars, machines and gateways, by state", metrics.members.clone());
         registry.register(
@@ -157,6 +177,26 @@ impl Metrics {
             "trust_updates_refused",
             "Trust updates that were refused, by reason",
             metrics.trust_refused.clone(),
+        );
+        registry.register(
+            "foreign_bundle_age_seconds",
+            "Since a foreign trust domain's endpoint last gave its bundle",
+            metrics.foreign_age.clone(),
+        );
+        registry.register(
+            "foreign_bundle_sequence",
+            "Of the bundle that is held",
+            metrics.foreign_sequence.clone(),
+        );
+        registry.register(
+            "foreign_bundle_roots",
+            "Roots in the bundle that is held: none, and everything of the trust domain is revoked",
+            metrics.foreign_roots.clone(),
+        );
+        registry.register(
+            "foreign_bundle_fetches",
+            "Attempts to fetch a foreign bundle, by result",
+            metrics.foreign_fetches.clone(),
         );
         metrics
     }
@@ -216,6 +256,32 @@ impl Metrics {
         }
     }
 
+    /// What is known of foreign trust domains; who is not federated any more is not shown any more.
+    fn show_foreign(&self, facts: &Facts, unix: Duration) {
+        self.foreign_age.clear();
+        self.foreign_sequence.clear();
+        self.foreign_roots.clear();
+        self.foreign_fetches.clear();
+        for federation in facts.federations.values() {
+            let trust_domain = federation.trust_domain.to_string();
+            let labels = ForeignLabels { trust_domain: trust_domain.clone() };
+            if let Some(fetched) = federation.fetched {
+                let age = unix.saturating_sub(Duration::from_secs(fetched));
+                self.foreign_age.get_or_create_owned(&labels).set(age.as_secs_f64());
+            }
+            if let Some(bundle) = &federation.bundle {
+                let roots = i64::try_from(bundle.roots().len()).unwrap_or(i64::MAX);
+                self.foreign_sequence.get_or_create_owned(&labels).set(bundle.sequence());
+                self.foreign_roots.get_or_create_owned(&labels).set(roots);
+            }
+            for (result, count) in &federation.attempts {
+                let labels = FetchLabels { trust_domain: trust_domain.clone(), result };
+                // As for `trust_refused`.
+                self.foreign_fetches.get_or_create_owned(&labels).inner().store(*count, Relaxed);
+            }
+        }
+    }
+
     fn show_overlay(&self, stats: &OverlayStats) {
         for (result, count) in stats.attestations_refused.iter().chain([("ok", stats.attested)]) {
             // The overlay's counters only grow, and this is their only copy.
@@ -235,6 +301,7 @@ impl Metrics {
             tick.tick().await;
             let facts: Arc<Facts> = core.facts();
             self.show(&facts, core.now().unix);
+            self.show_foreign(&facts, core.now().unix);
             self.show_overlay(&overlay.stats());
         }
     }

@@ -14,6 +14,7 @@ use std::time::Duration;
 use prometheus_client::registry::Registry as MetricsRegistry;
 use tokio::net::UnixListener;
 use tokio_stream::wrappers::UnixListenerStream;
+use tombolo_identity::authority::adopt::Upstream;
 use tombolo_identity::authority::{AuthorityError, ClusterMaterial};
 use tombolo_identity::bundle::BundleSet;
 use tombolo_identity::issuer::{IssueError, KeyAndCsr};
@@ -47,6 +48,8 @@ use crate::core::boot::BootError;
 use crate::core::{Core, CoreError, CoreHandle};
 use crate::crl::{self, CrlTask};
 use crate::facts::FederatorEndpoint;
+use crate::foreign::client::{Patience, WebRoots};
+use crate::foreign::task::FederationTask;
 use crate::metrics::Metrics;
 use crate::peers::PeersTask;
 use crate::registry::HeldTrust;
@@ -93,6 +96,8 @@ pub struct FederatorConfig {
     pub bundle_endpoint: Option<BundleEndpointConfig>,
     /// Whom to ask about pods' tokens; `None`: pods do not join.
     pub kubernetes: Option<KubernetesAccess>,
+    /// The web's CAs, for foreign bundle endpoints of profile `https_web`.
+    pub web_roots: WebRoots,
 }
 
 /// Why a federator did not start.
@@ -149,6 +154,7 @@ pub struct Bound {
     crl: crl::Published,
     bundle_endpoint: Option<BundleEndpoint>,
     reviewer: Arc<dyn TokenReviewer>,
+    web_roots: WebRoots,
     bind: IpAddr,
     trust_dir: PathBuf,
     /// Dropped when everything serves.
@@ -171,6 +177,7 @@ impl Federator {
             audit,
             bundle_endpoint,
             kubernetes,
+            web_roots,
         } = config;
         let trust = |source| BuildError::Trust { cluster: cluster.clone(), dir: trust_dir.clone(), source };
         let material = ClusterMaterial::load(&trust_dir).map_err(trust)?;
@@ -178,6 +185,7 @@ impl Federator {
             let found = material.cluster;
             return Err(BuildError::OtherCluster { dir: trust_dir, found, expected: cluster });
         }
+        let upstream = Upstream::load(&trust_dir).map_err(trust)?;
         let tag = material.tag;
         dirs::ensure_private(&state_dir)?;
         let store: Arc<dyn Store> = Arc::new(RedbStore::open(&state_dir.join(STORE))?);
@@ -191,6 +199,8 @@ impl Federator {
 
         let mut core = Core::load(store, material, properties, clock::since_unix_epoch())?;
         core.set_audit_retention(audit);
+        core.set_upstream(upstream);
+        core.note_trust_at_start(clock::since_unix_epoch())?;
         let core = core.start().map_err(BuildError::Thread)?;
         let svid = SvidHandle::by(clock::since_unix_epoch, own_svid(&core).await?);
         let bundle_endpoint = match &bundle_endpoint {
@@ -244,6 +254,7 @@ impl Federator {
             crl,
             bundle_endpoint,
             reviewer,
+            web_roots,
             bind: listen.ip(),
             trust_dir,
             serving,
@@ -278,6 +289,7 @@ impl Bound {
             crl,
             bundle_endpoint,
             reviewer,
+            web_roots,
             bind,
             trust_dir,
             serving,
@@ -290,6 +302,8 @@ impl Bound {
         if let Some(endpoint) = bundle_endpoint {
             endpoint.spawn(&core, &svid, &tasks);
         }
+        let federations = FederationTask { core: core.clone(), web_roots, patience: Patience::default() };
+        tasks.spawn("foreign bundles", federations.run());
         tasks.spawn("CRL", CrlTask { core: core.clone(), published: crl }.run());
         tasks.spawn("metrics", metrics.clone().follow(core.clone(), overlay.clone()));
         let peers = PeersTask {

@@ -18,6 +18,7 @@ pub mod netns;
 pub mod process;
 pub mod scenario;
 pub mod spiffe_probe;
+pub mod spire;
 pub mod stolen;
 pub mod token_review;
 pub mod traffic;

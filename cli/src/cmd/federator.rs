@@ -8,6 +8,7 @@ use serde::Deserialize;
 
 use tombolo_federator::bundle_endpoint::{BundleEndpointConfig, WebCertificate};
 use tombolo_federator::core::audit::Retention;
+use tombolo_federator::foreign::client::WebRoots;
 use tombolo_federator::role::{DEFAULT_LISTEN, Federator, FederatorConfig};
 use tombolo_federator::token_review::access::{IN_CLUSTER_DIR, KubernetesAccess};
 use tombolo_model::names::ClusterName;
@@ -88,6 +89,14 @@ struct Settings {
     /// Let pods join as their service account, by the word of this Kubernetes API server: `in-cluster`, or a kubeconfig
     #[arg(long, env = "TOMBOLO_KUBERNETES", value_name = "in-cluster|FILE")]
     kubernetes: Option<String>,
+    /// CA certificates (PEM) by which foreign bundle endpoints of profile https_web are verified [default: the system's]
+    #[arg(
+        long,
+        env = "TOMBOLO_BUNDLE_CLIENT_ROOTS",
+        value_name = "FILE",
+        help_heading = "Foreign trust domains"
+    )]
+    bundle_client_roots: Option<PathBuf>,
     /// Level, or `target=level,...` [default: info]
     #[arg(long, env = "TOMBOLO_LOG", value_name = "FILTER", help_heading = "Logs")]
     log_level: Option<String>,
@@ -110,6 +119,7 @@ layered!(Settings {
     bundle_endpoint_certificate,
     bundle_endpoint_key,
     kubernetes,
+    bundle_client_roots,
     log_level,
     log_format
 });
@@ -143,6 +153,7 @@ impl Settings {
             bundle_endpoint_certificate,
             bundle_endpoint_key,
             kubernetes,
+            bundle_client_roots,
             log_level: _,
             log_format: _,
         } = self;
@@ -187,6 +198,7 @@ impl Settings {
                 .collect::<Result<_, _>>()?,
             bundle_endpoint: endpoint(bundle_endpoint, bundle_endpoint_certificate, bundle_endpoint_key)?,
             kubernetes: kubernetes.map(|place| api_server(&place)).transpose()?,
+            web_roots: WebRoots::new(bundle_client_roots),
         })
     }
 }

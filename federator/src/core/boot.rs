@@ -106,8 +106,11 @@ impl Core {
             shifts: shifts(&*store)?,
             identities: all::<IdentityRecord>(&*store)?.into_iter().collect(),
             jwt_authorities: jwt.authorities(),
+            federations: BTreeMap::new(),
+            upstream: None,
             store_writable: true,
         };
+        facts.federations = super::federations::load(&*store, &facts, unix.as_secs())?;
         let released = handles(&*store, &mut facts)?;
         leases(&*store, &mut facts, unix.as_secs())?;
         let views = imports(&*store, &mut facts, unix)?;

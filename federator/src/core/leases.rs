@@ -254,9 +254,10 @@ impl Core {
         let record = self.keep_lease(record, moment)?;
         let issued = self.issue(&request.csr_der, id, role, moment, Transaction::new())?;
         let event = Event { requester: requester.clone(), ..issued.event(Action::Renew) };
-        let Issued { svid, mut transaction, record: mut identity, .. } = issued;
+        let Issued { mut svid, mut transaction, record: mut identity, .. } = issued;
         if request.workload {
             identity.workload = true;
+            svid.chain_der.extend(self.beside_workloads(moment));
             // The later write of a key stands.
             transaction = transaction.put(identity.serial.clone(), &identity);
         }

@@ -5,6 +5,7 @@ mod audit;
 mod authorities;
 mod boot;
 mod crashes;
+mod federations;
 mod handles;
 mod imports;
 mod joining;

@@ -102,6 +102,8 @@ pub fn east() -> Facts {
         shifts: BTreeMap::new(),
         identities: BTreeMap::new(),
         jwt_authorities: Vec::new(),
+        federations: BTreeMap::new(),
+        upstream: None,
         store_writable: true,
     }
 }
