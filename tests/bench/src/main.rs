@@ -11,6 +11,7 @@ mod issuance;
 mod load;
 mod measure;
 mod mesh;
+mod names;
 mod origin;
 mod plan;
 mod quic_hop;
@@ -51,6 +52,11 @@ enum Command {
     Scale(scale::ScaleArgs),
     /// Measures what a federator issues against bare signing with openssl, and a thousand members that come at once.
     Issuance(issuance::IssuanceArgs),
+    /// Measures the name server against CoreDNS with the same names and questions.
+    Names(names::NamesArgs),
+    /// (internal) The name server that it measures.
+    #[command(hide = true)]
+    NamesServer(names::ServerArgs),
     /// (internal) One load generator; prints its report as JSON.
     #[command(hide = true)]
     Load(load::LoadArgs),
@@ -91,6 +97,8 @@ fn main() -> ExitCode {
         Command::Forward(args) => forward::run(&args),
         Command::Scale(args) => scale::run(&args),
         Command::Issuance(args) => issuance::run(&args),
+        Command::Names(args) => names::run(&args),
+        Command::NamesServer(args) => names::serve(&args),
         Command::Load(args) => load::run(&args),
         Command::Origin(args) => origin::run(&args),
         Command::QuicHop(args) => quic_hop::run(args),
