@@ -13,6 +13,7 @@
 //! below it. A headless service without a ready endpoint is NXDOMAIN (2.4.1). Negative answers carry the SOA (RFC 2308).
 //! What else is under `cluster.local` is the cluster's own resolver's, and forwarded like everything that is not ours.
 
+use std::collections::HashSet;
 use std::net::IpAddr;
 
 use hickory_proto::op::ResponseCode;
@@ -231,6 +232,7 @@ impl Writer<'_> {
             return reply;
         }
         let mut reply = Reply::of(Vec::new());
+        let mut hosts = HashSet::new();
         for endpoint in &service.endpoints {
             let labels =
                 std::iter::once(endpoint.hostname.as_str()).chain(endpoint.cluster.as_str().split('.'));
@@ -242,7 +244,10 @@ impl Writer<'_> {
                 let record = data.map(|data| Record::from_rdata(host.clone(), HEADLESS_TTL, data));
                 reply.additionals.extend(record);
             }
-            reply.answers.extend(ports.iter().map(|port| record(*port, host.clone())));
+            // One that has several addresses is still one target.
+            if hosts.insert((endpoint.hostname.as_str(), endpoint.cluster.as_str())) {
+                reply.answers.extend(ports.iter().map(|port| record(*port, host.clone())));
+            }
             if reply.answers.len() >= MAX_RECORDS {
                 break;
             }
