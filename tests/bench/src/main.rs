@@ -19,6 +19,7 @@ mod report;
 mod samples;
 mod scale;
 mod site;
+mod storm;
 mod targets;
 mod topology;
 
@@ -57,6 +58,8 @@ enum Command {
     /// (internal) The name server that it measures.
     #[command(hide = true)]
     NamesServer(names::ServerArgs),
+    /// Lets a thousand members that have just started renew at once, over sockets.
+    Storm(storm::StormArgs),
     /// (internal) One load generator; prints its report as JSON.
     #[command(hide = true)]
     Load(load::LoadArgs),
@@ -99,6 +102,7 @@ fn main() -> ExitCode {
         Command::Issuance(args) => issuance::run(&args),
         Command::Names(args) => names::run(&args),
         Command::NamesServer(args) => names::serve(&args),
+        Command::Storm(args) => storm::run(&args),
         Command::Load(args) => load::run(&args),
         Command::Origin(args) => origin::run(&args),
         Command::QuicHop(args) => quic_hop::run(args),
