@@ -24,6 +24,7 @@ use crate::failure::{Exit, Failure};
 /// As large as anybody's is.
 const MAX_BYTES: u64 = 64 * 1024;
 const DNS: u16 = 53;
+const RESOLVED_DIR: &str = "/etc/systemd/resolved.conf.d";
 const RECORD: &str = "host-dns.json";
 /// A sidecar answers within a millisecond.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -98,7 +99,7 @@ struct Place {
     #[arg(long, value_name = "FILE", default_value = "/etc/resolv.conf")]
     resolv_conf: PathBuf,
     /// Where drop-ins of systemd-resolved are
-    #[arg(long, value_name = "DIR", default_value = "/etc/systemd/resolved.conf.d")]
+    #[arg(long, value_name = "DIR", default_value = RESOLVED_DIR)]
     resolved_dir: PathBuf,
     /// Where it is remembered what was there
     #[arg(long, value_name = "DIR", default_value = "/var/lib/tombolo")]
@@ -206,7 +207,7 @@ fn install(args: &InstallArgs) -> Result<Exit, Failure> {
     write(&path, &ours)?;
     println!("{}: names are asked of {resolver} first", path.display());
     if resolved {
-        reload();
+        reload(place);
     }
     Ok(Exit::Done)
 }
@@ -246,7 +247,7 @@ fn remove(place: &Place) -> Result<Exit, Failure> {
     let kept = place.state_dir.join(RECORD);
     fs::remove_file(&kept).map_err(|e| failed("can't remove", &kept, &e))?;
     if resolved {
-        reload();
+        reload(place);
     }
     Ok(Exit::Done)
 }
@@ -261,7 +262,11 @@ fn check(resolver: SocketAddr) -> Result<(), Failure> {
     })
 }
 
-fn reload() {
+fn reload(place: &Place) {
+    // Somewhere else is some other machine's: an image that is prepared, a test.
+    if place.resolved_dir != Path::new(RESOLVED_DIR) {
+        return;
+    }
     let reloaded = Command::new("systemctl").args(["try-reload-or-restart", "systemd-resolved"]).status();
     match reloaded {
         Ok(status) if status.success() => eprintln!("systemd-resolved has been reloaded"),
