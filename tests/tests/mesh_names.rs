@@ -69,8 +69,12 @@ impl Names {
 
     /// A sidecar that serves with named ports; its applications are there already.
     fn serve(&mut self, cluster: &str, name: &str, services: &[(&str, &str)]) -> Result<()> {
-        let host = if cluster == "east" && name == "web" { 22 } else { 21 };
-        let host = host + u8::from(name == "db-1");
+        // As the harness numbers the sidecars; the client is east's first.
+        let host = match (cluster, name) {
+            ("east", "web") => 22,
+            ("east", _) => 23,
+            _ => 21,
+        };
         let app = self.mesh.cluster(cluster)?.address(host, 8080);
         application(&mut self.mesh, cluster, &format!("app-{name}"), app, cluster)?;
         let services: Vec<_> = services.iter().map(|(name, port)| (*name, *port, app)).collect();

@@ -15,6 +15,7 @@ use tokio::net::{TcpStream, UdpSocket};
 use tokio::time::{Instant, timeout_at};
 
 use crate::message::{UDP_PAYLOAD, own_edns};
+use crate::upstream::Failure;
 
 /// A resolver has most answers at hand; one that has to look them up first is waited for in the second round.
 pub const FIRST_PATIENCE: Duration = Duration::from_secs(1);
@@ -31,6 +32,16 @@ pub enum ExchangeError {
     Io(#[from] io::Error),
     #[error("the question can't be written, or the answer not be read")]
     Message,
+}
+
+impl ExchangeError {
+    /// What it says of the upstream.
+    pub fn failure(&self) -> Failure {
+        match self {
+            Self::Timeout | Self::Message => Failure::Silent,
+            Self::Io(_) => Failure::Refused,
+        }
+    }
 }
 
 /// What is asked.

@@ -184,9 +184,10 @@ impl Forwarder {
                 if left.is_zero() {
                     return None;
                 }
+                let sent = self.now();
                 match exchange(upstream, &asked, patience.min(left)).await {
                     Ok(message) => {
-                        if lock(&self.state).upstreams.worked(upstream) {
+                        if lock(&self.state).upstreams.worked(upstream, self.now()) {
                             tracing::info!(%upstream, "an upstream resolver answers again");
                         }
                         // It has nothing to say about the name; the next one may.
@@ -200,7 +201,8 @@ impl Forwarder {
                     }
                     Err(error) => {
                         self.metrics.sought(Sought::Unanswered);
-                        if lock(&self.state).upstreams.failed(upstream, self.now()) {
+                        let failure = error.failure();
+                        if lock(&self.state).upstreams.failed(upstream, failure, sent, self.now()) {
                             tracing::warn!(%upstream, %error, "an upstream resolver does not answer");
                         }
                     }

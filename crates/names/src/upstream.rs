@@ -1,6 +1,6 @@
 //! Which upstream resolvers there are, and which of them are asked next (pure, time passed in).
 //!
-//! One that fails twice in a row is down: it is not asked while another is up, and tried again after a pause that grows.
+//! One that refuses twice, or is silent five times without answering anything meanwhile, is down: it is not asked while another is up, and tried again after a pause that grows.
 //! With all of them down a question fails at once, but for the one that tries: an application's resolver that hears
 //! SERVFAIL goes on, one that hears nothing hangs for seconds. One that forwards back to us is looping: it is not asked
 //! until a later look shows otherwise ([`Upstreams::probe`]).
@@ -8,8 +8,10 @@
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
-/// One lost packet is no outage.
-const DOWN_AFTER: u32 = 2;
+/// Somebody may be there who waits for a zone that is dead: both addresses of one name, asked for twice, are no outage.
+const DOWN_AFTER: u32 = 5;
+/// Nobody is there: twice is enough.
+const REFUSED_COUNTS: u32 = 3;
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 /// glibc reads three as well; more would only lengthen the way to a failure.
@@ -21,13 +23,24 @@ const PROBE_ZONE: &[u8] = b"tombolo-loop";
 #[derive(Clone, PartialEq, Eq, Debug)]
 struct Upstream {
     address: SocketAddr,
+    /// Since its last answer.
     failures: u32,
+    answered: Duration,
     /// Not before this, when it is down.
     retry: Duration,
     pause: Duration,
     looping: bool,
     /// Its probes carry this.
     nonce: u64,
+}
+
+/// How an upstream failed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Failure {
+    /// Nothing came.
+    Silent,
+    /// Nobody listens there, or nothing leads there.
+    Refused,
 }
 
 /// The upstream resolvers in their order.
@@ -64,6 +77,7 @@ impl Upstreams {
             Ok(Upstream {
                 address: *address,
                 failures: 0,
+                answered: Duration::ZERO,
                 retry: Duration::ZERO,
                 pause: FIRST_PAUSE,
                 looping: false,
@@ -97,18 +111,26 @@ impl Upstreams {
     }
 
     /// An upstream answered; true when it was down.
-    pub fn worked(&mut self, address: SocketAddr) -> bool {
+    pub fn worked(&mut self, address: SocketAddr, now: Duration) -> bool {
         let Some(upstream) = self.find(address) else { return false };
+        upstream.answered = now;
         let was_down = upstream.failures >= DOWN_AFTER;
         (upstream.failures, upstream.pause) = (0, FIRST_PAUSE);
         was_down
     }
 
-    /// An upstream did not; true when it is down from now on.
-    pub fn failed(&mut self, address: SocketAddr, now: Duration) -> bool {
+    /// An upstream did not answer what was sent at `sent`; true when it is down from now on.
+    pub fn failed(&mut self, address: SocketAddr, failure: Failure, sent: Duration, now: Duration) -> bool {
         let Some(upstream) = self.find(address) else { return false };
-        upstream.failures = upstream.failures.saturating_add(1);
-        if upstream.failures != DOWN_AFTER {
+        let weight = match failure {
+            // It has answered others meanwhile: it is the question.
+            Failure::Silent if upstream.answered > sent => return false,
+            Failure::Silent => 1,
+            Failure::Refused => REFUSED_COUNTS,
+        };
+        let was_down = upstream.failures >= DOWN_AFTER;
+        upstream.failures = upstream.failures.saturating_add(weight);
+        if was_down || upstream.failures < DOWN_AFTER {
             return false;
         }
         upstream.retry = now + upstream.pause;
@@ -187,23 +209,36 @@ mod tests {
     }
 
     #[test]
-    fn one_that_fails_twice_is_left_out_until_another_fails_too() {
+    fn one_that_refuses_twice_is_left_out_until_another_fails_too() {
         let (mut upstreams, a, b) = two();
         assert_eq!(upstreams.plan(s(0)), [a, b]);
-        assert!(!upstreams.failed(a, s(0)), "one lost packet is no outage");
+        assert!(!upstreams.failed(a, Failure::Refused, s(0), s(0)));
         assert_eq!(upstreams.plan(s(0)), [a, b]);
-        assert!(upstreams.failed(a, s(0)));
+        assert!(upstreams.failed(a, Failure::Refused, s(0), s(0)));
         assert_eq!(upstreams.plan(s(5)), [b]);
-        assert!(upstreams.worked(a) && !upstreams.worked(a));
+        assert!(upstreams.worked(a, s(5)) && !upstreams.worked(a, s(5)));
         assert_eq!(upstreams.plan(s(5)), [a, b]);
+    }
+
+    #[test]
+    fn silence_about_one_name_is_no_outage_while_others_are_answered() {
+        let (mut upstreams, a, b) = two();
+        for second in 1..100 {
+            upstreams.worked(a, s(second) + Duration::from_millis(500));
+            assert!(!upstreams.failed(a, Failure::Silent, s(second), s(second + 1)), "{second}");
+        }
+        assert_eq!(upstreams.plan(s(200)), [a, b]);
+        let mut silent = (0..).take_while(|_| !upstreams.failed(a, Failure::Silent, s(200), s(201)));
+        assert_eq!(silent.by_ref().count(), 4, "down with the fifth");
+        assert_eq!(upstreams.plan(s(201)), [b]);
     }
 
     #[test]
     fn with_all_down_one_question_tries_and_the_others_fail_at_once() {
         let (mut upstreams, a, b) = two();
         for address in [a, b] {
-            upstreams.failed(address, s(0));
-            upstreams.failed(address, s(0));
+            upstreams.failed(address, Failure::Refused, s(0), s(0));
+            upstreams.failed(address, Failure::Refused, s(0), s(0));
         }
         assert_eq!(upstreams.plan(s(0)), []);
         assert_eq!(upstreams.plan(s(1)), [a], "after its pause");
@@ -215,7 +250,7 @@ mod tests {
             upstreams.plan(s(later));
         }
         assert_eq!(upstreams.plan(s(10_000 + 31)).len(), 1, "and never beyond half a minute");
-        upstreams.worked(b);
+        upstreams.worked(b, s(10_031));
         assert_eq!(upstreams.plan(s(10_031)), [b]);
     }
 
