@@ -38,10 +38,16 @@ impl ExchangeError {
     /// What it says of the upstream.
     pub fn failure(&self) -> Failure {
         match self {
-            Self::Timeout | Self::Message => Failure::Silent,
-            Self::Io(_) => Failure::Refused,
+            Self::Io(error) if nobody_is_there(error) => Failure::Refused,
+            // What is wrong here, such as no free socket, is not the upstream's.
+            Self::Timeout | Self::Message | Self::Io(_) => Failure::Silent,
         }
     }
+}
+
+fn nobody_is_there(error: &io::Error) -> bool {
+    use io::ErrorKind::{ConnectionRefused, ConnectionReset, HostUnreachable, NetworkUnreachable};
+    matches!(error.kind(), ConnectionRefused | ConnectionReset | HostUnreachable | NetworkUnreachable)
 }
 
 /// What is asked.
