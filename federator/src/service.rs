@@ -8,6 +8,7 @@ pub mod federation;
 pub mod join;
 mod pace;
 pub mod renewal;
+pub mod names;
 pub mod workload;
 
 use std::sync::Arc;

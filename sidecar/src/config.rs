@@ -8,6 +8,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use tombolo_model::names::{NameError, ServiceKey};
+use tombolo_names::server::NamesConfig;
 use tombolo_overlay::MAX_PARTS;
 use tombolo_overlay::member::EntryPoints;
 
@@ -88,6 +89,8 @@ pub struct SidecarConfig {
     pub pool: PoolLimits,
     /// Where the application gets its own identity; `None`: nowhere.
     pub workload_api: Option<WorkloadApiConfig>,
+    /// Where local applications resolve names; `None`: nowhere.
+    pub names: Option<NamesConfig>,
 }
 
 /// What is wrong with a setting, and what would be right.
@@ -105,7 +108,9 @@ pub enum ConfigError {
     NoPort { service: ServiceKey },
     #[error("upstreams {first} and {second} both listen on {listen}: choose another address for one")]
     ListenTwice { first: ServiceKey, second: ServiceKey, listen: SocketAddr },
-    #[error("nothing to do: give at least one --service or --upstream, a --workload file, or --workload-api")]
+    #[error(
+        "nothing to do: give at least one --service or --upstream, a --workload file, --dns-listen, or --workload-api"
+    )]
     Nothing,
     #[error(
         "--max-udp-payload {bytes} is not in 1200..={MAX_UDP_PAYLOAD}: 1452 fits the usual 1500-byte paths, 8952 those of 9000 bytes"
@@ -122,7 +127,11 @@ pub enum ConfigError {
 impl SidecarConfig {
     /// Checks what can be checked before anything is bound.
     pub fn check(&self) -> Result<(), ConfigError> {
-        if self.services.is_empty() && self.upstreams.is_empty() && self.workload_api.is_none() {
+        if self.services.is_empty()
+            && self.upstreams.is_empty()
+            && self.workload_api.is_none()
+            && self.names.is_none()
+        {
             return Err(ConfigError::Nothing);
         }
         if let Some(address) = self.announce
@@ -256,6 +265,7 @@ mod tests {
             inbound: InboundLimits::default(),
             pool: PoolLimits::default(),
             workload_api: None,
+            names: None,
         }
     }
 

@@ -19,6 +19,7 @@ pub mod header;
 pub mod health;
 pub mod inbound;
 pub mod metrics;
+pub mod names;
 pub mod outbound;
 pub mod pool;
 pub mod role;

@@ -13,6 +13,9 @@ use std::time::Duration;
 use prometheus_client::registry::Registry;
 use tokio::sync::{Semaphore, watch};
 use tombolo_identity::tls;
+use tombolo_names::metrics as names_metrics;
+use tombolo_names::server::{self as names_server, NamesError};
+use tombolo_names::table::TableHandle;
 use tombolo_overlay::cid::Kind;
 use tombolo_overlay::lease::LeaseError;
 use tombolo_overlay::member::{JoinError, JoinOptions, Member, MemberError};
@@ -33,6 +36,7 @@ use crate::data_path::{self, DataPath, Further, Threads};
 use crate::failover::ShiftLog;
 use crate::health;
 use crate::metrics::Metrics;
+use crate::names::NamesTask;
 use crate::tables::Tables;
 use crate::workload_api::{self, WorkloadApi};
 
@@ -70,6 +74,8 @@ pub enum BuildError {
     Admin(#[from] AdminError),
     #[error(transparent)]
     WorkloadApi(#[from] workload_api::BindError),
+    #[error(transparent)]
+    Names(#[from] NamesError),
 }
 
 /// Why a running sidecar ended.
@@ -83,6 +89,8 @@ pub enum RunError {
     Tls(#[from] rustls::Error),
     #[error("an upstream's listener can't be served: {0}")]
     Listener(std::io::Error),
+    #[error("names can't be served: {0}")]
+    Names(std::io::Error),
 }
 
 /// Builds sidecars.
@@ -102,6 +110,7 @@ pub struct Bound {
     admin: Admin,
     metrics: Metrics,
     workload_api: Option<WorkloadApi>,
+    names: Option<(names_server::Bound, names_metrics::Metrics)>,
     configured: BlockReady,
     tasks: TaskGroup,
 }
@@ -127,6 +136,13 @@ impl Sidecar {
         let metrics = Metrics::register(&mut registry);
         let workload_api = match &config.workload_api {
             Some(api) => Some(WorkloadApi::bind(api, &mut registry).await?),
+            None => None,
+        };
+        let names = match &config.names {
+            Some(names) => {
+                let metrics = names_metrics::Metrics::register(&mut registry);
+                Some((names_server::Bound::bind(names, metrics.clone())?, metrics))
+            }
             None => None,
         };
         let admin = Admin::bind(config.admin, registry, readiness).await?;
@@ -181,6 +197,7 @@ impl Sidecar {
             admin,
             metrics,
             workload_api,
+            names,
             configured,
             tasks,
         })
@@ -193,6 +210,10 @@ impl Bound {
     }
     pub fn admin_addr(&self) -> SocketAddr {
         self.admin.local_addr()
+    }
+    /// Where names are served.
+    pub fn names_addr(&self) -> Option<SocketAddr> {
+        self.names.as_ref().map(|(bound, _)| bound.listen_addr())
     }
     /// Where the upstreams listen, in the order of the configuration.
     pub fn upstream_addrs(&self) -> Vec<SocketAddr> {
@@ -211,6 +232,7 @@ impl Bound {
             admin,
             metrics,
             workload_api,
+            names,
             configured,
             tasks,
         } = self;
@@ -237,6 +259,17 @@ impl Bound {
         if let Some(api) = workload_api {
             api.spawn(&member, &overlay, received.clone(), &tasks);
         }
+
+        // Served to the end: applications that drain resolve names, too.
+        let _serving_names = match names {
+            Some((bound, metrics)) => {
+                let table = TableHandle::default();
+                let task = NamesTask::new(member.clone(), overlay.clone(), table.clone(), metrics);
+                tasks.spawn("names", task.run());
+                Some(bound.start(table).map_err(RunError::Names)?)
+            }
+            None => None,
+        };
 
         let (admitted_sender, admitted) =
             watch::channel(Arc::new(Admission::nobody(member.cluster().clone())));

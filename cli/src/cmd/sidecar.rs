@@ -5,7 +5,7 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use clap::Args;
+use clap::{Args, Subcommand};
 use serde::Deserialize;
 use tombolo_overlay::member::EntryPoints;
 use tombolo_runtime::{admin, dirs::Dirs, rt};
@@ -16,6 +16,7 @@ use tombolo_sidecar::inbound::InboundLimits;
 use tombolo_sidecar::pool::PoolLimits;
 use tombolo_sidecar::workload_api::WorkloadApiConfig;
 
+use super::names;
 use super::role::{self, Span, layered};
 use tombolo_runtime::signals;
 use tombolo_runtime::tasks::TaskGroup;
@@ -23,6 +24,7 @@ use tombolo_sidecar::role::Sidecar;
 
 use crate::failure::{Exit, Failure};
 
+mod dns;
 mod workload;
 
 /// Run the data plane of one workload
@@ -42,13 +44,24 @@ In Kubernetes, as the pod's service account (docs/operations.md shows the pod):
 With the SPIFFE Workload API, for applications that do their own mTLS or carry tokens; these are told where it is by
 SPIFFE_ENDPOINT_SOCKET=unix:///run/tombolo/web/workload.sock:
   tombolo sidecar --name web --service shop/web:80=127.0.0.1:8080 \\
-      --workload-api /run/tombolo/web/workload.sock --workload-api-uid 1000")]
+      --workload-api /run/tombolo/web/workload.sock --workload-api-uid 1000
+
+With names for local applications; `tombolo sidecar dns` points the machine's resolver at it:
+  tombolo sidecar --name client --upstream shop/web:80=127.0.0.1:9080 --dns-listen 127.0.0.54:53
+  tombolo sidecar dns install --resolver 127.0.0.54")]
 pub struct SidecarArgs {
+    #[command(subcommand)]
+    verb: Option<Verb>,
     #[command(flatten)]
     settings: Settings,
     /// YAML file with settings, named as the flags are but in camelCase; unknown keys are errors
     #[arg(long, env = "TOMBOLO_CONFIG", value_name = "FILE")]
     config: Option<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    Dns(dns::DnsArgs),
 }
 
 #[derive(Debug, Default, Args, Deserialize)]
@@ -111,6 +124,20 @@ struct Settings {
         value_name = "UID"
     )]
     workload_api_uids: Option<Vec<u32>>,
+    /// Resolve names for local applications over DNS here, UDP and TCP; the port may be left out [default port: 7453]. Off
+    /// unless given. `tombolo sidecar dns install` points the machine's resolver at it
+    #[arg(long, env = "TOMBOLO_DNS_LISTEN", value_name = "ADDRESS[:PORT]", help_heading = "Names")]
+    dns_listen: Option<String>,
+    /// Resolver that answers for other names; may be repeated; `none`: they are refused [default: those of
+    /// /etc/resolv.conf]
+    #[arg(
+        long = "dns-upstream",
+        env = "TOMBOLO_DNS_UPSTREAMS",
+        value_delimiter = ',',
+        value_name = "ADDRESS[:PORT]",
+        help_heading = "Names"
+    )]
+    dns_upstreams: Option<Vec<String>>,
     /// Time for open streams to end after SIGTERM [default: 10s]
     #[arg(long, env = "TOMBOLO_DRAIN", value_name = "DURATION")]
     drain: Option<Span>,
@@ -151,6 +178,8 @@ layered!(Settings {
     threads,
     workload_api,
     workload_api_uids,
+    dns_listen,
+    dns_upstreams,
     drain,
     connections,
     idle,
@@ -161,7 +190,10 @@ layered!(Settings {
 });
 
 pub fn run(args: SidecarArgs) -> Result<Exit, Failure> {
-    let SidecarArgs { settings, config } = args;
+    let SidecarArgs { verb, settings, config } = args;
+    if let Some(Verb::Dns(args)) = verb {
+        return dns::run(args);
+    }
     let mut settings = settings.over(role::file(config.as_deref())?);
     role::logging(settings.log_format.take(), settings.log_level.take())?;
     let config = settings.config()?;
@@ -235,6 +267,8 @@ impl Settings {
             threads,
             workload_api,
             workload_api_uids,
+            dns_listen,
+            dns_upstreams,
             drain,
             connections,
             idle,
@@ -276,6 +310,7 @@ impl Settings {
             inbound,
             pool,
             workload_api: workload_api_config(workload_api, workload_api_uids)?,
+            names: names::config(dns_listen, dns_upstreams)?,
         };
         config.check().map_err(Failure::usage)?;
         Ok(config)

@@ -87,6 +87,8 @@ fn config(dir: &Path, cluster: &str, listen: SocketAddr) -> FederatorConfig {
         bundle_endpoint: None,
         kubernetes: None,
         web_roots: Default::default(),
+        virtual_ranges: Default::default(),
+        names: None,
     }
 }
 
