@@ -5,7 +5,7 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use clap::Args;
+use clap::{Args, Subcommand};
 use serde::Deserialize;
 use tombolo_runtime::{admin, dirs::Dirs, rt};
 use tombolo_sidecar::config::{
@@ -22,6 +22,8 @@ use tombolo_sidecar::role::Sidecar;
 
 use crate::failure::{Exit, Failure};
 
+mod capture;
+mod captured;
 mod workload;
 
 /// Run the data plane of one workload
@@ -37,13 +39,24 @@ Examples:
 With the SPIFFE Workload API, for applications that do their own mTLS or carry tokens; these are told where it is by
 SPIFFE_ENDPOINT_SOCKET=unix:///run/tombolo/web/workload.sock:
   tombolo sidecar --name web --service shop/web:80=127.0.0.1:8080 \\
-      --workload-api /run/tombolo/web/workload.sock --workload-api-uid 1000")]
+      --workload-api /run/tombolo/web/workload.sock --workload-api-uid 1000
+
+With callers that know nothing of the mesh; `tombolo sidecar capture` puts the rules in place:
+  tombolo sidecar capture apply --address 10.0.0.7:5432
+  tombolo sidecar --name client --capture-listen 127.0.0.1:7447 --capture-address 10.0.0.7:5432=shop/db")]
 pub struct SidecarArgs {
+    #[command(subcommand)]
+    verb: Option<Verb>,
     #[command(flatten)]
     settings: Settings,
     /// YAML file with settings, named as the flags are but in camelCase; unknown keys are errors
     #[arg(long, env = "TOMBOLO_CONFIG", value_name = "FILE")]
     config: Option<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    Capture(capture::CaptureArgs),
 }
 
 #[derive(Debug, Default, Args, Deserialize)]
@@ -98,6 +111,56 @@ struct Settings {
         value_name = "UID"
     )]
     workload_api_uids: Option<Vec<u32>>,
+    /// Where the machine's rules (`tombolo sidecar capture`) redirect applications' connections to: 127.0.0.1:7447, and
+    /// [::1]:7447 for IPv6; may be repeated
+    #[arg(
+        long,
+        env = "TOMBOLO_CAPTURE_LISTEN",
+        value_delimiter = ',',
+        value_name = "ADDRESS:PORT",
+        help_heading = "Captured connections"
+    )]
+    capture_listen: Option<Vec<SocketAddr>>,
+    /// An address that stands for a service: ADDRESS:PORT=NAMESPACE/NAME, with :PORT of the service behind it where that
+    /// is another; may be repeated
+    #[arg(
+        long = "capture-address",
+        env = "TOMBOLO_CAPTURE_ADDRESSES",
+        value_delimiter = ',',
+        value_name = "MAPPING",
+        help_heading = "Captured connections"
+    )]
+    capture_addresses: Option<Vec<String>>,
+    /// Mark on own connections, so that the rules let them through [default: 0x7462]
+    #[arg(long, env = "TOMBOLO_CAPTURE_MARK", value_name = "MARK", help_heading = "Captured connections")]
+    capture_mark: Option<String>,
+    /// Range of virtual addresses, as the federator has it; may be repeated [default: 241.64.0.0/16]
+    #[arg(
+        long = "virtual-range",
+        env = "TOMBOLO_VIRTUAL_RANGES",
+        value_delimiter = ',',
+        value_name = "CIDR",
+        help_heading = "Captured connections"
+    )]
+    virtual_ranges: Option<Vec<String>>,
+    /// What becomes of captured connections from outside, which do not come through the mesh: strict resets them,
+    /// permissive hands them to the application
+    #[arg(
+        long,
+        env = "TOMBOLO_INBOUND",
+        value_name = "strict|permissive",
+        help_heading = "Captured connections"
+    )]
+    inbound: Option<String>,
+    /// Where the rules hand them over: 127.0.0.1:7448, and [::1]:7448 for IPv6; needs CAP_NET_RAW; may be repeated
+    #[arg(
+        long,
+        env = "TOMBOLO_INBOUND_LISTEN",
+        value_delimiter = ',',
+        value_name = "ADDRESS:PORT",
+        help_heading = "Captured connections"
+    )]
+    inbound_listen: Option<Vec<SocketAddr>>,
     /// Time for open streams to end after SIGTERM [default: 10s]
     #[arg(long, env = "TOMBOLO_DRAIN", value_name = "DURATION")]
     drain: Option<Span>,
@@ -136,6 +199,12 @@ layered!(Settings {
     threads,
     workload_api,
     workload_api_uids,
+    capture_listen,
+    capture_addresses,
+    capture_mark,
+    virtual_ranges,
+    inbound,
+    inbound_listen,
     drain,
     connections,
     idle,
@@ -146,7 +215,10 @@ layered!(Settings {
 });
 
 pub fn run(args: SidecarArgs) -> Result<Exit, Failure> {
-    let SidecarArgs { settings, config } = args;
+    let SidecarArgs { verb, settings, config } = args;
+    if let Some(Verb::Capture(args)) = verb {
+        return capture::run(args);
+    }
     let mut settings = settings.over(role::file(config.as_deref())?);
     role::logging(settings.log_format.take(), settings.log_level.take())?;
     let config = settings.config()?;
@@ -218,6 +290,12 @@ impl Settings {
             threads,
             workload_api,
             workload_api_uids,
+            capture_listen,
+            capture_addresses,
+            capture_mark,
+            virtual_ranges,
+            inbound: inbound_mode,
+            inbound_listen,
             drain,
             connections,
             idle,
@@ -257,6 +335,15 @@ impl Settings {
             inbound,
             pool,
             workload_api: workload_api_config(workload_api, workload_api_uids)?,
+            capture: captured::Captured {
+                listen: capture_listen,
+                addresses: capture_addresses,
+                virtual_ranges,
+                mark: capture_mark,
+                inbound: inbound_mode,
+                inbound_listen,
+            }
+            .config()?,
         };
         config.check().map_err(Failure::usage)?;
         Ok(config)
