@@ -20,6 +20,7 @@ use tombolo_identity::issuer::{IssueError, KeyAndCsr};
 use tombolo_identity::tls::SvidError;
 use tombolo_identity::{Svid, SvidHandle, tls};
 use tombolo_model::names::ClusterName;
+use tombolo_model::virtual_ranges::VirtualRanges;
 use tombolo_overlay::cid::Kind;
 use tombolo_overlay::grpc::{GrpcAcceptor, GrpcIncoming};
 use tombolo_overlay::member;
@@ -54,6 +55,7 @@ use crate::service::admin::{AdminService, check_operator};
 use crate::service::config::ConfigService;
 use crate::service::federation::{FederationService, Logs};
 use crate::service::join::JoinService;
+use crate::service::names::Names;
 use crate::service::workload::WorkloadService;
 use crate::snapshot::rings::Rings;
 use crate::store::redb::RedbStore;
@@ -86,6 +88,8 @@ pub struct FederatorConfig {
     pub audit: Retention,
     /// Where foreign trust domains fetch this one's bundle; `None`: nowhere.
     pub bundle_endpoint: Option<BundleEndpointConfig>,
+    /// Where services get their virtual addresses from.
+    pub virtual_ranges: VirtualRanges,
 }
 
 /// Why a federator did not start.
@@ -160,6 +164,7 @@ impl Federator {
             properties,
             audit,
             bundle_endpoint,
+            virtual_ranges,
         } = config;
         let trust = |source| BuildError::Trust { cluster: cluster.clone(), dir: trust_dir.clone(), source };
         let material = ClusterMaterial::load(&trust_dir).map_err(trust)?;
@@ -180,6 +185,7 @@ impl Federator {
 
         let mut core = Core::load(store, material, properties, clock::since_unix_epoch())?;
         core.set_audit_retention(audit);
+        core.set_virtual_ranges(virtual_ranges);
         let core = core.start().map_err(BuildError::Thread)?;
         let svid = SvidHandle::new(own_svid(&core).await?);
         let bundle_endpoint = match &bundle_endpoint {
@@ -270,6 +276,8 @@ impl Bound {
         if let Some(endpoint) = bundle_endpoint {
             endpoint.spawn(&core, &svid, &tasks);
         }
+        let names = Names::new(&core.facts());
+        tasks.spawn("names", names.clone().follow(core.clone()));
         tasks.spawn("CRL", CrlTask { core: core.clone(), published: crl }.run());
         tasks.spawn("metrics", metrics.clone().follow(core.clone(), overlay.clone()));
         let peers = PeersTask {
@@ -286,6 +294,7 @@ impl Bound {
             core: core.clone(),
             rings: Arc::new(Rings::default()),
             metrics: metrics.clone(),
+            names: names.clone(),
             tasks: tasks.clone(),
         };
         let federation =

@@ -7,7 +7,7 @@
 mod tests;
 
 use std::collections::{BTreeMap, HashMap};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use tombolo_identity::SpiffeId;
@@ -46,6 +46,8 @@ pub struct Backend {
 pub struct Upstream {
     pub service: ServiceKey,
     pub ports: Vec<u16>,
+    /// Virtual: what its names resolve to in this cluster.
+    pub addresses: Vec<IpAddr>,
     pub backends: Vec<Arc<Backend>>,
     /// Spec of the policy; empty for the default.
     pub policy_json: String,
@@ -216,9 +218,12 @@ fn upstream(
         }
         backends.push(Arc::new(backend));
     }
+    let address = |text: &String| convert::parse::<IpAddr>("upstreams.addresses", text);
+    let addresses = wire.addresses.iter().filter_map(|text| sieve.take("address", address(text))).collect();
     let upstream = Upstream {
         service,
         ports,
+        addresses,
         backends,
         policy_json: wire.failover_policy_json.clone(),
         policy_name: wire.policy_name.clone(),

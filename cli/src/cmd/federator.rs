@@ -10,6 +10,7 @@ use tombolo_federator::bundle_endpoint::{BundleEndpointConfig, WebCertificate};
 use tombolo_federator::core::audit::Retention;
 use tombolo_federator::role::{DEFAULT_LISTEN, Federator, FederatorConfig};
 use tombolo_model::names::ClusterName;
+use tombolo_model::virtual_ranges::VirtualRanges;
 use tombolo_runtime::dirs::Dirs;
 use tombolo_runtime::tasks::TaskGroup;
 use tombolo_runtime::{admin, signals};
@@ -60,6 +61,15 @@ struct Settings {
     /// Days for which entries of the audit log are kept [default: 400]
     #[arg(long, env = "TOMBOLO_AUDIT_DAYS", value_name = "NUMBER", value_parser = clap::value_parser!(u64).range(1..=36_500))]
     audit_days: Option<u64>,
+    /// Range of the virtual addresses that services get; one of IPv4, one of IPv6 (off unless given). Nothing else may use
+    /// it where callers are [default: 241.64.0.0/16]
+    #[arg(
+        long = "virtual-range",
+        env = "TOMBOLO_VIRTUAL_RANGES",
+        value_delimiter = ',',
+        value_name = "CIDR"
+    )]
+    virtual_ranges: Option<Vec<String>>,
     /// Metrics and readiness [default: 127.0.0.1:7445]
     #[arg(long, env = "TOMBOLO_ADMIN", value_name = "ADDRESS:PORT")]
     admin: Option<SocketAddr>,
@@ -104,6 +114,7 @@ layered!(Settings {
     bundle_endpoint,
     bundle_endpoint_certificate,
     bundle_endpoint_key,
+    virtual_ranges,
     log_level,
     log_format
 });
@@ -136,6 +147,7 @@ impl Settings {
             bundle_endpoint,
             bundle_endpoint_certificate,
             bundle_endpoint_key,
+            virtual_ranges,
             log_level: _,
             log_format: _,
         } = self;
@@ -179,8 +191,16 @@ impl Settings {
                 .map(|text| property(text))
                 .collect::<Result<_, _>>()?,
             bundle_endpoint: endpoint(bundle_endpoint, bundle_endpoint_certificate, bundle_endpoint_key)?,
+            virtual_ranges: ranges(virtual_ranges)?,
         })
     }
+}
+
+/// One per family.
+fn ranges(texts: Option<Vec<String>>) -> Result<VirtualRanges, Failure> {
+    let texts = texts.unwrap_or_default();
+    let parsed = VirtualRanges::parse(texts.iter().map(String::as_str));
+    parsed.map_err(|error| Failure::usage(format_args!("--virtual-range: {error}")))
 }
 
 /// A certificate and its key go together, and with an address.

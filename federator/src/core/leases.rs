@@ -352,6 +352,7 @@ impl Core {
             transaction = transaction.delete(Table::Identities, serial.as_str());
         }
         let (transaction, handles) = self.forget_released(unix, transaction);
+        let (transaction, addresses) = self.forget_addresses(unix, transaction);
         let transaction = self.forget_tokens(unix, transaction);
         self.forget_members(unix, monotonic);
         if transaction.is_empty() {
@@ -369,6 +370,10 @@ impl Core {
         }
         for handle in handles {
             self.released.remove(&handle);
+        }
+        for service in addresses {
+            self.addresses.remove(&service);
+            self.addresses_stale = true;
         }
         self.dirty = true;
     }

@@ -1,5 +1,6 @@
 //! The core, called directly: a store in a file, a real trust directory, and times that the test passes in.
 
+mod addresses;
 mod any_order;
 mod audit;
 mod authorities;

@@ -195,6 +195,7 @@ fn upstream(facts: &Facts, service: &ServiceKey, rings: &Rings, unix: Duration) 
             .and_then(|(_, spec)| serde_json::to_string(spec).ok())
             .unwrap_or_default(),
         policy_name: policy.map(|(stored, _)| stored.object.metadata.name.clone()).unwrap_or_default(),
+        addresses: crate::names::addresses(facts, service),
     }
 }
 

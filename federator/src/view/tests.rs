@@ -102,6 +102,7 @@ pub fn east() -> Facts {
         shifts: BTreeMap::new(),
         identities: BTreeMap::new(),
         jwt_authorities: Vec::new(),
+        addresses: Arc::default(),
         store_writable: true,
     }
 }
@@ -242,6 +243,8 @@ pub fn exported(healthy: u32, total: u32, ports: &[Port]) -> ImportedExport {
         total,
         exported_at_unix_ms: i64::try_from((UNIX - 50) * 1000).unwrap(),
         endpoints: Vec::new(),
+        headless: false,
+        named: Vec::new(),
     }
 }
 

@@ -85,6 +85,7 @@ fn config(dir: &Path, cluster: &str, listen: SocketAddr) -> FederatorConfig {
         properties: Default::default(),
         audit: Default::default(),
         bundle_endpoint: None,
+        virtual_ranges: Default::default(),
     }
 }
 
