@@ -26,7 +26,7 @@ use tombolo_runtime::readiness::{BlockReady, Readiness};
 use tombolo_runtime::tasks::TaskGroup;
 
 use crate::access::Admission;
-use crate::capture;
+use crate::capture::names::{self, NamesTask};
 use crate::capture::pass::Dialler;
 use crate::capture::targets::Targets;
 use crate::capture::wanted::Wanted;
@@ -240,7 +240,10 @@ impl Bound {
             None => (Dialler::plain(), None),
             Some(capture) => {
                 let (sender, targets) = watch::channel(Arc::new(Targets::new(capture)));
-                tasks.spawn("captured addresses", capture::names::follow(received.clone(), sender));
+                let (addresses, named) = watch::channel(None);
+                let names = NamesTask { member: member.clone(), overlay: overlay.clone(), addresses };
+                tasks.spawn("captured names", names.run());
+                tasks.spawn("captured addresses", names::merge(received.clone(), named, sender));
                 let pass_slots = Arc::new(Semaphore::new(config.pool.max_app_connections));
                 (Dialler::marking(capture.mark), Some(Capture { targets, wanted, pass_slots }))
             }

@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 
 use ipnet::IpNet;
+use tombolo_model::virtual_ranges::VirtualRanges;
 use tombolo_sidecar::capture::settings::DEFAULT_MARK;
 use tombolo_sidecar::capture::{CaptureAddress, CaptureConfig, InboundCapture, InboundMode};
 
@@ -54,17 +55,12 @@ impl Captured {
     }
 }
 
-/// Where virtual addresses lie.
+/// Where virtual addresses lie, as the federator reads it.
 pub fn ranges(texts: Option<Vec<String>>) -> Result<Vec<IpNet>, Failure> {
-    const DEFAULT: &str = "241.64.0.0/16";
-    let texts = texts.unwrap_or_else(|| vec![DEFAULT.to_owned()]);
-    let range = |text: &String| {
-        text.trim().parse::<IpNet>().map(|range| range.trunc()).map_err(|_| {
-            Failure::usage(format_args!("--virtual-range {text:?}: is no CIDR"))
-                .remedy("give it as the federator has it, such as 241.64.0.0/16")
-        })
-    };
-    texts.iter().map(range).collect()
+    let texts = texts.unwrap_or_default();
+    let ranges = VirtualRanges::parse(texts.iter().map(String::as_str));
+    let ranges = ranges.map_err(|error| Failure::usage(format_args!("--virtual-range: {error}")))?;
+    Ok([IpNet::V4(ranges.v4())].into_iter().chain(ranges.v6().map(IpNet::V6)).collect())
 }
 
 /// A mark on packets: `0x7462` or `29794`; 0 is what all others have.
