@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use tombolo_tests::capability::{require_netns, require_programs};
-use tombolo_tests::captured::{HERE, HERE6, THERE, THERE6, at, capture, counter, curl, curl_as, neighbour};
+use tombolo_tests::captured::{THERE, THERE6, at, capture, counter, curl, curl_as, neighbour};
 use tombolo_tests::link::Shape;
 use tombolo_tests::mesh::{Layout, Mesh};
 use tombolo_tests::netns::Namespace;

@@ -3,11 +3,10 @@
 use std::net::{Ipv4Addr, SocketAddr};
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
-use std::str::FromStr;
 
 use clap::{Args, Subcommand};
 use serde::Deserialize;
-use tombolo_runtime::{admin, dirs::Dirs, rt};
+use tombolo_runtime::{admin, dirs::Dirs};
 use tombolo_sidecar::config::{
     self, Mapping, ServiceConfig, SidecarConfig, UpstreamConfig, services_from, upstreams_from,
 };
@@ -20,10 +19,12 @@ use tombolo_runtime::signals;
 use tombolo_runtime::tasks::TaskGroup;
 use tombolo_sidecar::role::Sidecar;
 
+use self::threads::Threads;
 use crate::failure::{Exit, Failure};
 
 mod capture;
 mod captured;
+mod threads;
 mod workload;
 
 /// Run the data plane of one workload
@@ -228,49 +229,6 @@ pub fn run(args: SidecarArgs) -> Result<Exit, Failure> {
         let bound = Sidecar::build(config).await?;
         Ok::<_, Box<dyn std::error::Error>>(bound.run(drain).await?)
     })
-}
-
-/// `2`, or `auto`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Threads {
-    Auto,
-    Number(NonZeroUsize),
-}
-
-impl Threads {
-    fn count(self) -> NonZeroUsize {
-        match self {
-            Self::Auto => rt::threads(None),
-            Self::Number(number) => number,
-        }
-    }
-}
-
-impl FromStr for Threads {
-    type Err = String;
-    fn from_str(text: &str) -> Result<Self, String> {
-        match text {
-            "auto" => Ok(Self::Auto),
-            number => {
-                number.parse().map(Self::Number).map_err(|_| "give a number from 1 on, or auto".to_owned())
-            }
-        }
-    }
-}
-
-impl<'de> Deserialize<'de> for Threads {
-    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        #[derive(Deserialize)]
-        #[serde(untagged)]
-        enum Written {
-            Number(NonZeroUsize),
-            Text(String),
-        }
-        match Written::deserialize(deserializer)? {
-            Written::Number(number) => Ok(Self::Number(number)),
-            Written::Text(text) => text.parse().map_err(serde::de::Error::custom),
-        }
-    }
 }
 
 impl Settings {

@@ -7,6 +7,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use self::kernel::Nft;
+use self::plan::Outbound;
 use self::rules::{COUNTERS, FIXED_SETS, Inventory};
 use self::settings::Settings;
 use crate::args::{Format, Output};
@@ -14,8 +15,10 @@ use crate::cmd::role;
 use crate::failure::{Exit, Failure};
 
 mod kernel;
+mod plan;
 mod rules;
 mod settings;
+mod values;
 
 /// Hand applications' connections to the sidecar, without a change in any application
 #[derive(Debug, Args)]
@@ -91,7 +94,7 @@ pub fn run(args: CaptureArgs) -> Result<Exit, Failure> {
             }
             let nft = Nft::find(nft)?;
             // Before the rules: a captured connection needs a route first, and a route alone catches nothing.
-            let ranges = if plan.outbound == rules::Outbound::None { &[][..] } else { &plan.virtual_ranges };
+            let ranges = if plan.outbound == Outbound::None { &[][..] } else { &plan.virtual_ranges };
             if kernel::route(ranges)? {
                 eprintln!("IPv6 is off on this machine: its virtual addresses are left out");
             }

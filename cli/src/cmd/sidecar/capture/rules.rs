@@ -16,10 +16,11 @@
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::time::Duration;
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use tombolo_sidecar::capture::InboundMode;
+
+use super::plan::{Allow, Away, Exclude, Inbound, Outbound, Plan};
 
 pub const TABLE: &str = "tombolo_capture";
 /// Bumped when the meaning of the table changes.
@@ -34,67 +35,6 @@ const PREROUTING_PRIORITY: i32 = -150;
 const KNOWN_AWAY: &str = "1h";
 const SYN: &str = "tcp flags & (fin | syn | rst | ack) == syn";
 const NOT_SYN: &str = "tcp flags & (fin | syn | rst | ack) != syn";
-
-/// Which connections of this machine are handed over.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Outbound {
-    /// To virtual addresses and those that were taken over; nothing else touches the sidecar.
-    Services,
-    /// All; the sidecar passes on what is not the mesh's.
-    All,
-    None,
-}
-
-/// What becomes of a connection that could do without the sidecar, while nobody listens.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Away {
-    /// It goes to where it was going.
-    Pass,
-    Refuse,
-}
-
-/// Who may connect to the workload's ports past the sidecar.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Allow {
-    pub source: Option<IpNet>,
-    pub port: Option<u16>,
-}
-
-/// Connections from outside.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Inbound {
-    pub mode: InboundMode,
-    /// The sidecar's listener.
-    pub listen_port: u16,
-    /// The workload's.
-    pub ports: BTreeSet<u16>,
-    pub allow: Vec<Allow>,
-}
-
-/// Let through untouched.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Exclude {
-    pub uids: BTreeSet<u32>,
-    pub gids: BTreeSet<u32>,
-    pub marks: BTreeSet<u32>,
-    pub ports: BTreeSet<u16>,
-    pub ranges: Vec<IpNet>,
-    pub interfaces: BTreeSet<String>,
-}
-
-/// What the rules are made of.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Plan {
-    pub outbound: Outbound,
-    /// The sidecar's listener.
-    pub port: u16,
-    pub virtual_ranges: Vec<IpNet>,
-    pub addresses: Vec<SocketAddr>,
-    pub away: Away,
-    pub grace: Duration,
-    pub inbound: Option<Inbound>,
-    pub exclude: Exclude,
-}
 
 /// Counters of the table, with what they count.
 pub const COUNTERS: [(&str, &str); 8] = [
@@ -314,11 +254,11 @@ impl Plan {
         // holds already.
         rules.extend([
             format!(
-                "meta nfproto ipv4 tproxy ip to {}:{listen_port} counter name \"inbound\" accept",
+                "meta nfproto ipv4 meta l4proto tcp tproxy ip to {}:{listen_port} counter name \"inbound\" accept",
                 Ipv4Addr::LOCALHOST
             ),
             format!(
-                "meta nfproto ipv6 tproxy ip6 to [{}]:{listen_port} counter name \"inbound\" accept",
+                "meta nfproto ipv6 meta l4proto tcp tproxy ip6 to [{}]:{listen_port} counter name \"inbound\" accept",
                 Ipv6Addr::LOCALHOST
             ),
             match mode {

@@ -1,5 +1,7 @@
 //! What is and is not in the rules; that they do what they say is for the scenarios.
 
+use std::time::Duration;
+
 use super::*;
 
 fn plan() -> Plan {
