@@ -37,6 +37,18 @@ pub fn require_programs(test: &str, programs: &[&str]) -> Option<()> {
     None
 }
 
+/// How much of something a scenario does: `default`, or what the environment variable says. Figures want more rounds and
+/// load than a test has time for: `docs/benchmarks.md` names the command of each.
+///
+/// # Panics
+/// When the variable is no number: a figure must not be of something else than was asked for.
+pub fn amount(variable: &str, default: u32) -> u32 {
+    std::env::var_os(variable).map_or(default, |value| {
+        let number = value.to_str().and_then(|text| text.parse().ok());
+        number.unwrap_or_else(|| panic!("{variable} is {}, expected a number", value.display()))
+    })
+}
+
 /// Whether namespaces, veth pairs and TUN devices work here; asked once per process.
 pub fn netns() -> Result<NetnsCapable, String> {
     static ANSWER: OnceLock<Result<(), String>> = OnceLock::new();

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use nix::sys::signal::Signal;
 use serde_json::Value;
-use tombolo_tests::capability::require_netns;
+use tombolo_tests::capability::{amount, require_netns};
 use tombolo_tests::link::Shape;
 use tombolo_tests::mesh::{Layout, Mesh, http_get};
 use tombolo_tests::netns::Namespace;
@@ -13,7 +13,7 @@ use tombolo_tests::scenario::{World, entry, flowing, metric};
 use tombolo_tests::traffic::StreamReader;
 
 const FAR: Shape = Shape { delay: Duration::from_millis(25), ..Shape::PERFECT };
-const ROUNDS: usize = 5;
+const ROUNDS: u32 = 5;
 /// The promise, of each round here: `docs/benchmarks.md` has the figures.
 const CUT: Duration = Duration::from_secs(1);
 /// What a debug build on two shared cores may take longer.
@@ -80,7 +80,7 @@ fn a_revoked_identity_is_cut_and_refused_in_every_cluster_and_can_be_taken_back(
 
     let mut cuts = Vec::new();
     let mut words = Vec::new();
-    for round in 0..ROUNDS {
+    for round in 0..amount("TOMBOLO_ROUNDS", ROUNDS) {
         from_west()?;
         let readers = [
             StreamReader::start(east, world.stream)?,
@@ -108,7 +108,11 @@ fn a_revoked_identity_is_cut_and_refused_in_every_cluster_and_can_be_taken_back(
         }
         mesh.operate("west", &["unrevoke", WEB, "--yes"])?;
     }
-    let worst = |times: &[Duration]| times.iter().copied().max().unwrap_or_default();
+    cuts.sort();
+    words.sort();
+    let p99 = |times: &[Duration]| times.get((times.len() * 99).div_ceil(100) - 1).copied().unwrap_or_default();
+    let worst = |times: &[Duration]| times.last().copied().unwrap_or_default();
+    println!("p99: streams cut after {:?}, enforced after {:?}", p99(&cuts), p99(&words));
     println!("{} streams cut, worst {:?}; enforced, worst {:?}", cuts.len(), worst(&cuts), worst(&words));
     ensure!(worst(&cuts) <= CUT + SLACK && worst(&words) <= CUT + SLACK, "{cuts:?} {words:?}");
     from_west()?;

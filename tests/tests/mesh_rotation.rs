@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use nix::sys::signal::Signal;
 use serde_json::Value;
-use tombolo_tests::capability::require_netns;
+use tombolo_tests::capability::{amount, require_netns};
 use tombolo_tests::link::Shape;
 use tombolo_tests::mesh::{Layout, Mesh, binary, http_get};
 use tombolo_tests::process::ProcessSpec;
@@ -18,6 +18,7 @@ use tombolo_tests::traffic::{RequestLoad, StreamReader};
 
 const FAR: Shape = Shape { delay: Duration::from_millis(10), ..Shape::PERFECT };
 const PATIENCE: Duration = Duration::from_secs(30);
+/// Of each of two clusters.
 const PER_SECOND: u32 = 40;
 /// A sidecar's or gateway's, for `kill -9` of a component in the middle.
 const STALL: Duration = Duration::from_secs(2);
@@ -134,9 +135,10 @@ fn roots_intermediates_and_leaves_rotate_under_load_and_whatever_is_killed() -> 
         StreamReader::start(east, world.stream)?,
         StreamReader::start(north, north_stream)?,
     ];
+    let per_second = amount("TOMBOLO_REQUESTS_PER_SECOND", PER_SECOND);
     let loads = [
-        RequestLoad::start(east, world.web, "/", PER_SECOND),
-        RequestLoad::start(north, north_web, "/", PER_SECOND),
+        RequestLoad::start(east, world.web, "/", per_second),
+        RequestLoad::start(north, north_web, "/", per_second),
     ];
     flowing(&readers, 100_000, PATIENCE)?;
     for reader in &readers {

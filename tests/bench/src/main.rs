@@ -19,6 +19,7 @@ mod report;
 mod samples;
 mod scale;
 mod site;
+mod storm;
 mod targets;
 mod topology;
 
@@ -54,6 +55,8 @@ enum Command {
     Scale(scale::ScaleArgs),
     /// Measures what a federator issues against bare signing with openssl, and a thousand members that come at once.
     Issuance(issuance::IssuanceArgs),
+    /// Lets a thousand members that have just started renew at once, over sockets.
+    Storm(storm::StormArgs),
     /// (internal) One load generator; prints its report as JSON.
     #[command(hide = true)]
     Load(load::LoadArgs),
@@ -95,6 +98,7 @@ fn main() -> ExitCode {
         Command::Capture(args) => capture::run(&args),
         Command::Scale(args) => scale::run(&args),
         Command::Issuance(args) => issuance::run(&args),
+        Command::Storm(args) => storm::run(&args),
         Command::Load(args) => load::run(&args),
         Command::Origin(args) => origin::run(&args),
         Command::QuicHop(args) => quic_hop::run(args),
