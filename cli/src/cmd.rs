@@ -18,6 +18,7 @@ pub mod federator;
 pub mod gateway;
 pub mod get;
 pub mod link;
+pub mod names;
 pub mod revoke;
 pub mod role;
 pub mod sidecar;

@@ -110,11 +110,15 @@ pub fn exporters<'a>(
 /// The type of a service: its oldest exporter's, as MCS has it.
 pub fn service_type(facts: &Facts, service: &ServiceKey) -> ServiceType {
     let exporters = exporters(facts, service, []);
-    let Some(oldest) = exporters.first() else { return ServiceType::default() };
-    if oldest.cluster == facts.cluster.name {
+    exporters.first().map(|oldest| type_of(facts, service, &oldest.cluster)).unwrap_or_default()
+}
+
+/// The type that one exporter gives a service.
+pub fn type_of(facts: &Facts, service: &ServiceKey, exporter: &ClusterName) -> ServiceType {
+    if *exporter == facts.cluster.name {
         return export_of(facts, service).map(|export| export.service_type()).unwrap_or_default();
     }
-    let import = facts.imports.get(&oldest.cluster);
+    let import = facts.imports.get(exporter);
     let headless = import.and_then(|import| import.exports.get(service)).is_some_and(|e| e.headless);
     if headless { ServiceType::Headless } else { ServiceType::ClusterSetIp }
 }

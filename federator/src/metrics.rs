@@ -49,6 +49,12 @@ pub struct AttestationLabels {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct AddressLabels {
+    /// `allotted`, `held` or `wanting`.
+    pub state: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct RefusalLabels {
     /// As `UpdateError::kind`.
     pub reason: &'static str,
@@ -76,6 +82,7 @@ pub struct Metrics {
     revoked_connections: Counter,
     trust_sequence: Gauge<u64, AtomicU64>,
     trust_refused: Family<RefusalLabels, Counter>,
+    addresses: Family<AddressLabels, Gauge>,
 }
 
 impl Metrics {
@@ -102,6 +109,7 @@ impl Metrics {
             revoked_connections: Counter::default(),
             trust_sequence: Gauge::default(),
             trust_refused: Family::default(),
+            addresses: Family::default(),
         };
         registry.register("members", "Sidecars, machines and gateways, by state", metrics.members.clone());
         registry.register(
@@ -123,6 +131,11 @@ impl Metrics {
         );
         registry.register("handles", "Handles in use", metrics.handles.clone());
         registry.register("leases", "Leased blocks of endpoint ids", metrics.leases.clone());
+        registry.register(
+            "virtual_addresses",
+            "Services with a virtual address, without one, and addresses that are held",
+            metrics.addresses.clone(),
+        );
         registry.register("objects", "Applied objects", metrics.objects.clone());
         registry.register("revision", "Of the published facts", metrics.revision.clone());
         registry.register("store_writable", "1 while the last commit worked", metrics.store_writable.clone());
@@ -208,6 +221,16 @@ impl Metrics {
         self.ca_expiry.clear();
         for Authority { role, fingerprint, not_after } in authorities::of(facts) {
             self.ca_expiry.get_or_create_owned(&CaLabels { ca: role, fingerprint }).set(left(not_after));
+        }
+        let addresses = &facts.addresses;
+        let states = [
+            ("allotted", addresses.of.len()),
+            ("held", addresses.held),
+            ("wanting", addresses.wanting.len()),
+        ];
+        for (state, count) in states {
+            let count = i64::try_from(count).unwrap_or(i64::MAX);
+            self.addresses.get_or_create_owned(&AddressLabels { state }).set(count);
         }
         self.trust_sequence.set(facts.trust.bundle.sequence);
         for (reason, count) in &facts.trust.refused {

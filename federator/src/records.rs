@@ -63,7 +63,8 @@ fn exported<'a>(
         let service: ServiceKey = record.service.parse().ok()?;
         let stored = exports::export_of(facts, &service)?.stored;
         let Spec::ServiceExport(spec) = &stored.object.spec else { return None };
-        let headless = exports::service_type(facts, &service) == ServiceType::Headless;
+        // Its own word; which type holds is for each importer to find out.
+        let headless = exports::type_of(facts, &service, &facts.cluster.name) == ServiceType::Headless;
         let identities: BTreeSet<String> =
             facts.registry.serving(&service).map(|member| member.spiffe_id.to_string()).collect();
         let ports = exports::served_ports(facts.registry.serving(&service), &service);

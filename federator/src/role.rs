@@ -21,6 +21,9 @@ use tombolo_identity::tls::SvidError;
 use tombolo_identity::{Svid, SvidHandle, tls};
 use tombolo_model::names::ClusterName;
 use tombolo_model::virtual_ranges::VirtualRanges;
+use tombolo_names::metrics as names_metrics;
+use tombolo_names::server::{self as names_server, NamesConfig, NamesError};
+use tombolo_names::table::TableHandle;
 use tombolo_overlay::cid::Kind;
 use tombolo_overlay::grpc::{GrpcAcceptor, GrpcIncoming};
 use tombolo_overlay::member;
@@ -90,6 +93,8 @@ pub struct FederatorConfig {
     pub bundle_endpoint: Option<BundleEndpointConfig>,
     /// Where services get their virtual addresses from.
     pub virtual_ranges: VirtualRanges,
+    /// Where names are served to the cluster; `None`: nowhere.
+    pub names: Option<NamesConfig>,
 }
 
 /// Why a federator did not start.
@@ -125,6 +130,17 @@ pub enum BuildError {
     Admin(#[from] AdminError),
     #[error(transparent)]
     BundleEndpoint(#[from] BundleEndpointError),
+    #[error(transparent)]
+    Names(#[from] NamesError),
+}
+
+/// Why a running federator ended.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    #[error(transparent)]
+    Admin(#[from] AdminError),
+    #[error("names can't be served: {0}")]
+    Names(io::Error),
 }
 
 /// Builds federators.
@@ -143,6 +159,7 @@ pub struct Bound {
     metrics: Metrics,
     crl: crl::Published,
     bundle_endpoint: Option<BundleEndpoint>,
+    names: Option<(names_server::Bound, names_metrics::Metrics)>,
     bind: IpAddr,
     trust_dir: PathBuf,
     /// Dropped when everything serves.
@@ -165,6 +182,7 @@ impl Federator {
             audit,
             bundle_endpoint,
             virtual_ranges,
+            names,
         } = config;
         let trust = |source| BuildError::Trust { cluster: cluster.clone(), dir: trust_dir.clone(), source };
         let material = ClusterMaterial::load(&trust_dir).map_err(trust)?;
@@ -180,6 +198,13 @@ impl Federator {
         let mut registry = MetricsRegistry::default();
         let metrics = Metrics::register(&mut registry);
         let crl = crl::Published::register(&mut registry);
+        let names = match &names {
+            Some(config) => {
+                let metrics = names_metrics::Metrics::register(&mut registry);
+                Some((names_server::Bound::bind(config, metrics.clone())?, metrics))
+            }
+            None => None,
+        };
         let admin = Admin::bind(admin, registry, readiness).await?.with_routes(crl::routes(crl.clone()));
         let operators = bind_socket(&socket).await?;
 
@@ -231,6 +256,7 @@ impl Federator {
             metrics,
             crl,
             bundle_endpoint,
+            names,
             bind: listen.ip(),
             trust_dir,
             serving,
@@ -252,7 +278,7 @@ impl Bound {
     }
 
     /// Runs until `shutdown` starts.
-    pub async fn run(self, shutdown: Drain) -> Result<(), AdminError> {
+    pub async fn run(self, shutdown: Drain) -> Result<(), RunError> {
         let Self {
             core,
             overlay,
@@ -264,6 +290,7 @@ impl Bound {
             metrics,
             crl,
             bundle_endpoint,
+            names: bound_names,
             bind,
             trust_dir,
             serving,
@@ -278,6 +305,14 @@ impl Bound {
         }
         let names = Names::new(&core.facts());
         tasks.spawn("names", names.clone().follow(core.clone()));
+        let _serving_names = match bound_names {
+            Some((bound, metrics)) => {
+                let table = TableHandle::default();
+                tasks.spawn("names table", names.clone().fill(table.clone(), metrics));
+                Some(bound.start(table).map_err(RunError::Names)?)
+            }
+            None => None,
+        };
         tasks.spawn("CRL", CrlTask { core: core.clone(), published: crl }.run());
         tasks.spawn("metrics", metrics.clone().follow(core.clone(), overlay.clone()));
         let peers = PeersTask {
@@ -324,7 +359,7 @@ impl Bound {
         let _ = tokio::time::timeout(END_PATIENCE, ending.call(|core, moment| core.end(moment))).await;
         overlay.close().await;
         tasks.shutdown(END_PATIENCE).await;
-        result
+        Ok(result?)
     }
 }
 

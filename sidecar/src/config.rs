@@ -8,6 +8,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use tombolo_model::names::{NameError, ServiceKey};
+use tombolo_names::server::NamesConfig;
 use tombolo_overlay::MAX_PARTS;
 
 use crate::capture::CaptureConfig;
@@ -87,6 +88,8 @@ pub struct SidecarConfig {
     pub workload_api: Option<WorkloadApiConfig>,
     /// Connections that the machine's rules hand over; `None`: none are taken.
     pub capture: Option<CaptureConfig>,
+    /// Where local applications resolve names; `None`: nowhere.
+    pub names: Option<NamesConfig>,
 }
 
 /// What is wrong with a setting, and what would be right.
@@ -105,7 +108,7 @@ pub enum ConfigError {
     #[error("upstreams {first} and {second} both listen on {listen}: choose another address for one")]
     ListenTwice { first: ServiceKey, second: ServiceKey, listen: SocketAddr },
     #[error(
-        "nothing to do: give at least one --service or --upstream, a --workload file, --capture-listen, or --workload-api"
+        "nothing to do: give at least one --service or --upstream, a --workload file, --capture-listen, --dns-listen, or --workload-api"
     )]
     Nothing,
     #[error(
@@ -143,6 +146,7 @@ impl SidecarConfig {
             && self.upstreams.is_empty()
             && self.workload_api.is_none()
             && self.capture.is_none()
+            && self.names.is_none()
         {
             return Err(ConfigError::Nothing);
         }
@@ -279,6 +283,7 @@ mod tests {
             pool: PoolLimits::default(),
             workload_api: None,
             capture: None,
+            names: None,
         }
     }
 

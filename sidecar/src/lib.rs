@@ -21,6 +21,7 @@ pub mod health;
 pub mod inbound;
 pub mod listening;
 pub mod metrics;
+pub mod names;
 pub mod outbound;
 pub mod pool;
 pub mod role;

@@ -14,6 +14,9 @@ use prometheus_client::registry::Registry;
 use tokio::sync::{Semaphore, watch};
 use tombolo_identity::tls;
 use tombolo_model::names::ServiceKey;
+use tombolo_names::metrics as names_metrics;
+use tombolo_names::server::{self as names_server, NamesError};
+use tombolo_names::table::TableHandle;
 use tombolo_overlay::cid::Kind;
 use tombolo_overlay::lease::LeaseError;
 use tombolo_overlay::member::{JoinError, Member, MemberError};
@@ -26,7 +29,7 @@ use tombolo_runtime::readiness::{BlockReady, Readiness};
 use tombolo_runtime::tasks::TaskGroup;
 
 use crate::access::Admission;
-use crate::capture::names::{self, NamesTask};
+use crate::capture;
 use crate::capture::pass::Dialler;
 use crate::capture::targets::Targets;
 use crate::capture::wanted::Wanted;
@@ -38,6 +41,7 @@ use crate::failover::ShiftLog;
 use crate::health;
 use crate::listening::{ListenError, Listening};
 use crate::metrics::Metrics;
+use crate::names::NamesTask;
 use crate::tables::Tables;
 use crate::workload_api::{self, WorkloadApi};
 
@@ -73,6 +77,8 @@ pub enum BuildError {
     Admin(#[from] AdminError),
     #[error(transparent)]
     WorkloadApi(#[from] workload_api::BindError),
+    #[error(transparent)]
+    Names(#[from] NamesError),
 }
 
 /// Why a running sidecar ended.
@@ -86,6 +92,8 @@ pub enum RunError {
     Tls(#[from] rustls::Error),
     #[error("an upstream's listener can't be served: {0}")]
     Listener(std::io::Error),
+    #[error("names can't be served: {0}")]
+    Names(std::io::Error),
 }
 
 /// Builds sidecars.
@@ -105,6 +113,8 @@ pub struct Bound {
     admin: Admin,
     metrics: Metrics,
     workload_api: Option<WorkloadApi>,
+    /// Followed for the name server, and for captured connections.
+    names: Option<(Option<names_server::Bound>, names_metrics::Metrics)>,
     configured: BlockReady,
     tasks: TaskGroup,
 }
@@ -124,6 +134,14 @@ impl Sidecar {
         let workload_api = match &config.workload_api {
             Some(api) => Some(WorkloadApi::bind(api, &mut registry).await?),
             None => None,
+        };
+        let names = match (&config.names, &config.capture) {
+            (None, None) => None,
+            (served, _) => {
+                let metrics = names_metrics::Metrics::register(&mut registry);
+                let served = served.as_ref().map(|names| names_server::Bound::bind(names, metrics.clone()));
+                Some((served.transpose()?, metrics))
+            }
         };
         let admin = Admin::bind(config.admin, registry, readiness).await?;
 
@@ -172,6 +190,7 @@ impl Sidecar {
             admin,
             metrics,
             workload_api,
+            names,
             configured,
             tasks,
         })
@@ -184,6 +203,10 @@ impl Bound {
     }
     pub fn admin_addr(&self) -> SocketAddr {
         self.admin.local_addr()
+    }
+    /// Where names are served.
+    pub fn names_addr(&self) -> Option<SocketAddr> {
+        self.names.as_ref().and_then(|(bound, _)| bound.as_ref()).map(names_server::Bound::listen_addr)
     }
     /// Where the upstreams listen, in the order of the configuration.
     pub fn upstream_addrs(&self) -> Vec<SocketAddr> {
@@ -202,6 +225,7 @@ impl Bound {
             admin,
             metrics,
             workload_api,
+            names,
             configured,
             tasks,
         } = self;
@@ -231,22 +255,33 @@ impl Bound {
             api.spawn(&member, &overlay, received.clone(), &tasks);
         }
 
+        // Served to the end: applications that drain resolve names, too.
+        let (_serving_names, names) = match names {
+            Some((bound, metrics)) => {
+                let table = TableHandle::default();
+                let task = NamesTask::new(member.clone(), overlay.clone(), table.clone(), metrics);
+                let whole = task.whole();
+                tasks.spawn("names", task.run());
+                let serving = bound.map(|bound| bound.start(table.clone())).transpose();
+                (serving.map_err(RunError::Names)?, Some((table, whole)))
+            }
+            None => (None, None),
+        };
+
         let (admitted_sender, admitted) =
             watch::channel(Arc::new(Admission::nobody(member.cluster().clone())));
         let follow = follow_admission(received.clone(), admitted_sender, metrics.clone());
         tasks.spawn("admission", follow);
         let config = Arc::new(config);
-        let (dialler, capture) = match &config.capture {
-            None => (Dialler::plain(), None),
-            Some(capture) => {
+        let (dialler, capture) = match (&config.capture, names) {
+            (Some(capture), Some((table, whole))) => {
                 let (sender, targets) = watch::channel(Arc::new(Targets::new(capture)));
-                let (addresses, named) = watch::channel(None);
-                let names = NamesTask { member: member.clone(), overlay: overlay.clone(), addresses };
-                tasks.spawn("captured names", names.run());
-                tasks.spawn("captured addresses", names::merge(received.clone(), named, sender));
+                let follow = capture::names::follow(received.clone(), table, whole, sender);
+                tasks.spawn("captured addresses", follow);
                 let pass_slots = Arc::new(Semaphore::new(config.pool.max_app_connections));
                 (Dialler::marking(capture.mark), Some(Capture { targets, wanted, pass_slots }))
             }
+            _ => (Dialler::plain(), None),
         };
         let path = DataPath {
             config: Arc::clone(&config),

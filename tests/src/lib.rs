@@ -17,6 +17,7 @@ pub mod mesh;
 pub mod nat;
 pub mod netns;
 pub mod process;
+pub mod resolver;
 pub mod scenario;
 pub mod spiffe_probe;
 pub mod stolen;

@@ -110,7 +110,8 @@ fn a_revoked_identity_is_cut_and_refused_in_every_cluster_and_can_be_taken_back(
     }
     cuts.sort();
     words.sort();
-    let p99 = |times: &[Duration]| times.get((times.len() * 99).div_ceil(100) - 1).copied().unwrap_or_default();
+    let p99 =
+        |times: &[Duration]| times.get((times.len() * 99).div_ceil(100) - 1).copied().unwrap_or_default();
     let worst = |times: &[Duration]| times.last().copied().unwrap_or_default();
     println!("p99: streams cut after {:?}, enforced after {:?}", p99(&cuts), p99(&words));
     println!("{} streams cut, worst {:?}; enforced, worst {:?}", cuts.len(), worst(&cuts), worst(&words));

@@ -15,6 +15,7 @@ use tombolo_runtime::dirs::Dirs;
 use tombolo_runtime::tasks::TaskGroup;
 use tombolo_runtime::{admin, signals};
 
+use super::names;
 use super::role::{self, layered};
 use crate::failure::{Exit, Failure};
 
@@ -25,7 +26,8 @@ Examples:
   tombolo federator --cluster east
   tombolo federator --cluster east --trust-dir /etc/tombolo/east --listen 10.0.0.5:7443
   tombolo federator --config /etc/tombolo/federator.yaml --log-format json
-  tombolo federator --cluster east --bundle-endpoint 0.0.0.0:8443")]
+  tombolo federator --cluster east --bundle-endpoint 0.0.0.0:8443
+  tombolo federator --cluster east --dns-listen 10.0.0.5 --virtual-range 10.96.0.0/16 --virtual-range fd00:96::/112")]
 pub struct FederatorArgs {
     #[command(flatten)]
     settings: Settings,
@@ -70,6 +72,19 @@ struct Settings {
         value_name = "CIDR"
     )]
     virtual_ranges: Option<Vec<String>>,
+    /// Serve names of the cluster over DNS here, UDP and TCP; the port may be left out [default port: 7453]. Off unless given
+    #[arg(long, env = "TOMBOLO_DNS_LISTEN", value_name = "ADDRESS[:PORT]", help_heading = "Names")]
+    dns_listen: Option<String>,
+    /// Resolver that answers for other names; may be repeated; `none`: they are refused [default: those of
+    /// /etc/resolv.conf]
+    #[arg(
+        long = "dns-upstream",
+        env = "TOMBOLO_DNS_UPSTREAMS",
+        value_delimiter = ',',
+        value_name = "ADDRESS[:PORT]",
+        help_heading = "Names"
+    )]
+    dns_upstreams: Option<Vec<String>>,
     /// Metrics and readiness [default: 127.0.0.1:7445]
     #[arg(long, env = "TOMBOLO_ADMIN", value_name = "ADDRESS:PORT")]
     admin: Option<SocketAddr>,
@@ -115,6 +130,8 @@ layered!(Settings {
     bundle_endpoint_certificate,
     bundle_endpoint_key,
     virtual_ranges,
+    dns_listen,
+    dns_upstreams,
     log_level,
     log_format
 });
@@ -148,6 +165,8 @@ impl Settings {
             bundle_endpoint_certificate,
             bundle_endpoint_key,
             virtual_ranges,
+            dns_listen,
+            dns_upstreams,
             log_level: _,
             log_format: _,
         } = self;
@@ -192,6 +211,7 @@ impl Settings {
                 .collect::<Result<_, _>>()?,
             bundle_endpoint: endpoint(bundle_endpoint, bundle_endpoint_certificate, bundle_endpoint_key)?,
             virtual_ranges: ranges(virtual_ranges)?,
+            names: names::config(dns_listen, dns_upstreams)?,
         })
     }
 }

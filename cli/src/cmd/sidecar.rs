@@ -14,6 +14,7 @@ use tombolo_sidecar::inbound::InboundLimits;
 use tombolo_sidecar::pool::PoolLimits;
 use tombolo_sidecar::workload_api::WorkloadApiConfig;
 
+use super::names;
 use super::role::{self, Span, layered};
 use tombolo_runtime::signals;
 use tombolo_runtime::tasks::TaskGroup;
@@ -24,6 +25,7 @@ use crate::failure::{Exit, Failure};
 
 mod capture;
 mod captured;
+mod dns;
 mod threads;
 mod workload;
 
@@ -44,7 +46,11 @@ SPIFFE_ENDPOINT_SOCKET=unix:///run/tombolo/web/workload.sock:
 
 With callers that know nothing of the mesh; `tombolo sidecar capture` puts the rules in place:
   tombolo sidecar capture apply --address 10.0.0.7:5432
-  tombolo sidecar --name client --capture-listen 127.0.0.1:7447 --capture-address 10.0.0.7:5432=shop/db")]
+  tombolo sidecar --name client --capture-listen 127.0.0.1:7447 --capture-address 10.0.0.7:5432=shop/db
+
+With names for local applications; `tombolo sidecar dns` points the machine's resolver at it:
+  tombolo sidecar --name client --upstream shop/web:80=127.0.0.1:9080 --dns-listen 127.0.0.54:53
+  tombolo sidecar dns install --resolver 127.0.0.54")]
 pub struct SidecarArgs {
     #[command(subcommand)]
     verb: Option<Verb>,
@@ -58,6 +64,7 @@ pub struct SidecarArgs {
 #[derive(Debug, Subcommand)]
 enum Verb {
     Capture(capture::CaptureArgs),
+    Dns(dns::DnsArgs),
 }
 
 #[derive(Debug, Default, Args, Deserialize)]
@@ -162,6 +169,20 @@ struct Settings {
         help_heading = "Captured connections"
     )]
     inbound_listen: Option<Vec<SocketAddr>>,
+    /// Resolve names for local applications over DNS here, UDP and TCP; the port may be left out [default port: 7453]. Off
+    /// unless given. `tombolo sidecar dns install` points the machine's resolver at it
+    #[arg(long, env = "TOMBOLO_DNS_LISTEN", value_name = "ADDRESS[:PORT]", help_heading = "Names")]
+    dns_listen: Option<String>,
+    /// Resolver that answers for other names; may be repeated; `none`: they are refused [default: those of
+    /// /etc/resolv.conf]
+    #[arg(
+        long = "dns-upstream",
+        env = "TOMBOLO_DNS_UPSTREAMS",
+        value_delimiter = ',',
+        value_name = "ADDRESS[:PORT]",
+        help_heading = "Names"
+    )]
+    dns_upstreams: Option<Vec<String>>,
     /// Time for open streams to end after SIGTERM [default: 10s]
     #[arg(long, env = "TOMBOLO_DRAIN", value_name = "DURATION")]
     drain: Option<Span>,
@@ -206,6 +227,8 @@ layered!(Settings {
     virtual_ranges,
     inbound,
     inbound_listen,
+    dns_listen,
+    dns_upstreams,
     drain,
     connections,
     idle,
@@ -217,8 +240,10 @@ layered!(Settings {
 
 pub fn run(args: SidecarArgs) -> Result<Exit, Failure> {
     let SidecarArgs { verb, settings, config } = args;
-    if let Some(Verb::Capture(args)) = verb {
-        return capture::run(args);
+    match verb {
+        Some(Verb::Capture(args)) => return capture::run(args),
+        Some(Verb::Dns(args)) => return dns::run(args),
+        None => {}
     }
     let mut settings = settings.over(role::file(config.as_deref())?);
     role::logging(settings.log_format.take(), settings.log_level.take())?;
@@ -254,6 +279,8 @@ impl Settings {
             virtual_ranges,
             inbound: inbound_mode,
             inbound_listen,
+            dns_listen,
+            dns_upstreams,
             drain,
             connections,
             idle,
@@ -302,6 +329,7 @@ impl Settings {
                 inbound_listen,
             }
             .config()?,
+            names: names::config(dns_listen, dns_upstreams)?,
         };
         config.check().map_err(Failure::usage)?;
         Ok(config)

@@ -12,6 +12,8 @@ use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tombolo_model::ids::{Epoch, Revision};
 use tombolo_model::sync::{RecordLog, Update};
+use tombolo_names::metrics::Metrics;
+use tombolo_names::table::TableHandle;
 use tombolo_proto::v1;
 use tombolo_runtime::tasks::TaskGroup;
 use tonic::Status;
@@ -77,6 +79,28 @@ impl Names {
     /// Wakes up whenever [`Names::since`] may have something new.
     pub fn changes(&self) -> watch::Receiver<Position> {
         self.changed.subscribe()
+    }
+
+    /// Keeps the table of this federator's own name server.
+    pub async fn fill(self, table: TableHandle, metrics: Metrics) {
+        let mut changed = self.changes();
+        let mut position = (Epoch(0), Revision(0));
+        loop {
+            changed.borrow_and_update();
+            if let Some(update) = self.since(position) {
+                for event in to_wire(position.0, update) {
+                    // Only the first piece of a whole update replaces what is there.
+                    let whole = event.whole && position != (Epoch(event.epoch), Revision(event.revision));
+                    let (updated, _) = table.load().updated(whole, &event.services, &event.gone);
+                    position = (Epoch(event.epoch), Revision(event.revision));
+                    metrics.names.set(i64::try_from(updated.len()).unwrap_or(i64::MAX));
+                    table.store(updated);
+                }
+            }
+            if changed.changed().await.is_err() {
+                return;
+            }
+        }
     }
 
     /// A reader's stream.

@@ -86,6 +86,7 @@ fn config(dir: &Path, cluster: &str, listen: SocketAddr) -> FederatorConfig {
         audit: Default::default(),
         bundle_endpoint: None,
         virtual_ranges: Default::default(),
+        names: None,
     }
 }
 

@@ -145,7 +145,8 @@ fn print(what: &str, storm: &Storm) {
 
 async fn measure(args: &StormArgs) -> Result<Vec<[Storm; 2]>> {
     let place = Place::up()?;
-    let mut joins = futures::stream::iter(0..args.members).map(|number| join(&place, number)).buffer_unordered(JOINS);
+    let mut joins =
+        futures::stream::iter(0..args.members).map(|number| join(&place, number)).buffer_unordered(JOINS);
     let mut joined = 0;
     while let Some(member) = joins.next().await {
         member?;

@@ -31,7 +31,29 @@ fn what_is_served_exported_or_imported_has_an_address_of_its_own() {
 }
 
 #[test]
-fn an_address_survives_restarts_and_the_service_s_absence_and_is_nobody_else_s_for_a_day() {
+fn an_address_survives_restarts_and_the_absence_of_its_service() {
+    let mut world = World::new();
+    let mut east = world.cluster("east");
+    let object = export("shop/web", "west");
+    east.core.apply(object.clone(), false, at(1)).unwrap();
+    east.core.publish(at(1));
+    let first = address(&east, "shop/web").unwrap();
+    drop(east);
+    let mut east = world.start("east", at(2));
+    assert_eq!(address(&east, "shop/web"), Some(first), "over a restart");
+    east.core.delete(&object.key(), false, at(3)).unwrap();
+    east.core.publish(at(3));
+    assert_eq!((address(&east, "shop/web"), east.core.facts.addresses.held), (None, 1));
+    drop(east);
+    let mut east = world.start("east", at(4));
+    assert_eq!(east.core.facts.addresses.held, 1);
+    east.core.apply(object, false, at(5)).unwrap();
+    east.core.publish(at(5));
+    assert_eq!((address(&east, "shop/web"), east.core.facts.addresses.held), (Some(first), 0));
+}
+
+#[test]
+fn a_range_that_is_used_up_costs_new_services_theirs_and_a_released_one_is_held_for_a_day() {
     let mut world = World::new();
     let mut east = world.cluster("east");
     move_to(&mut east, &["10.9.8.0/29"], at(0));
@@ -39,13 +61,8 @@ fn an_address_survives_restarts_and_the_service_s_absence_and_is_nobody_else_s_f
     east.core.apply(object.clone(), false, at(1)).unwrap();
     east.core.publish(at(1));
     let first = address(&east, "shop/web").unwrap();
-    drop(east);
-    let mut east = world.start("east", at(2));
-    move_to(&mut east, &["10.9.8.0/29"], at(2));
-    assert_eq!(address(&east, "shop/web"), Some(first), "over a restart");
     east.core.delete(&object.key(), false, at(3)).unwrap();
     east.core.publish(at(3));
-    assert_eq!((address(&east, "shop/web"), east.core.facts.addresses.held), (None, 1));
     // Six addresses: five others get the rest, the sixth none.
     for index in 0..6 {
         east.core.apply(export(&format!("shop/s{index}"), "west"), false, at(4)).unwrap();
@@ -59,6 +76,9 @@ fn an_address_survives_restarts_and_the_service_s_absence_and_is_nobody_else_s_f
     assert_eq!(address(&east, "shop/web"), Some(first), "the service that comes back gets its own");
     east.core.delete(&object.key(), false, at(HOUR)).unwrap();
     east.core.publish(at(HOUR));
+    east.core.tick(at(24 * HOUR));
+    east.core.publish(at(24 * HOUR));
+    assert_eq!(address(&east, "shop/s5"), None);
     east.core.tick(at(25 * HOUR + 2));
     east.core.publish(at(25 * HOUR + 2));
     assert_eq!(address(&east, "shop/s5"), Some(first), "after a day it is another's");
