@@ -121,9 +121,9 @@ COMMIT
                 type ipv4_addr . inet_proto . inet_service : verdict
                 elements = {{ 10.96.0.11 . tcp . 80 : goto service-web }}
             }}
-            chain service-web {{ dnat to {to} }}
-            chain services {{ ip daddr . meta l4proto . th dport vmap @service-ips }}
-            chain nat-output {{ type nat hook output priority dstnat; policy accept; jump services; }}
+            chain service-web {{ meta l4proto tcp dnat to {to}; }}
+            chain services {{ ip daddr . meta l4proto . th dport vmap @service-ips; }}
+            chain nat-output {{ type nat hook output priority -100; policy accept; jump services; }}
             chain nat-prerouting {{ type nat hook prerouting priority dstnat; policy accept; jump services; }}
         }}"
     ))?;

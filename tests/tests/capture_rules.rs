@@ -110,7 +110,7 @@ fn what_stands_in_the_way_is_named_and_nothing_is_changed() -> Result<()> {
         return Ok(());
     };
     let machine = Namespace::create("machine")?;
-    machine.nft("table ip mine { chain c { type filter hook input priority 0; } }")?;
+    machine.nft("table ip mine {\nchain c { type filter hook input priority 0; }\n}")?;
     let before = ruleset(&machine)?;
     let bin = binary()?.display().to_string();
     // Where others may run it.

@@ -103,8 +103,12 @@ fn plain_connections_are_handed_on_or_refused_by_the_mode_and_probes_come_in_by_
     site.through_the_mesh("permissive")?;
     // The machine's firewall still sees the application's port.
     site.east()?.nft(
-        "table inet firewall { chain input { type filter hook input priority 0; policy accept;
-            iifname lan meta l4proto tcp tcp dport != 8080 drop; } }",
+        "table inet firewall {
+            chain input {
+                type filter hook input priority 0; policy accept;
+                iifname lan meta l4proto tcp tcp dport != 8080 drop
+            }
+        }",
     )?;
     for address in apps {
         ensure!(site.plain(address)?.contains("inner"), "behind a firewall that lets 8080 in");

@@ -131,8 +131,12 @@ fn not_ours(args: &CaptureArgs, site: &Site) -> Result<Vec<Samples>> {
         machine.nft("table ip other\ndelete table ip other\n")?;
         match state {
             "tracked" => machine.nft(
-                "table ip other { chain output { type nat hook output priority dstnat;
-                    ip daddr 10.96.0.1 tcp dport 80 dnat to 10.78.0.2:80; } }",
+                "table ip other {
+                    chain output {
+                        type nat hook output priority -100;
+                        ip daddr 10.96.0.1 tcp dport 80 dnat to 10.78.0.2:80
+                    }
+                }",
             ),
             "rules" => {
                 let inbound = ["--inbound", "permissive", "--inbound-port", "8080"];
