@@ -7,9 +7,11 @@
 use std::io::{Read as _, Write as _};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 
 use crate::mesh::binary;
 use crate::netns::{Namespace, VethEnd, veth};
@@ -145,15 +147,14 @@ pub fn curl_as(namespace: &Namespace, by: &[&str], address: SocketAddr, seconds:
 }
 
 /// Accepts at an address and says who it is: `name`, then echoes. Ends with the value.
-pub struct Greeter(crate::netns::NamespaceHandle, SocketAddr, std::sync::Arc<std::sync::atomic::AtomicBool>);
+pub struct Greeter(crate::netns::NamespaceHandle, SocketAddr, Arc<AtomicBool>);
 
 impl Greeter {
     pub fn start(namespace: &Namespace, address: SocketAddr, name: &'static str) -> Result<Self> {
-        use std::sync::atomic::Ordering::Relaxed;
         let listener =
             namespace.run(|| TcpListener::bind(address))?.with_context(|| format!("bind {address}"))?;
-        let stop = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
-        let stopped = std::sync::Arc::clone(&stop);
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
         std::thread::spawn(move || {
             for stream in listener.incoming().map_while(Result::ok) {
                 if stopped.load(Relaxed) {
@@ -175,7 +176,7 @@ impl Greeter {
 
 impl Drop for Greeter {
     fn drop(&mut self) {
-        self.2.store(true, std::sync::atomic::Ordering::Relaxed);
+        self.2.store(true, Relaxed);
         let (namespace, address) = (self.0.clone(), self.1);
         // Wakes the accept loop.
         let wake = move || {
@@ -223,6 +224,78 @@ pub fn greeted(namespace: &Namespace, address: SocketAddr) -> (Result<String>, D
     let begun = Instant::now();
     let talk = Talk::open(namespace, address, Duration::from_secs(10));
     (talk.map(|talk| talk.greeting), begun.elapsed())
+}
+
+/// Whether an address refuses or resets a connection at once; an answer, or silence, is an error.
+pub fn refused(namespace: &Namespace, address: SocketAddr) -> Result<()> {
+    const AT_ONCE: Duration = Duration::from_secs(2);
+    let begun = Instant::now();
+    let talk = || -> std::io::Result<usize> {
+        let mut stream = TcpStream::connect_timeout(&address, AT_ONCE)?;
+        stream.set_read_timeout(Some(AT_ONCE))?;
+        stream.write_all(b"GET / HTTP/1.1\r\nHost: mesh\r\nConnection: close\r\n\r\n")?;
+        stream.read(&mut [0; 64])
+    };
+    use std::io::ErrorKind::{BrokenPipe, ConnectionRefused, ConnectionReset};
+    match namespace.run(talk)? {
+        Err(error) if [ConnectionRefused, ConnectionReset, BrokenPipe].contains(&error.kind()) => Ok(()),
+        other => bail!("{address} did not refuse: {other:?} after {:?}", begun.elapsed()),
+    }
+}
+
+/// Requests by clients that wait as long as TCP does, one after the other on each, until finished.
+pub struct PatientLoad {
+    stop: Arc<AtomicBool>,
+    clients: Vec<std::thread::JoinHandle<Vec<(Duration, Result<()>)>>>,
+}
+
+impl PatientLoad {
+    /// `who`: what every answer must contain.
+    pub fn start(namespace: &Namespace, address: SocketAddr, who: &'static str, clients: usize) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let client = |_| {
+            let (stop, namespace) = (Arc::clone(&stop), namespace.handle());
+            std::thread::spawn(move || {
+                let mut answers = Vec::new();
+                if let Err(error) = namespace.enter() {
+                    return vec![(Duration::ZERO, Err(error.into()))];
+                }
+                while !stop.load(Relaxed) {
+                    let begun = Instant::now();
+                    let answer = ask(address, who);
+                    answers.push((begun.elapsed(), answer));
+                    std::thread::sleep(Duration::from_millis(20));
+                }
+                answers
+            })
+        };
+        let clients = (0..clients).map(client).collect();
+        Self { stop, clients }
+    }
+
+    /// How many requests, how long the slowest took, and what went wrong.
+    pub fn finish(self) -> Result<(usize, Duration, Vec<String>)> {
+        self.stop.store(true, Relaxed);
+        let mut answers = Vec::new();
+        for client in self.clients {
+            answers.extend(client.join().map_err(|_| anyhow::anyhow!("a client panicked"))?);
+        }
+        let slowest = answers.iter().map(|(took, _)| *took).max().unwrap_or_default();
+        let wrong = |(took, answer): &(Duration, Result<()>)| {
+            answer.as_ref().err().map(|error| format!("after {took:?}: {error:#}"))
+        };
+        Ok((answers.len(), slowest, answers.iter().filter_map(wrong).collect()))
+    }
+}
+
+fn ask(address: SocketAddr, who: &str) -> Result<()> {
+    let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(30))?;
+    stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+    write!(stream, "GET / HTTP/1.1\r\nHost: mesh\r\nConnection: close\r\n\r\n")?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    ensure!(answer.starts_with("HTTP/1.1 200") && answer.contains(who), "{answer}");
+    Ok(())
 }
 
 /// An address with a port, of either family.

@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 use tombolo_tests::capability::{find_program, require_netns, require_programs};
-use tombolo_tests::captured::{capture, counter, curl, run};
+use tombolo_tests::captured::{capture, counter, curl, refused, run};
 use tombolo_tests::link::Shape;
 use tombolo_tests::mesh::{Layout, Mesh};
 use tombolo_tests::process::ProcessSpec;
@@ -90,8 +90,7 @@ fn programs_reach_another_clusters_services_at_virtual_addresses_that_nobody_con
     }
     // A port that the service does not have is refused, not left hanging.
     let other = SocketAddr::new(web[0].ip(), 81);
-    let error = curl(east, other, 10).err().context("it was answered")?;
-    ensure!(format!("{error:#}").contains("reset"), "{error:#}");
+    refused(east, other)?;
     ensure!(counter(east, "virtual")? >= 5 && counter(east, "taken")? == 0);
 
     // A restart without a federator: what was called before is known still.

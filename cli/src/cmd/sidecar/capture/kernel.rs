@@ -138,8 +138,12 @@ fn run(program: &Path, args: &[&str]) -> Result<String, Failure> {
     if !output.status.success() {
         let text = String::from_utf8_lossy(&output.stderr);
         let line = text.lines().next().unwrap_or("it says no reason");
-        return Err(Failure::new(format_args!("ip {}: {line}", args.join(" ")))
-            .remedy("run it as root, or with CAP_NET_ADMIN; no rules were changed"));
+        let failure = Failure::new(format_args!("ip {}: {line}", args.join(" ")));
+        return Err(if text.contains("Operation not permitted") {
+            failure.remedy("run it as root, or with CAP_NET_ADMIN; no rules were changed")
+        } else {
+            failure.remedy("the loopback device must be up, with its addresses; no rules were changed")
+        });
     }
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
