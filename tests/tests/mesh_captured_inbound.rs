@@ -135,8 +135,7 @@ fn plain_connections_are_handed_on_or_refused_by_the_mode_and_probes_come_in_by_
     let line = log.lines().find(|line| line.contains("plain_refused")).context("no line")?;
     ensure!(line.contains("shop/inner") && line.contains("10.98.0.2"), "{line}");
     // Somebody who speaks to the listener itself gets nowhere.
-    ensure!(
-        curl(site.east()?, "127.0.0.1:7448".parse()?, 3).is_err() && site.counted(SECOND, "direct")? == 1.0
-    );
+    refused(site.east()?, "127.0.0.1:7448".parse()?)?;
+    ensure!(site.counted(SECOND, "direct")? == 1.0);
     Ok(())
 }
