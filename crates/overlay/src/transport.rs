@@ -18,8 +18,9 @@ pub struct Limits {
     /// Streams a peer that dialled may have open at first: quinn keeps tables for all that may be, which double beyond 28, 56,
     /// 112... (ADR 11). A peer that was dialled opens none.
     pub bidi_streams: u32,
-    /// Bytes a peer may send on one stream before it is read. quinn aborts a stream with over 1024 gaps, which
-    /// 1024 x 2 x 1452 bytes = 2.9 MB can't reach.
+    /// Bytes a peer may send on one stream before it is read. quinn aborts a stream with over 1024 gaps; with 1400 bytes of
+    /// the stream in a packet of 1452 that takes 1024 x 2 x 1400 bytes = 2.87 MB. Under loss this is what bounds a stream:
+    /// all of it waits for the oldest packet that is missing, for two to three round trips.
     pub stream_window_bytes: u32,
     /// Bytes a peer may send on one connection before they are read.
     pub connection_window_bytes: u32,
@@ -43,8 +44,8 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             bidi_streams: 28,
-            stream_window_bytes: 2_500_000,
-            // Eight streams at full window; a slow reader holds no more than this of a peer's data.
+            stream_window_bytes: 2_850_000,
+            // Seven streams at full window; a slow reader holds no more than this of a peer's data.
             connection_window_bytes: 20_000_000,
             send_window_bytes: 8_000_000,
             max_udp_payload_bytes: 1452,
