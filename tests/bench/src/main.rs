@@ -56,13 +56,13 @@ enum Command {
     Scale(scale::ScaleArgs),
     /// Measures what a federator issues against bare signing with openssl, and a thousand members that come at once.
     Issuance(issuance::IssuanceArgs),
-    /// Lets a thousand members that have just started renew at once, over sockets.
-    Storm(storm::StormArgs),
     /// Measures the name server against CoreDNS with the same names and questions.
     Names(names::NamesArgs),
     /// (internal) The name server that it measures.
     #[command(hide = true)]
     NamesServer(names::ServerArgs),
+    /// Lets a thousand members that have just started renew at once, over sockets.
+    Storm(storm::StormArgs),
     /// (internal) One load generator; prints its report as JSON.
     #[command(hide = true)]
     Load(load::LoadArgs),
@@ -104,9 +104,9 @@ fn main() -> ExitCode {
         Command::Capture(args) => capture::run(&args),
         Command::Scale(args) => scale::run(&args),
         Command::Issuance(args) => issuance::run(&args),
-        Command::Storm(args) => storm::run(&args),
         Command::Names(args) => names::run(&args),
         Command::NamesServer(args) => names::serve(&args),
+        Command::Storm(args) => storm::run(&args),
         Command::Load(args) => load::run(&args),
         Command::Origin(args) => origin::run(&args),
         Command::QuicHop(args) => quic_hop::run(args),
