@@ -6,7 +6,7 @@ export DEBIAN_FRONTEND=noninteractive
 # program:package pairs; a program that is missing names the package to install.
 wanted="haproxy:haproxy nginx:nginx wrk:wrk iperf3:iperf3 nft:nftables ip:iproute2 ping:iputils-ping
 psql:postgresql redis-server:redis-server redis-benchmark:redis-tools tcpdump:tcpdump socat:socat curl:curl
-openssl:openssl cc:build-essential go:golang-go dig:bind9-dnsutils"
+openssl:openssl iptables-nft:iptables setpriv:util-linux cc:build-essential go:golang-go dig:bind9-dnsutils"
 
 PATH="$PATH:/usr/sbin:/sbin"
 missing=""

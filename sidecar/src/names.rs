@@ -1,4 +1,5 @@
-//! The sidecar's names: followed from the federator, kept on disk for the next start, served to local applications.
+//! The sidecar's names: followed from the federator, kept on disk for the next start, served to local applications,
+//! and what their captured connections are carried to.
 //!
 //! [`NamesTask`] applies what the federator streams to a [`TableHandle`]; the name server reads it on a thread of its own.
 //! Without a federator the last names keep being served. Ends with the sidecar.
@@ -7,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use prost::Message;
+use tokio::sync::watch;
 use tokio::time::Instant;
 use tombolo_identity::files;
 use tombolo_names::metrics::Metrics;
@@ -34,6 +36,8 @@ pub struct NamesTask {
     overlay: Overlay,
     table: TableHandle,
     metrics: Metrics,
+    /// Whether a federator has told all names; sent with every change of the table.
+    whole: watch::Sender<bool>,
     position: v1::NamesHello,
     /// Of an update that is not complete yet.
     pending: Vec<v1::NamedService>,
@@ -55,11 +59,17 @@ impl NamesTask {
             overlay,
             table,
             metrics,
+            whole: watch::channel(false).0,
             position: v1::NamesHello::default(),
             pending: Vec::new(),
             unsaved: false,
             saved: None,
         }
+    }
+
+    /// Wakes up with every change of the table; false until a federator has told all names.
+    pub fn whole(&self) -> watch::Receiver<bool> {
+        self.whole.subscribe()
     }
 
     pub async fn run(mut self) {
@@ -125,6 +135,7 @@ impl NamesTask {
         }
         self.metrics.names.set(i64::try_from(table.len()).unwrap_or(i64::MAX));
         self.table.store(table);
+        self.whole.send_replace(true);
         self.unsaved = true;
         Ok(())
     }

@@ -10,6 +10,7 @@
 
 pub mod balancer;
 pub mod capability;
+pub mod captured;
 pub mod hostile;
 pub mod link;
 pub mod mesh;

@@ -3,7 +3,6 @@
 use std::net::{Ipv4Addr, SocketAddr};
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
-use std::str::FromStr;
 
 use clap::{Args, Subcommand};
 use serde::Deserialize;
@@ -22,9 +21,13 @@ use tombolo_runtime::signals;
 use tombolo_runtime::tasks::TaskGroup;
 use tombolo_sidecar::role::Sidecar;
 
+use self::threads::Threads;
 use crate::failure::{Exit, Failure};
 
+mod capture;
+mod captured;
 mod dns;
+mod threads;
 mod workload;
 
 /// Run the data plane of one workload
@@ -46,6 +49,10 @@ SPIFFE_ENDPOINT_SOCKET=unix:///run/tombolo/web/workload.sock:
   tombolo sidecar --name web --service shop/web:80=127.0.0.1:8080 \\
       --workload-api /run/tombolo/web/workload.sock --workload-api-uid 1000
 
+With callers that know nothing of the mesh; `tombolo sidecar capture` puts the rules in place:
+  tombolo sidecar capture apply --address 10.0.0.7:5432
+  tombolo sidecar --name client --capture-listen 127.0.0.1:7447 --capture-address 10.0.0.7:5432=shop/db
+
 With names for local applications; `tombolo sidecar dns` points the machine's resolver at it:
   tombolo sidecar --name client --upstream shop/web:80=127.0.0.1:9080 --dns-listen 127.0.0.54:53
   tombolo sidecar dns install --resolver 127.0.0.54")]
@@ -61,6 +68,7 @@ pub struct SidecarArgs {
 
 #[derive(Debug, Subcommand)]
 enum Verb {
+    Capture(capture::CaptureArgs),
     Dns(dns::DnsArgs),
 }
 
@@ -124,6 +132,56 @@ struct Settings {
         value_name = "UID"
     )]
     workload_api_uids: Option<Vec<u32>>,
+    /// Where the machine's rules (`tombolo sidecar capture`) redirect applications' connections to: 127.0.0.1:7447, and
+    /// [::1]:7447 for IPv6; may be repeated
+    #[arg(
+        long,
+        env = "TOMBOLO_CAPTURE_LISTEN",
+        value_delimiter = ',',
+        value_name = "ADDRESS:PORT",
+        help_heading = "Captured connections"
+    )]
+    capture_listen: Option<Vec<SocketAddr>>,
+    /// An address that stands for a service: ADDRESS:PORT=NAMESPACE/NAME, with :PORT of the service behind it where that
+    /// is another; may be repeated
+    #[arg(
+        long = "capture-address",
+        env = "TOMBOLO_CAPTURE_ADDRESSES",
+        value_delimiter = ',',
+        value_name = "MAPPING",
+        help_heading = "Captured connections"
+    )]
+    capture_addresses: Option<Vec<String>>,
+    /// Mark on own connections, so that the rules let them through [default: 0x7462]
+    #[arg(long, env = "TOMBOLO_CAPTURE_MARK", value_name = "MARK", help_heading = "Captured connections")]
+    capture_mark: Option<String>,
+    /// Range of virtual addresses, as the federator has it; may be repeated [default: 241.64.0.0/16]
+    #[arg(
+        long = "virtual-range",
+        env = "TOMBOLO_VIRTUAL_RANGES",
+        value_delimiter = ',',
+        value_name = "CIDR",
+        help_heading = "Captured connections"
+    )]
+    virtual_ranges: Option<Vec<String>>,
+    /// What becomes of captured connections from outside, which do not come through the mesh: strict resets them,
+    /// permissive hands them to the application
+    #[arg(
+        long,
+        env = "TOMBOLO_INBOUND",
+        value_name = "strict|permissive",
+        help_heading = "Captured connections"
+    )]
+    inbound: Option<String>,
+    /// Where the rules hand them over: 127.0.0.1:7448, and [::1]:7448 for IPv6; needs CAP_NET_RAW; may be repeated
+    #[arg(
+        long,
+        env = "TOMBOLO_INBOUND_LISTEN",
+        value_delimiter = ',',
+        value_name = "ADDRESS:PORT",
+        help_heading = "Captured connections"
+    )]
+    inbound_listen: Option<Vec<SocketAddr>>,
     /// Resolve names for local applications over DNS here, UDP and TCP; the port may be left out [default port: 7453]. Off
     /// unless given. `tombolo sidecar dns install` points the machine's resolver at it
     #[arg(long, env = "TOMBOLO_DNS_LISTEN", value_name = "ADDRESS[:PORT]", help_heading = "Names")]
@@ -178,6 +236,12 @@ layered!(Settings {
     threads,
     workload_api,
     workload_api_uids,
+    capture_listen,
+    capture_addresses,
+    capture_mark,
+    virtual_ranges,
+    inbound,
+    inbound_listen,
     dns_listen,
     dns_upstreams,
     drain,
@@ -191,8 +255,10 @@ layered!(Settings {
 
 pub fn run(args: SidecarArgs) -> Result<Exit, Failure> {
     let SidecarArgs { verb, settings, config } = args;
-    if let Some(Verb::Dns(args)) = verb {
-        return dns::run(args);
+    match verb {
+        Some(Verb::Capture(args)) => return capture::run(args),
+        Some(Verb::Dns(args)) => return dns::run(args),
+        None => {}
     }
     let mut settings = settings.over(role::file(config.as_deref())?);
     role::logging(settings.log_format.take(), settings.log_level.take())?;
@@ -203,49 +269,6 @@ pub fn run(args: SidecarArgs) -> Result<Exit, Failure> {
         let bound = Sidecar::build(config).await?;
         Ok::<_, Box<dyn std::error::Error>>(bound.run(drain).await?)
     })
-}
-
-/// `2`, or `auto`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Threads {
-    Auto,
-    Number(NonZeroUsize),
-}
-
-impl Threads {
-    fn count(self) -> NonZeroUsize {
-        match self {
-            Self::Auto => rt::threads(None),
-            Self::Number(number) => number,
-        }
-    }
-}
-
-impl FromStr for Threads {
-    type Err = String;
-    fn from_str(text: &str) -> Result<Self, String> {
-        match text {
-            "auto" => Ok(Self::Auto),
-            number => {
-                number.parse().map(Self::Number).map_err(|_| "give a number from 1 on, or auto".to_owned())
-            }
-        }
-    }
-}
-
-impl<'de> Deserialize<'de> for Threads {
-    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        #[derive(Deserialize)]
-        #[serde(untagged)]
-        enum Written {
-            Number(NonZeroUsize),
-            Text(String),
-        }
-        match Written::deserialize(deserializer)? {
-            Written::Number(number) => Ok(Self::Number(number)),
-            Written::Text(text) => text.parse().map_err(serde::de::Error::custom),
-        }
-    }
 }
 
 impl Settings {
@@ -267,6 +290,12 @@ impl Settings {
             threads,
             workload_api,
             workload_api_uids,
+            capture_listen,
+            capture_addresses,
+            capture_mark,
+            virtual_ranges,
+            inbound: inbound_mode,
+            inbound_listen,
             dns_listen,
             dns_upstreams,
             drain,
@@ -310,6 +339,15 @@ impl Settings {
             inbound,
             pool,
             workload_api: workload_api_config(workload_api, workload_api_uids)?,
+            capture: captured::Captured {
+                listen: capture_listen,
+                addresses: capture_addresses,
+                virtual_ranges,
+                mark: capture_mark,
+                inbound: inbound_mode,
+                inbound_listen,
+            }
+            .config()?,
             names: names::config(dns_listen, dns_upstreams)?,
         };
         config.check().map_err(Failure::usage)?;

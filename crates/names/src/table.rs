@@ -155,6 +155,14 @@ impl NameTable {
         (table, refused)
     }
 
+    /// Every virtual address and the service, `namespace/name`, that it stands for.
+    pub fn virtual_addresses(&self) -> impl Iterator<Item = (IpAddr, &str)> {
+        self.services.iter().flat_map(|(key, service)| {
+            let v4 = service.v4.iter().copied().map(IpAddr::V4);
+            v4.chain(service.v6.iter().copied().map(IpAddr::V6)).map(|address| (address, &**key))
+        })
+    }
+
     /// Every service, as [`NameTable::updated`] reads it.
     pub fn to_wire(&self) -> Vec<v1::NamedService> {
         self.services.iter().map(|(key, service)| service.to_wire(key)).collect()
