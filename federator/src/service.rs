@@ -6,9 +6,9 @@ mod audit;
 pub mod config;
 pub mod federation;
 pub mod join;
+pub mod names;
 mod pace;
 pub mod renewal;
-pub mod names;
 pub mod workload;
 
 use std::sync::Arc;
