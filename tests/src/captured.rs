@@ -243,10 +243,13 @@ pub fn refused(namespace: &Namespace, address: SocketAddr) -> Result<()> {
     }
 }
 
+/// One request of a [`PatientLoad`]: how long it took, and what went wrong.
+type Asked = (Duration, Result<()>);
+
 /// Requests by clients that wait as long as TCP does, one after the other on each, until finished.
 pub struct PatientLoad {
     stop: Arc<AtomicBool>,
-    clients: Vec<std::thread::JoinHandle<Vec<(Duration, Result<()>)>>>,
+    clients: Vec<std::thread::JoinHandle<Vec<Asked>>>,
 }
 
 impl PatientLoad {
@@ -281,9 +284,8 @@ impl PatientLoad {
             answers.extend(client.join().map_err(|_| anyhow::anyhow!("a client panicked"))?);
         }
         let slowest = answers.iter().map(|(took, _)| *took).max().unwrap_or_default();
-        let wrong = |(took, answer): &(Duration, Result<()>)| {
-            answer.as_ref().err().map(|error| format!("after {took:?}: {error:#}"))
-        };
+        let wrong =
+            |(took, answer): &Asked| answer.as_ref().err().map(|error| format!("after {took:?}: {error:#}"));
         Ok((answers.len(), slowest, answers.iter().filter_map(wrong).collect()))
     }
 }
