@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand};
 use serde::Deserialize;
 use tombolo_overlay::member::EntryPoints;
-use tombolo_runtime::{admin, dirs::Dirs, rt};
+use tombolo_runtime::{admin, dirs::Dirs};
 use tombolo_sidecar::config::{
     self, Mapping, ServiceConfig, SidecarConfig, UpstreamConfig, services_from, upstreams_from,
 };
