@@ -51,7 +51,7 @@ pub enum Command {
     Trust(cmd::trust::TrustArgs),
     Federator(cmd::federator::FederatorArgs),
     Gateway(cmd::gateway::GatewayArgs),
-    Sidecar(cmd::sidecar::SidecarArgs),
+    Sidecar(Box<cmd::sidecar::SidecarArgs>),
     Link(cmd::link::LinkArgs),
     Unlink(cmd::unlink::UnlinkArgs),
     Token(cmd::token::TokenArgs),

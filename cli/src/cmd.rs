@@ -18,6 +18,7 @@ pub mod federator;
 pub mod gateway;
 pub mod get;
 pub mod link;
+pub mod names;
 pub mod revoke;
 pub mod role;
 pub mod sidecar;
@@ -33,7 +34,7 @@ pub fn run(cli: Cli) -> Result<Exit, Failure> {
         // Roles set up logging and runtimes of their own.
         Command::Federator(args) => federator::run(args, connect.socket),
         Command::Gateway(args) => gateway::run(args),
-        Command::Sidecar(args) => sidecar::run(args),
+        Command::Sidecar(args) => sidecar::run(*args),
         Command::Demo(args) => demo::run(args),
         Command::DemoApp(args) => demo_app::run(args),
         Command::Trust(args) => trust::run(args, connect),

@@ -97,8 +97,37 @@ pub fn findings(facts: &Facts, unix: Duration) -> Vec<Finding> {
         };
         found.push((Urgency::Day, finding));
     }
+    found.extend(stale_bundles(facts, now).map(|finding| (Urgency::Week, finding)));
+    found.extend(upstream_not_shown(facts, unix).map(|finding| (Urgency::Week, finding)));
     found.sort_by_key(|(urgency, _)| std::cmp::Reverse(*urgency));
     found.into_iter().map(|(_, finding)| finding).collect()
+}
+
+/// What a foreign authority signed for this cluster's key is of no use any more.
+fn upstream_not_shown(facts: &Facts, unix: Duration) -> Option<Finding> {
+    let upstream = facts.upstream.as_ref()?;
+    upstream.beside(&facts.trust.intermediate, unix).is_empty().then(|| Finding {
+        severity: "warning".to_owned(),
+        reason: "UpstreamNotShown".to_owned(),
+        about: format!("intermediate of {}", facts.cluster.name),
+        message: "upstream.crt in the trust directory has ended, or is about another key or name: who knows the foreign authority alone does not believe this cluster's applications".to_owned(),
+        remedy: "have the authority sign ca.csr again; where the root is, `tombolo trust adopt --renew`; then `tombolo trust reload`".to_owned(),
+    })
+}
+
+/// Foreign trust domains whose endpoints have given nothing for too long: what they revoke is not heard of.
+fn stale_bundles(facts: &Facts, now: u64) -> impl Iterator<Item = Finding> {
+    let stale = facts.federations.values().filter(move |federation| federation.is_stale(now));
+    stale.map(|federation| Finding {
+        severity: "warning".to_owned(),
+        reason: "ForeignBundleStale".to_owned(),
+        about: format!("trust domain {}", federation.trust_domain),
+        message: format!(
+            "the bundle of {} has not been fetched lately; what that trust domain revokes or rotates is not heard of",
+            federation.trust_domain
+        ),
+        remedy: format!("`tombolo describe trustdomainfederation {}` says why", federation.object),
+    })
 }
 
 /// What the log was told of each authority.

@@ -3,15 +3,17 @@
 //! A thread of its own, because commits wait for the disk. Everybody else sends it jobs through [`CoreHandle::call`]
 //! and reads what it publishes: an `Arc<Facts>`, replaced whole after each batch of jobs that changed something. A job
 //! commits to the store before it changes a fact, so an error always means "unchanged". Operations live in the modules
-//! below, each `impl Core`: [`boot`], [`allot`], [`leases`], [`lapsed`], [`tokens`], [`members`], [`links`], [`imports`],
-//! `bundle_document`, `crl`, `jwt`, [`objects`], [`pods`], [`trust`] and [`audit`]. Ends when the last handle is dropped.
+//! below, each `impl Core`: [`boot`], [`allot`], [`addresses`], [`leases`], [`lapsed`], [`tokens`], [`members`], [`links`], [`imports`],
+//! `bundle_document`, `crl`, `federations`, `jwt`, [`objects`], [`pods`], [`trust`], `trust_directory` and [`audit`]. Ends when the last handle is dropped.
 
+pub mod addresses;
 pub mod allot;
 pub mod audit;
 pub mod boot;
 mod bundle_document;
 mod crl;
 mod error;
+mod federations;
 pub mod imports;
 mod jwt;
 pub mod lapsed;
@@ -24,6 +26,7 @@ pub mod pods;
 pub(crate) mod tests;
 pub mod tokens;
 pub mod trust;
+mod trust_directory;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
@@ -33,11 +36,11 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tombolo_identity::issuer::LeafIssuer;
 use tombolo_model::expiry::Urgency;
 use tombolo_model::ids::Handle;
-use tombolo_model::names::ClusterName;
+use tombolo_model::names::{ClusterName, ServiceKey};
 use tombolo_runtime::clock;
 
 use crate::authorities::Announcements;
-use crate::facts::Facts;
+use crate::facts::{AddressRecord, Facts};
 use crate::jwt::JwtKeys;
 use crate::store::Store;
 use members::Session;
@@ -78,6 +81,10 @@ pub struct Core {
     handles_stale: bool,
     /// Handles that were in use and may not be given out again yet, with the unix second of their release.
     released: BTreeMap<Handle, u64>,
+    /// Virtual addresses in use, and those that are held for services that are no more.
+    addresses: BTreeMap<ServiceKey, AddressRecord>,
+    /// Services have come or gone: who needs an address is to be looked at again.
+    addresses_stale: bool,
     /// The records of each linked peer, as it wrote them.
     views: BTreeMap<ClusterName, imports::View>,
     /// Who said hello on which connection.
@@ -200,8 +207,12 @@ impl Core {
         true
     }
 
-    /// What follows from the facts, after any change: handles are allotted and released.
+    /// What follows from the facts, after any change: handles and addresses are allotted and released.
     fn settle(&mut self, moment: Moment) {
+        self.addresses_stale |= self.handles_stale;
+        if let Err(error) = self.allot_addresses(moment) {
+            tracing::warn!(%error, "virtual addresses can't be allotted now");
+        }
         if let Err(error) = self.allot_handles(moment) {
             // Tried again with every change and tick: without a store nothing is allotted.
             tracing::warn!(%error, "handles can't be allotted now");
@@ -237,7 +248,7 @@ impl Core {
         self.refresh_imports(moment);
         self.tick_trust(moment);
         // An attempt that failed is made again.
-        self.dirty |= self.handles_stale;
+        self.dirty |= self.handles_stale || self.addresses_stale;
         if moment.monotonic.saturating_sub(self.last_save) >= Duration::from_secs(1) {
             self.last_save = moment.monotonic;
             self.save_imports();

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use tombolo_model::names::{ClusterName, ServiceKey};
 use tombolo_model::resource::ObjectKey;
-use tombolo_model::resource::service_export::ExportTo;
+use tombolo_model::resource::service_export::{ExportTo, ServiceType};
 
 use crate::facts::{Facts, Port, StoredObject};
 use crate::registry::Member;
@@ -31,6 +31,11 @@ impl<'a> Export<'a> {
         // An annotation that can't be read is refused by `apply`; should one be stored, nobody is named by it.
         let to = ExportTo::of(metadata).unwrap_or(ExportTo::Clusters(Vec::new()));
         Some(Self { service, to, stored })
+    }
+
+    /// An annotation that can't be read is refused by `apply`.
+    pub fn service_type(&self) -> ServiceType {
+        ServiceType::of(&self.stored.object.metadata).unwrap_or_default()
     }
 
     /// Whether it is for this peer; that the peer is linked is another question.
@@ -100,6 +105,22 @@ pub fn exporters<'a>(
     // Stable: between equals the own cluster comes first, then names decide.
     exporters.sort_by_key(|exporter| exporter.since);
     exporters
+}
+
+/// The type of a service: its oldest exporter's, as MCS has it.
+pub fn service_type(facts: &Facts, service: &ServiceKey) -> ServiceType {
+    let exporters = exporters(facts, service, []);
+    exporters.first().map(|oldest| type_of(facts, service, &oldest.cluster)).unwrap_or_default()
+}
+
+/// The type that one exporter gives a service.
+pub fn type_of(facts: &Facts, service: &ServiceKey, exporter: &ClusterName) -> ServiceType {
+    if *exporter == facts.cluster.name {
+        return export_of(facts, service).map(|export| export.service_type()).unwrap_or_default();
+    }
+    let import = facts.imports.get(exporter);
+    let headless = import.and_then(|import| import.exports.get(service)).is_some_and(|e| e.headless);
+    if headless { ServiceType::Headless } else { ServiceType::ClusterSetIp }
 }
 
 /// A port as it is compared: an absent protocol is TCP.

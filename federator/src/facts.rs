@@ -3,13 +3,14 @@
 //! The core thread is the only writer; everybody else reads an `Arc<Facts>` that is replaced whole. What must survive a
 //! restart has a record type here and lies in the store; [`Registry`] and freshness are volatile.
 
-use std::collections::{BTreeMap, VecDeque};
-use std::net::SocketAddr;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
 use rustls::pki_types::CertificateDer;
 use serde::{Deserialize, Serialize};
+use tombolo_identity::authority::adopt::Upstream;
 use tombolo_identity::bundle::{TrustBundle, fingerprint};
 use tombolo_identity::jwt::JwtAuthority;
 use tombolo_identity::{SpiffeId, TrustDomain};
@@ -18,9 +19,11 @@ use tombolo_model::names::{ClusterName, ServiceKey};
 use tombolo_model::ranges::AllowedRanges;
 use tombolo_model::resource::{ClusterLinkSpec, Object, ObjectKey, Spec};
 use tombolo_model::sync::Freshness;
+use tombolo_model::virtual_ranges::VirtualRanges;
 use tombolo_overlay::keys::{ClusterKey, HandleBinding, LinkKey};
 use tombolo_proto::v1;
 
+use crate::foreign::Federation;
 use crate::registry::Registry;
 use crate::rotation::Word;
 use crate::store::{Record, Table};
@@ -135,7 +138,53 @@ pub struct Facts {
     pub identities: BTreeMap<String, IdentityRecord>,
     /// Of this cluster, published.
     pub jwt_authorities: Vec<JwtAuthority>,
+    /// Foreign trust domains.
+    pub federations: BTreeMap<TrustDomain, Arc<Federation>>,
+    /// What a foreign authority has signed for this cluster's key, for applications to show and to judge by.
+    pub upstream: Option<Arc<Upstream>>,
+    pub addresses: Arc<AddressFacts>,
     pub store_writable: bool,
+}
+
+/// The virtual addresses of the services that are known here; replaced whole (`core::addresses`).
+#[derive(Clone, PartialEq, Debug, Default)]
+pub struct AddressFacts {
+    pub ranges: VirtualRanges,
+    pub of: BTreeMap<ServiceKey, VirtualAddresses>,
+    /// Of services that are no more: not given to another one yet.
+    pub held: usize,
+    /// Services for which a range had no address left.
+    pub wanting: BTreeSet<ServiceKey>,
+}
+
+/// What the names of a service resolve to in this cluster.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct VirtualAddresses {
+    pub v4: Option<Ipv4Addr>,
+    pub v6: Option<Ipv6Addr>,
+}
+
+impl VirtualAddresses {
+    /// IPv4 first.
+    pub fn all(self) -> impl Iterator<Item = IpAddr> {
+        self.v4.map(IpAddr::V4).into_iter().chain(self.v6.map(IpAddr::V6))
+    }
+}
+
+/// A service's virtual addresses as they are kept.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct AddressRecord {
+    pub service: ServiceKey,
+    #[serde(default)]
+    pub v4: Option<Ipv4Addr>,
+    #[serde(default)]
+    pub v6: Option<Ipv6Addr>,
+    /// Unix seconds since when the service is no more; another one gets them after a day at the earliest.
+    #[serde(default)]
+    pub released: Option<u64>,
+}
+impl Record for AddressRecord {
+    const TABLE: Table = Table::Addresses;
 }
 
 /// An applied object.
@@ -478,6 +527,17 @@ pub struct ImportedExport {
     pub exported_at_unix_ms: i64,
     /// Healthy endpoints and where they are, if the peer calls the link flat.
     pub endpoints: Vec<(EndpointId, SocketAddr)>,
+    pub headless: bool,
+    /// Of a headless one, if the peer calls the link flat: ready endpoints by host name.
+    pub named: Vec<NamedEndpoint>,
+}
+
+/// A ready endpoint of a headless service of a peer.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct NamedEndpoint {
+    /// A DNS label, unique within the peer's cluster and the service.
+    pub hostname: String,
+    pub address: IpAddr,
 }
 
 /// The last state of a peer's records on disk: wire form, hex.

@@ -12,13 +12,13 @@ use std::time::Duration;
 use prost::Message;
 use tombolo_identity::{SpiffeId, TrustDomain};
 use tombolo_model::ids::{EndpointId, Handle};
-use tombolo_model::names::{ClusterName, ServiceKey};
+use tombolo_model::names::{ClusterName, ServiceKey, ServiceName};
 use tombolo_model::ranges::AllowedRanges;
 use tombolo_overlay::revoking;
 use tombolo_proto::convert::{self, FieldError};
 use tombolo_proto::v1;
 
-use crate::facts::{Facts, Import, ImportedExport, PeerGateway, Port, TrustFacts};
+use crate::facts::{Facts, Import, ImportedExport, NamedEndpoint, PeerGateway, Port, TrustFacts};
 use crate::jwt;
 use crate::revocations::{MAX_PEER_BYTES, MAX_REVOCATIONS, enforced_key, object_of, record_key};
 use crate::rotation;
@@ -215,6 +215,8 @@ fn export_of(scope: &PeerScope, wire: &v1::ExportRecord) -> Result<(ServiceKey, 
         total: wire.total,
         exported_at_unix_ms: wire.exported_at_unix_ms,
         endpoints: endpoints_of(&wire.endpoints)?,
+        headless: wire.headless,
+        named: named_of(&wire.hosts)?,
     };
     Ok((service, export))
 }
@@ -232,6 +234,19 @@ fn endpoints_of(wire: &[v1::EndpointAddress]) -> Result<Vec<(EndpointId, SocketA
         Ok((EndpointId::from_u32(endpoint.endpoint), address.ok_or_else(nowhere)?))
     };
     wire.iter().map(endpoint).collect()
+}
+
+/// Host names of a headless service's endpoints; where they may be is asked when they are resolved.
+fn named_of(wire: &[v1::HostAddress]) -> Result<Vec<NamedEndpoint>, FieldError> {
+    if wire.len() > MAX_ENDPOINTS {
+        return Err(FieldError::new("export.hosts", wire.len(), format!("at most {MAX_ENDPOINTS} hosts")));
+    }
+    let named = |host: &v1::HostAddress| {
+        let label: ServiceName = convert::parse("export.hosts.hostname", &host.hostname)?;
+        let address = convert::parse("export.hosts.address", &host.address)?;
+        Ok(NamedEndpoint { hostname: label.to_string(), address })
+    };
+    wire.iter().map(named).collect()
 }
 
 /// A port as callers name it.

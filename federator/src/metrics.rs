@@ -49,9 +49,27 @@ pub struct AttestationLabels {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct AddressLabels {
+    /// `allotted`, `held` or `wanting`.
+    pub state: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct RefusalLabels {
     /// As `UpdateError::kind`.
     pub reason: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct ForeignLabels {
+    pub trust_domain: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct FetchLabels {
+    pub trust_domain: String,
+    /// `ok`, or why there is no bundle.
+    pub result: &'static str,
 }
 
 /// Handles of every metric; clones share them.
@@ -76,6 +94,11 @@ pub struct Metrics {
     revoked_connections: Counter,
     trust_sequence: Gauge<u64, AtomicU64>,
     trust_refused: Family<RefusalLabels, Counter>,
+    foreign_age: Family<ForeignLabels, Gauge<f64, AtomicU64>>,
+    foreign_sequence: Family<ForeignLabels, Gauge<u64, AtomicU64>>,
+    foreign_roots: Family<ForeignLabels, Gauge>,
+    foreign_fetches: Family<FetchLabels, Counter>,
+    addresses: Family<AddressLabels, Gauge>,
 }
 
 impl Metrics {
@@ -102,6 +125,11 @@ impl Metrics {
             revoked_connections: Counter::default(),
             trust_sequence: Gauge::default(),
             trust_refused: Family::default(),
+            foreign_age: Family::default(),
+            foreign_sequence: Family::default(),
+            foreign_roots: Family::default(),
+            foreign_fetches: Family::default(),
+            addresses: Family::default(),
         };
         registry.register("members", "Sidecars, machines and gateways, by state", metrics.members.clone());
         registry.register(
@@ -123,6 +151,11 @@ impl Metrics {
         );
         registry.register("handles", "Handles in use", metrics.handles.clone());
         registry.register("leases", "Leased blocks of endpoint ids", metrics.leases.clone());
+        registry.register(
+            "virtual_addresses",
+            "Services with a virtual address, without one, and addresses that are held",
+            metrics.addresses.clone(),
+        );
         registry.register("objects", "Applied objects", metrics.objects.clone());
         registry.register("revision", "Of the published facts", metrics.revision.clone());
         registry.register("store_writable", "1 while the last commit worked", metrics.store_writable.clone());
@@ -157,6 +190,26 @@ impl Metrics {
             "trust_updates_refused",
             "Trust updates that were refused, by reason",
             metrics.trust_refused.clone(),
+        );
+        registry.register(
+            "foreign_bundle_age_seconds",
+            "Since a foreign trust domain's endpoint last gave its bundle",
+            metrics.foreign_age.clone(),
+        );
+        registry.register(
+            "foreign_bundle_sequence",
+            "Of the bundle that is held",
+            metrics.foreign_sequence.clone(),
+        );
+        registry.register(
+            "foreign_bundle_roots",
+            "Roots in the bundle that is held: none, and everything of the trust domain is revoked",
+            metrics.foreign_roots.clone(),
+        );
+        registry.register(
+            "foreign_bundle_fetches",
+            "Attempts to fetch a foreign bundle, by result",
+            metrics.foreign_fetches.clone(),
         );
         metrics
     }
@@ -209,10 +262,46 @@ impl Metrics {
         for Authority { role, fingerprint, not_after } in authorities::of(facts) {
             self.ca_expiry.get_or_create_owned(&CaLabels { ca: role, fingerprint }).set(left(not_after));
         }
+        let addresses = &facts.addresses;
+        let states = [
+            ("allotted", addresses.of.len()),
+            ("held", addresses.held),
+            ("wanting", addresses.wanting.len()),
+        ];
+        for (state, count) in states {
+            let count = i64::try_from(count).unwrap_or(i64::MAX);
+            self.addresses.get_or_create_owned(&AddressLabels { state }).set(count);
+        }
         self.trust_sequence.set(facts.trust.bundle.sequence);
         for (reason, count) in &facts.trust.refused {
             // The facts' counters only grow, and this is their only copy.
             self.trust_refused.get_or_create_owned(&RefusalLabels { reason }).inner().store(*count, Relaxed);
+        }
+    }
+
+    /// What is known of foreign trust domains; who is not federated any more is not shown any more.
+    fn show_foreign(&self, facts: &Facts, unix: Duration) {
+        self.foreign_age.clear();
+        self.foreign_sequence.clear();
+        self.foreign_roots.clear();
+        self.foreign_fetches.clear();
+        for federation in facts.federations.values() {
+            let trust_domain = federation.trust_domain.to_string();
+            let labels = ForeignLabels { trust_domain: trust_domain.clone() };
+            if let Some(fetched) = federation.fetched {
+                let age = unix.saturating_sub(Duration::from_secs(fetched));
+                self.foreign_age.get_or_create_owned(&labels).set(age.as_secs_f64());
+            }
+            if let Some(bundle) = &federation.bundle {
+                let roots = i64::try_from(bundle.roots().len()).unwrap_or(i64::MAX);
+                self.foreign_sequence.get_or_create_owned(&labels).set(bundle.sequence());
+                self.foreign_roots.get_or_create_owned(&labels).set(roots);
+            }
+            for (result, count) in &federation.attempts {
+                let labels = FetchLabels { trust_domain: trust_domain.clone(), result };
+                // As for `trust_refused`.
+                self.foreign_fetches.get_or_create_owned(&labels).inner().store(*count, Relaxed);
+            }
         }
     }
 
@@ -235,6 +324,7 @@ impl Metrics {
             tick.tick().await;
             let facts: Arc<Facts> = core.facts();
             self.show(&facts, core.now().unix);
+            self.show_foreign(&facts, core.now().unix);
             self.show_overlay(&overlay.stats());
         }
     }

@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use tombolo_model::names::{ClusterName, ServiceKey};
 use tombolo_model::resource::Spec;
+use tombolo_model::resource::service_export::ServiceType;
 use tombolo_proto::v1;
 use tombolo_proto::v1::record::Value;
 
@@ -13,6 +14,7 @@ use crate::exports;
 use crate::facts::{CONTROL, Facts};
 use crate::import::{GATEWAYS, MAX_ENDPOINTS, PROPERTIES, export_key};
 use crate::jwt;
+use crate::names;
 use crate::revocations;
 use crate::rotation;
 use crate::snapshot::{port_to_wire, usable_gateways};
@@ -61,6 +63,8 @@ fn exported<'a>(
         let service: ServiceKey = record.service.parse().ok()?;
         let stored = exports::export_of(facts, &service)?.stored;
         let Spec::ServiceExport(spec) = &stored.object.spec else { return None };
+        // Its own word; which type holds is for each importer to find out.
+        let headless = exports::type_of(facts, &service, &facts.cluster.name) == ServiceType::Headless;
         let identities: BTreeSet<String> =
             facts.registry.serving(&service).map(|member| member.spiffe_id.to_string()).collect();
         let ports = exports::served_ports(facts.registry.serving(&service), &service);
@@ -77,6 +81,8 @@ fn exported<'a>(
             labels: spec.exported_labels.clone().into_iter().collect(),
             annotations: spec.exported_annotations.clone().into_iter().collect(),
             endpoints: if flat { endpoints(facts, &service) } else { Vec::new() },
+            headless,
+            hosts: if flat && headless { names::hosts(facts, &service) } else { Vec::new() },
         };
         Some((service, export))
     })

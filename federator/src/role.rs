@@ -14,12 +14,17 @@ use std::time::Duration;
 use prometheus_client::registry::Registry as MetricsRegistry;
 use tokio::net::UnixListener;
 use tokio_stream::wrappers::UnixListenerStream;
+use tombolo_identity::authority::adopt::Upstream;
 use tombolo_identity::authority::{AuthorityError, ClusterMaterial};
 use tombolo_identity::bundle::BundleSet;
 use tombolo_identity::issuer::{IssueError, KeyAndCsr};
 use tombolo_identity::tls::SvidError;
 use tombolo_identity::{Svid, SvidHandle, tls};
 use tombolo_model::names::ClusterName;
+use tombolo_model::virtual_ranges::VirtualRanges;
+use tombolo_names::metrics as names_metrics;
+use tombolo_names::server::{self as names_server, NamesConfig, NamesError};
+use tombolo_names::table::TableHandle;
 use tombolo_overlay::cid::Kind;
 use tombolo_overlay::grpc::{GrpcAcceptor, GrpcIncoming};
 use tombolo_overlay::member;
@@ -47,6 +52,8 @@ use crate::core::boot::BootError;
 use crate::core::{Core, CoreError, CoreHandle};
 use crate::crl::{self, CrlTask};
 use crate::facts::FederatorEndpoint;
+use crate::foreign::client::{Patience, WebRoots};
+use crate::foreign::task::FederationTask;
 use crate::metrics::Metrics;
 use crate::peers::PeersTask;
 use crate::registry::HeldTrust;
@@ -55,6 +62,7 @@ use crate::service::admin::{AdminService, check_operator};
 use crate::service::config::ConfigService;
 use crate::service::federation::{FederationService, Logs};
 use crate::service::join::JoinService;
+use crate::service::names::Names;
 use crate::service::renewal::RenewalService;
 use crate::service::workload::WorkloadService;
 use crate::snapshot::rings::Rings;
@@ -93,6 +101,12 @@ pub struct FederatorConfig {
     pub bundle_endpoint: Option<BundleEndpointConfig>,
     /// Whom to ask about pods' tokens; `None`: pods do not join.
     pub kubernetes: Option<KubernetesAccess>,
+    /// The web's CAs, for foreign bundle endpoints of profile `https_web`.
+    pub web_roots: WebRoots,
+    /// Where services get their virtual addresses from.
+    pub virtual_ranges: VirtualRanges,
+    /// Where names are served to the cluster; `None`: nowhere.
+    pub names: Option<NamesConfig>,
 }
 
 /// Why a federator did not start.
@@ -130,6 +144,17 @@ pub enum BuildError {
     BundleEndpoint(#[from] BundleEndpointError),
     #[error("--kubernetes: {0}")]
     Kubernetes(#[from] AccessError),
+    #[error(transparent)]
+    Names(#[from] NamesError),
+}
+
+/// Why a running federator ended.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    #[error(transparent)]
+    Admin(#[from] AdminError),
+    #[error("names can't be served: {0}")]
+    Names(io::Error),
 }
 
 /// Builds federators.
@@ -149,6 +174,8 @@ pub struct Bound {
     crl: crl::Published,
     bundle_endpoint: Option<BundleEndpoint>,
     reviewer: Arc<dyn TokenReviewer>,
+    web_roots: WebRoots,
+    names: Option<(names_server::Bound, names_metrics::Metrics)>,
     bind: IpAddr,
     trust_dir: PathBuf,
     /// Dropped when everything serves.
@@ -171,6 +198,9 @@ impl Federator {
             audit,
             bundle_endpoint,
             kubernetes,
+            web_roots,
+            virtual_ranges,
+            names,
         } = config;
         let trust = |source| BuildError::Trust { cluster: cluster.clone(), dir: trust_dir.clone(), source };
         let material = ClusterMaterial::load(&trust_dir).map_err(trust)?;
@@ -178,6 +208,7 @@ impl Federator {
             let found = material.cluster;
             return Err(BuildError::OtherCluster { dir: trust_dir, found, expected: cluster });
         }
+        let upstream = Upstream::load(&trust_dir).map_err(trust)?;
         let tag = material.tag;
         dirs::ensure_private(&state_dir)?;
         let store: Arc<dyn Store> = Arc::new(RedbStore::open(&state_dir.join(STORE))?);
@@ -186,11 +217,21 @@ impl Federator {
         let mut registry = MetricsRegistry::default();
         let metrics = Metrics::register(&mut registry);
         let crl = crl::Published::register(&mut registry);
+        let names = match &names {
+            Some(config) => {
+                let metrics = names_metrics::Metrics::register(&mut registry);
+                Some((names_server::Bound::bind(config, metrics.clone())?, metrics))
+            }
+            None => None,
+        };
         let admin = Admin::bind(admin, registry, readiness).await?.with_routes(crl::routes(crl.clone()));
         let operators = bind_socket(&socket).await?;
 
         let mut core = Core::load(store, material, properties, clock::since_unix_epoch())?;
         core.set_audit_retention(audit);
+        core.set_upstream(upstream);
+        core.note_trust_at_start(clock::since_unix_epoch())?;
+        core.set_virtual_ranges(virtual_ranges);
         let core = core.start().map_err(BuildError::Thread)?;
         let svid = SvidHandle::by(clock::since_unix_epoch, own_svid(&core).await?);
         let bundle_endpoint = match &bundle_endpoint {
@@ -244,6 +285,8 @@ impl Federator {
             crl,
             bundle_endpoint,
             reviewer,
+            web_roots,
+            names,
             bind: listen.ip(),
             trust_dir,
             serving,
@@ -265,7 +308,7 @@ impl Bound {
     }
 
     /// Runs until `shutdown` starts.
-    pub async fn run(self, shutdown: Drain) -> Result<(), AdminError> {
+    pub async fn run(self, shutdown: Drain) -> Result<(), RunError> {
         let Self {
             core,
             overlay,
@@ -278,6 +321,8 @@ impl Bound {
             crl,
             bundle_endpoint,
             reviewer,
+            web_roots,
+            names: bound_names,
             bind,
             trust_dir,
             serving,
@@ -290,6 +335,18 @@ impl Bound {
         if let Some(endpoint) = bundle_endpoint {
             endpoint.spawn(&core, &svid, &tasks);
         }
+        let federations = FederationTask { core: core.clone(), web_roots, patience: Patience::default() };
+        tasks.spawn("foreign bundles", federations.run());
+        let names = Names::new(&core.facts());
+        tasks.spawn("names", names.clone().follow(core.clone()));
+        let _serving_names = match bound_names {
+            Some((bound, metrics)) => {
+                let table = TableHandle::default();
+                tasks.spawn("names table", names.clone().fill(table.clone(), metrics));
+                Some(bound.start(table).map_err(RunError::Names)?)
+            }
+            None => None,
+        };
         tasks.spawn("CRL", CrlTask { core: core.clone(), published: crl }.run());
         tasks.spawn("metrics", metrics.clone().follow(core.clone(), overlay.clone()));
         let peers = PeersTask {
@@ -306,6 +363,7 @@ impl Bound {
             core: core.clone(),
             rings: Arc::new(Rings::default()),
             metrics: metrics.clone(),
+            names: names.clone(),
             tasks: tasks.clone(),
         };
         let federation =
@@ -339,7 +397,7 @@ impl Bound {
         let _ = tokio::time::timeout(END_PATIENCE, ending.call(|core, moment| core.end(moment))).await;
         overlay.close().await;
         tasks.shutdown(END_PATIENCE).await;
-        result
+        Ok(result?)
     }
 }
 

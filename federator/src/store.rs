@@ -35,10 +35,12 @@ pub enum Table {
     Imports,
     /// The audit log, by sequence.
     Audit,
+    /// Virtual addresses, by service.
+    Addresses,
 }
 
 impl Table {
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Objects,
         Self::Leases,
         Self::Handles,
@@ -49,6 +51,7 @@ impl Table {
         Self::Shifts,
         Self::Imports,
         Self::Audit,
+        Self::Addresses,
     ];
 
     pub fn name(self) -> &'static str {
@@ -63,6 +66,7 @@ impl Table {
             Self::Shifts => "shifts",
             Self::Imports => "imports",
             Self::Audit => "audit",
+            Self::Addresses => "addresses",
         }
     }
 

@@ -7,8 +7,8 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
 use serde_json::Value;
-use tombolo_identity::PeerIdentity;
-use tombolo_model::access::{Caller, Policy, Verdict, decide};
+use tombolo_identity::{PeerIdentity, SpiffeId};
+use tombolo_model::access::{Caller, Policy, Verdict, admits_foreign, decide};
 use tombolo_model::names::{ClusterName, Namespace, ObjectName, ServiceKey};
 use tombolo_model::resource::AccessPolicySpec;
 use tombolo_overlay::{HandleClass, Inbound, PeerConnection};
@@ -74,6 +74,11 @@ impl Access {
         let properties = self.properties.get(&caller.cluster);
         let caller = Caller::new(caller.spiffe_id.as_str(), &caller.cluster, &self.own, properties);
         decide(policies, &caller, service, port)
+    }
+
+    /// Whether any service here may be called by this identity of a foreign trust domain: only where a policy names it.
+    pub fn admits_foreign(&self, id: &SpiffeId) -> bool {
+        self.policies.iter().any(|(service, policies)| admits_foreign(policies, id.as_str(), service))
     }
 
     /// Which policies have a say about which services: what metric labels may be made of.

@@ -21,6 +21,7 @@ use tombolo_proto::v1::config_client::ConfigClient;
 use tombolo_runtime::clock;
 use tombolo_runtime::drain::Drain;
 
+use crate::capture::wanted::Wanted;
 use crate::carry::Carry;
 use crate::failover::{Routes, ShiftLog};
 use crate::health::Verdict;
@@ -65,6 +66,8 @@ pub struct ControlTask {
     /// The own zone, empty when unknown.
     pub zone: String,
     pub enforcer: Enforcer,
+    /// Services to ask for beside those of `hello`.
+    pub wanted: Wanted,
 }
 
 impl ControlTask {
@@ -72,6 +75,8 @@ impl ControlTask {
     pub fn restore(&mut self) -> bool {
         let Some(snapshot) = last_snapshot(self.member.dir()) else { return false };
         let restored = self.apply(&snapshot, false);
+        let upstreams = snapshot.upstreams.iter().filter_map(|upstream| upstream.service.parse().ok());
+        self.wanted.restore(upstreams, std::time::Instant::now());
         self.carry.over(&snapshot, clock::since_unix_epoch());
         if restored {
             tracing::info!(
@@ -106,13 +111,19 @@ impl ControlTask {
     ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
         let channel = self.member.connect(&self.overlay).await?;
         let mut client = ConfigClient::new(channel);
-        let hello = v1::SidecarHello { lease: Some(self.member.lease().to_wire()), ..self.hello.clone() };
-        let opened = tokio::time::timeout(CALL_TIMEOUT, client.watch_sidecar(hello)).await?;
-        let mut snapshots = opened.map_err(|status| status.message().to_owned())?.into_inner();
+        let mut wanted = self.wanted.changes();
+        let mut snapshots = self.open(&mut client, &mut wanted).await?;
         self.enforcer.tell_again();
         let mut last = None;
         loop {
-            let next = tokio::time::timeout(SILENCE, snapshots.message()).await?;
+            let next = tokio::select! {
+                next = tokio::time::timeout(SILENCE, snapshots.message()) => next?,
+                // The new stream before the end of the old one: a member without a stream is taken out of rotation.
+                Ok(()) = wanted.changed() => {
+                    snapshots = self.open(&mut client, &mut wanted).await?;
+                    continue;
+                }
+            };
             let Some(snapshot) = next.map_err(|status| status.message().to_owned())? else { return Ok(()) };
             self.metrics.control_connected.set(1);
             self.member.set_refused(false);
@@ -128,6 +139,18 @@ impl ControlTask {
             }
             last = Some(snapshot);
         }
+    }
+
+    /// Opens a stream with all that is asked for now.
+    async fn open(
+        &self,
+        client: &mut ConfigClient<tonic::transport::Channel>,
+        wanted: &mut watch::Receiver<Vec<ServiceKey>>,
+    ) -> Result<tonic::Streaming<v1::SidecarSnapshot>, Box<dyn std::error::Error + Send + Sync>> {
+        let mut hello = v1::SidecarHello { lease: Some(self.member.lease().to_wire()), ..self.hello.clone() };
+        hello.upstreams.extend(wanted.borrow_and_update().iter().map(ToString::to_string));
+        let opened = tokio::time::timeout(CALL_TIMEOUT, client.watch_sidecar(hello)).await?;
+        Ok(opened.map_err(|status| status.message().to_owned())?.into_inner())
     }
 
     /// Parses and publishes; what can't be used is logged and counted. False: nothing of it counts.

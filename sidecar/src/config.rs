@@ -8,9 +8,12 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use tombolo_model::names::{NameError, ServiceKey};
+use tombolo_names::server::NamesConfig;
 use tombolo_overlay::MAX_PARTS;
 use tombolo_overlay::member::EntryPoints;
 
+use crate::capture::CaptureConfig;
+use crate::capture::settings::MAX_ADDRESSES;
 use crate::health::HealthCheck;
 use crate::inbound::InboundLimits;
 use crate::pool::PoolLimits;
@@ -88,6 +91,10 @@ pub struct SidecarConfig {
     pub pool: PoolLimits,
     /// Where the application gets its own identity; `None`: nowhere.
     pub workload_api: Option<WorkloadApiConfig>,
+    /// Connections that the machine's rules hand over; `None`: none are taken.
+    pub capture: Option<CaptureConfig>,
+    /// Where local applications resolve names; `None`: nowhere.
+    pub names: Option<NamesConfig>,
 }
 
 /// What is wrong with a setting, and what would be right.
@@ -105,8 +112,26 @@ pub enum ConfigError {
     NoPort { service: ServiceKey },
     #[error("upstreams {first} and {second} both listen on {listen}: choose another address for one")]
     ListenTwice { first: ServiceKey, second: ServiceKey, listen: SocketAddr },
-    #[error("nothing to do: give at least one --service or --upstream, a --workload file, or --workload-api")]
+    #[error(
+        "nothing to do: give at least one --service or --upstream, a --workload file, --capture-listen, --dns-listen, or --workload-api"
+    )]
     Nothing,
+    #[error(
+        "--capture-address {value:?}: {reason}: write ADDRESS:PORT=NAMESPACE/NAME, e.g. 10.0.0.7:5432=shop/db, and the service's port behind it where it is another one: 10.0.0.7:5432=shop/db:5433"
+    )]
+    CaptureAddress { value: String, reason: String },
+    #[error("--capture-address {address} stands for {first} and for {second}: one address has one service")]
+    CaptureAddressTwice { address: SocketAddr, first: ServiceKey, second: ServiceKey },
+    #[error("--capture-address: {count} addresses, at most {MAX_ADDRESSES}")]
+    CaptureAddresses { count: usize },
+    #[error(
+        "--capture-address {address}: nothing listens for captured connections: give --capture-listen, e.g. 127.0.0.1:7447"
+    )]
+    CaptureNowhere { address: SocketAddr },
+    #[error("{flag} {listen} is not loopback: others could speak to it; give 127.0.0.1 or [::1] with a port")]
+    CaptureListen { flag: &'static str, listen: SocketAddr },
+    #[error("captured connections are to arrive at {listen} twice: give each listener a port of its own")]
+    CaptureListenTwice { listen: SocketAddr },
     #[error(
         "--max-udp-payload {bytes} is not in 1200..={MAX_UDP_PAYLOAD}: 1452 fits the usual 1500-byte paths, 8952 those of 9000 bytes"
     )]
@@ -122,8 +147,16 @@ pub enum ConfigError {
 impl SidecarConfig {
     /// Checks what can be checked before anything is bound.
     pub fn check(&self) -> Result<(), ConfigError> {
-        if self.services.is_empty() && self.upstreams.is_empty() && self.workload_api.is_none() {
+        if self.services.is_empty()
+            && self.upstreams.is_empty()
+            && self.workload_api.is_none()
+            && self.capture.is_none()
+            && self.names.is_none()
+        {
             return Err(ConfigError::Nothing);
+        }
+        if let Some(capture) = &self.capture {
+            capture.check()?;
         }
         if let Some(address) = self.announce
             && (address.ip().is_unspecified() || address.port() == 0)
@@ -256,6 +289,8 @@ mod tests {
             inbound: InboundLimits::default(),
             pool: PoolLimits::default(),
             workload_api: None,
+            capture: None,
+            names: None,
         }
     }
 

@@ -5,11 +5,9 @@
 //! metrics, the drain. The first part runs on the sidecar's own thread; the others end when [`Threads`] is ended.
 
 use std::io;
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
-use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, oneshot, watch};
 use tokio_util::sync::CancellationToken;
@@ -20,42 +18,25 @@ use tombolo_runtime::rt;
 use tombolo_runtime::tasks::TaskGroup;
 
 use crate::access::Admission;
+use crate::capture::pass::Dialler;
+use crate::capture::targets::Targets;
+use crate::capture::wanted::Wanted;
+use crate::capture::{CapturedContext, CapturedTask, PlainContext, PlainTask};
 use crate::config::{ServiceConfig, SidecarConfig};
 use crate::failover::{Router, Routes, ShiftLog};
 use crate::inbound::{InboundContext, InboundTask, LocalTarget};
+use crate::listening::Listening;
 use crate::metrics::Metrics;
 use crate::outbound::{OutboundContext, UpstreamTask};
 use crate::pool::PoolContext;
 use crate::tables::Tables;
 
-/// tokio's; the kernel caps it at net.core.somaxconn.
-const BACKLOG: i32 = 1024;
-
-/// Where applications call one upstream, once per thread.
-pub(crate) type Listeners = Vec<std::net::TcpListener>;
-
-/// Listens `count` times at one address; the kernel spreads connections over them.
-pub(crate) fn listen(address: SocketAddr, count: usize) -> io::Result<Listeners> {
-    let bind = |address: SocketAddr, shared| -> io::Result<Socket> {
-        let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
-        socket.set_nonblocking(true)?;
-        socket.set_reuse_address(true)?;
-        socket.set_reuse_port(shared)?;
-        socket.bind(&address.into())?;
-        Ok(socket)
-    };
-    let started = |socket: Socket| -> io::Result<std::net::TcpListener> {
-        socket.listen(BACKLOG)?;
-        Ok(socket.into())
-    };
-    if count <= 1 {
-        return Ok(vec![started(bind(address, false)?)?]);
-    }
-    // A shared port may be joined by another process of the same user; one that is taken already is an error.
-    let alone = started(bind(address, false)?)?;
-    let address = alone.local_addr()?;
-    drop(alone);
-    (0..count).map(|_| started(bind(address, true)?)).collect()
+/// What captured connections need on every thread.
+#[derive(Clone, Debug)]
+pub(crate) struct Capture {
+    pub targets: watch::Receiver<Arc<Targets>>,
+    pub wanted: Wanted,
+    pub pass_slots: Arc<Semaphore>,
 }
 
 /// What every part needs; clones are for other threads.
@@ -70,22 +51,42 @@ pub(crate) struct DataPath {
     /// One held per open inbound stream, and per application's connection: all free means that nothing is open.
     pub inbound_slots: Arc<Semaphore>,
     pub outbound_slots: Arc<Semaphore>,
+    pub dialler: Dialler,
+    pub capture: Option<Capture>,
     pub tasks: TaskGroup,
 }
 
 impl DataPath {
     /// Serves one part in the current runtime: streams in, applications' connections out.
-    pub fn start(
-        &self,
-        overlay: &Overlay,
-        listeners: Vec<std::net::TcpListener>,
-        log: ShiftLog,
-    ) -> io::Result<Routes> {
-        let Self { config, member, tables, admitted, metrics, drain, inbound_slots, outbound_slots, tasks } =
-            self.clone();
+    pub fn start(&self, overlay: &Overlay, listening: Listening, log: ShiftLog) -> io::Result<Routes> {
+        let Self {
+            config,
+            member,
+            tables,
+            admitted,
+            metrics,
+            drain,
+            inbound_slots,
+            outbound_slots,
+            dialler,
+            capture,
+            tasks,
+        } = self.clone();
+        let plain = config.capture.as_ref().and_then(|capture| capture.inbound.as_ref());
+        let plain = plain.map(|inbound| PlainContext {
+            mode: inbound.mode,
+            services: config.services.clone().into(),
+            idle: config.inbound.idle,
+            slots: Arc::clone(&inbound_slots),
+            dialler: dialler.clone(),
+            metrics: metrics.capture.direction("inbound"),
+            drain: drain.clone(),
+            tasks: tasks.clone(),
+        });
         let inbound = InboundContext {
             limits: config.inbound,
             slots: inbound_slots,
+            dialler: dialler.clone(),
             metrics: metrics.clone(),
             drain: drain.clone(),
             tasks: tasks.clone(),
@@ -103,7 +104,7 @@ impl DataPath {
         let warm = config.upstreams.iter().map(|u| (u.service.clone(), u.warm)).collect();
         let router = Router::new(member.cluster().clone(), pools, warm, log);
         let routes = router.routes();
-        tasks.spawn("failover", router.run(tables));
+        tasks.spawn("failover", router.run(tables.clone()));
 
         let outbound = OutboundContext {
             routes: routes.clone(),
@@ -113,10 +114,24 @@ impl DataPath {
             drain,
             tasks: tasks.clone(),
         };
-        for (upstream, listener) in config.upstreams.iter().zip(listeners) {
+        let Listening { upstreams, captured, plain: plain_listeners } = listening;
+        for (upstream, listener) in config.upstreams.iter().zip(upstreams) {
             let listener = TcpListener::from_std(listener)?;
             let task = UpstreamTask::new(listener, upstream.service.clone(), upstream.port, outbound.clone());
             tasks.spawn("upstream", task.run());
+        }
+        if let Some(Capture { targets, wanted, pass_slots }) = capture {
+            let metrics = outbound.metrics.capture.direction("outbound");
+            let context = CapturedContext { outbound, targets, tables, wanted, dialler, pass_slots, metrics };
+            for listener in captured {
+                let task = CapturedTask::new(TcpListener::from_std(listener)?, context.clone());
+                tasks.spawn("captured", task.run());
+            }
+        }
+        for (listener, context) in plain_listeners.into_iter().zip(std::iter::repeat(plain)) {
+            if let Some(context) = context {
+                tasks.spawn("plain", PlainTask::new(TcpListener::from_std(listener)?, context).run());
+            }
         }
         Ok(routes)
     }
@@ -140,7 +155,7 @@ fn targets(
 #[derive(Debug)]
 pub(crate) struct Further {
     pub part: Part,
-    pub listeners: Vec<std::net::TcpListener>,
+    pub listening: Listening,
     pub server: ServerTls,
     pub limits: Limits,
 }
@@ -167,10 +182,10 @@ impl Threads {
         let (ready, started) = oneshot::channel();
         let name = format!("tombolo-path-{}", self.threads.len() + 1);
         let thread = rt::spawn_thread(name, move || async move {
-            let Further { part, listeners, server, limits } = further;
+            let Further { part, listening, server, limits } = further;
             let overlay = first.bind_beside(part, Some(server), limits, &path.tasks);
             drop(first);
-            let routes = overlay.and_then(|overlay| path.start(&overlay, listeners, log).map_err(failed));
+            let routes = overlay.and_then(|overlay| path.start(&overlay, listening, log).map_err(failed));
             drop(path);
             let _ = ready.send(routes);
             // Drives the tasks of this thread meanwhile.
@@ -195,22 +210,5 @@ impl Drop for Threads {
     /// Of a start that failed half-way.
     fn drop(&mut self) {
         self.ended.cancel();
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn listeners_share_an_address_and_a_taken_one_is_refused() {
-        for count in [1, 3] {
-            let listeners = listen(([127, 0, 0, 1], 0).into(), count).unwrap();
-            assert_eq!(listeners.len(), count);
-            let address = listeners[0].local_addr().unwrap();
-            assert!(listeners.iter().all(|l| l.local_addr().unwrap() == address));
-            let error = listen(address, count).unwrap_err();
-            assert_eq!(error.kind(), io::ErrorKind::AddrInUse, "{count}");
-        }
     }
 }

@@ -18,7 +18,6 @@ use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use quinn::VarInt;
-use tokio::net::TcpStream;
 use tokio::sync::{Semaphore, watch};
 use tombolo_model::access::Verdict;
 use tombolo_model::names::ServiceKey;
@@ -27,6 +26,7 @@ use tombolo_runtime::drain::Drain;
 use tombolo_runtime::tasks::TaskGroup;
 
 use crate::access::Admission;
+use crate::capture::pass::Dialler;
 use crate::codes;
 use crate::copy::{self, BiStream, End, IdleLimits, Meter};
 use crate::header::{self, HeaderError};
@@ -75,6 +75,8 @@ pub struct InboundContext {
     pub limits: InboundLimits,
     /// Held one per open stream: all of them free means that nothing is open.
     pub slots: Arc<Semaphore>,
+    /// Past the rules that capture connections.
+    pub dialler: Dialler,
     pub metrics: Metrics,
     pub drain: Drain,
     pub tasks: TaskGroup,
@@ -348,17 +350,14 @@ async fn carry(
     let Ok(_slot) = Arc::clone(&shared.context.slots).try_acquire_owned() else {
         return refuse(stream, codes::OVERLOADED);
     };
-    let tcp = match tokio::time::timeout(CONNECT_TIMEOUT, TcpStream::connect(address)).await {
-        Ok(Ok(tcp)) => tcp,
-        Ok(Err(error)) => {
+    let dialled = match shared.context.dialler.connect(*address, CONNECT_TIMEOUT).await {
+        Ok(dialled) => dialled,
+        Err(error) => {
             tracing::debug!(%error, %address, "the local application did not accept");
             return refuse(stream, codes::CONNECT_REFUSED);
         }
-        Err(_) => {
-            tracing::debug!(%address, "the local application did not answer");
-            return refuse(stream, codes::CONNECT_REFUSED);
-        }
     };
+    let (tcp, _known) = dialled.into_parts();
     // Small answers must not wait for an acknowledgement of the ones before.
     let _ = tcp.set_nodelay(true);
     let end = tokio::select! {

@@ -4,10 +4,11 @@
 //!  application --TCP--> outbound --> failover --> pool ==overlay==> peer's inbound --TCP--> application
 //! ```
 //! [`role`] builds and runs a sidecar from a [`config`]; [`client`] keeps the configuration coming; [`tables`] is that
-//! configuration, parsed once; [`access`] says who may open streams here; [`copy`] is the byte path. [`workload_api`] hands the
-//! application its own identity.
+//! configuration, parsed once; [`access`] says who may open streams here; [`copy`] is the byte path. [`capture`] takes what
+//! applications connect to without knowing of the mesh; [`workload_api`] hands the application its own identity.
 
 pub mod access;
+pub mod capture;
 pub mod carry;
 pub mod client;
 pub mod codes;
@@ -18,7 +19,9 @@ pub mod failover;
 pub mod header;
 pub mod health;
 pub mod inbound;
+pub mod listening;
 pub mod metrics;
+pub mod names;
 pub mod outbound;
 pub mod pool;
 pub mod role;

@@ -10,6 +10,8 @@ use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::{Registry, Unit};
 use tombolo_overlay::OverlayStats;
 
+use crate::capture::metrics::CaptureMetrics;
+
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct ServiceLabels {
     pub direction: &'static str,
@@ -97,6 +99,7 @@ pub struct Metrics {
     expired_connections: Counter,
     revoked_connections: Counter,
     dropped_packets: Family<PacketLabels, Counter>,
+    pub capture: CaptureMetrics,
 }
 
 impl Metrics {
@@ -125,6 +128,7 @@ impl Metrics {
             expired_connections: Counter::default(),
             revoked_connections: Counter::default(),
             dropped_packets: Family::default(),
+            capture: CaptureMetrics::register(registry),
         };
         let m = &metrics;
         registry.register_with_unit(

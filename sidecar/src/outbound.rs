@@ -1,4 +1,5 @@
-//! Outbound: explicit listeners for upstream services, each application connection carried to an endpoint of the service.
+//! Outbound: explicit listeners for upstream services (captured connections come from [`crate::capture`]), each
+//! application connection carried to an endpoint of the service.
 //!
 //! The stream's header and the application's first bytes leave together, without waiting for an answer. What cannot be
 //! dialled, or refuses with the promise that nothing reached the application ([`crate::codes`]), is replaced: another
@@ -31,7 +32,7 @@ const MAX_PER_CLUSTER: u32 = 3;
 /// An application that waits longer than this for its connection has given up.
 const PATIENCE: Duration = Duration::from_secs(8);
 /// `accept` fails when file descriptors run out: trying again at once would only burn CPU.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+pub(crate) const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 /// What every outbound connection needs.
 #[derive(Clone, Debug)]
@@ -53,17 +54,25 @@ pub struct UpstreamTask {
     context: OutboundContext,
 }
 
+/// One port of one upstream, however its connections come.
 #[derive(Debug)]
-struct UpstreamPort {
+pub(crate) struct UpstreamPort {
     service: ServiceKey,
     port: u16,
     metrics: ServiceMetrics,
 }
 
+impl UpstreamPort {
+    pub fn new(service: ServiceKey, port: u16, metrics: &Metrics) -> Self {
+        let metrics = metrics.service("outbound", &service.to_string());
+        Self { service, port, metrics }
+    }
+}
+
 impl UpstreamTask {
     pub fn new(listener: TcpListener, service: ServiceKey, port: u16, context: OutboundContext) -> Self {
-        let metrics = context.metrics.service("outbound", &service.to_string());
-        Self { listener, upstream: Arc::new(UpstreamPort { service, port, metrics }), context }
+        let upstream = Arc::new(UpstreamPort::new(service, port, &context.metrics));
+        Self { listener, upstream, context }
     }
 
     /// Until the drain starts: then the listener closes, and what is open goes on.
@@ -73,7 +82,7 @@ impl UpstreamTask {
         let accept = async {
             loop {
                 match listener.accept().await {
-                    Ok((tcp, from)) => start(tcp, from, &upstream, &context),
+                    Ok((tcp, from)) => start(tcp, from, &upstream, &context, ()),
                     Err(error) => {
                         tracing::warn!(service = %upstream.service, %error, "an application's connection can't be accepted");
                         tokio::time::sleep(ACCEPT_PAUSE).await;
@@ -88,7 +97,14 @@ impl UpstreamTask {
     }
 }
 
-fn start(tcp: TcpStream, from: SocketAddr, upstream: &Arc<UpstreamPort>, context: &OutboundContext) {
+/// Carries one application's connection; `held` is kept until it has ended.
+pub(crate) fn start(
+    tcp: TcpStream,
+    from: SocketAddr,
+    upstream: &Arc<UpstreamPort>,
+    context: &OutboundContext,
+    held: impl Send + 'static,
+) {
     let Ok(slot) = Arc::clone(&context.slots).try_acquire_owned() else {
         upstream.metrics.ended("overloaded");
         return copy::abort(tcp);
@@ -97,7 +113,7 @@ fn start(tcp: TcpStream, from: SocketAddr, upstream: &Arc<UpstreamPort>, context
     let tasks = context.tasks.clone();
     tasks.spawn("outbound connection", async move {
         serve(tcp, from, &upstream, context).await;
-        drop(slot);
+        drop((slot, held));
     });
 }
 

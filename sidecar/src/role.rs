@@ -13,6 +13,10 @@ use std::time::Duration;
 use prometheus_client::registry::Registry;
 use tokio::sync::{Semaphore, watch};
 use tombolo_identity::tls;
+use tombolo_model::names::ServiceKey;
+use tombolo_names::metrics as names_metrics;
+use tombolo_names::server::{self as names_server, NamesError};
+use tombolo_names::table::TableHandle;
 use tombolo_overlay::cid::Kind;
 use tombolo_overlay::lease::LeaseError;
 use tombolo_overlay::member::{JoinError, JoinOptions, Member, MemberError};
@@ -26,13 +30,19 @@ use tombolo_runtime::readiness::{BlockReady, Readiness};
 use tombolo_runtime::tasks::TaskGroup;
 
 use crate::access::Admission;
+use crate::capture;
+use crate::capture::pass::Dialler;
+use crate::capture::targets::Targets;
+use crate::capture::wanted::Wanted;
 use crate::carry::Carry;
 use crate::client::{ControlTask, ReportTask};
 use crate::config::{ConfigError, ServiceConfig, SidecarConfig};
-use crate::data_path::{self, DataPath, Further, Threads};
+use crate::data_path::{Capture, DataPath, Further, Threads};
 use crate::failover::ShiftLog;
 use crate::health;
+use crate::listening::{ListenError, Listening};
 use crate::metrics::Metrics;
+use crate::names::NamesTask;
 use crate::tables::Tables;
 use crate::workload_api::{self, WorkloadApi};
 
@@ -62,14 +72,14 @@ pub enum BuildError {
     Overlay(#[from] BindError),
     #[error("the TLS configuration can't be made: {0}")]
     Tls(#[from] rustls::Error),
-    #[error(
-        "upstream {service}: cannot listen on {listen} ({source}): choose another address with --upstream"
-    )]
-    Upstream { service: String, listen: SocketAddr, source: std::io::Error },
+    #[error(transparent)]
+    Listen(#[from] ListenError),
     #[error(transparent)]
     Admin(#[from] AdminError),
     #[error(transparent)]
     WorkloadApi(#[from] workload_api::BindError),
+    #[error(transparent)]
+    Names(#[from] NamesError),
 }
 
 /// Why a running sidecar ended.
@@ -83,6 +93,8 @@ pub enum RunError {
     Tls(#[from] rustls::Error),
     #[error("an upstream's listener can't be served: {0}")]
     Listener(std::io::Error),
+    #[error("names can't be served: {0}")]
+    Names(std::io::Error),
 }
 
 /// Builds sidecars.
@@ -95,13 +107,15 @@ pub struct Bound {
     config: SidecarConfig,
     member: Member,
     overlay: Overlay,
-    /// By thread, in the order of the configuration's upstreams.
-    listeners: Vec<Vec<std::net::TcpListener>>,
+    /// By thread.
+    listening: Vec<Listening>,
     /// What the threads after the first serve.
     parts: Vec<Part>,
     admin: Admin,
     metrics: Metrics,
     workload_api: Option<WorkloadApi>,
+    /// Followed for the name server, and for captured connections.
+    names: Option<(Option<names_server::Bound>, names_metrics::Metrics)>,
     configured: BlockReady,
     tasks: TaskGroup,
 }
@@ -113,14 +127,7 @@ impl Sidecar {
         let dir = config.state_dir.clone();
         // Cheap and local first: a taken port must not use up a join token.
         let threads = config.threads.get();
-        let mut listeners: Vec<Vec<_>> = (0..threads).map(|_| Vec::new()).collect();
-        for upstream in &config.upstreams {
-            let bound = data_path::listen(upstream.listen, threads).map_err(|source| {
-                let service = upstream.service.to_string();
-                BuildError::Upstream { service, listen: upstream.listen, source }
-            })?;
-            listeners.iter_mut().zip(bound).for_each(|(of_thread, listener)| of_thread.push(listener));
-        }
+        let listening = Listening::bind(&config, threads)?;
         let readiness = Readiness::new();
         let configured = readiness.block("configuration");
         let mut registry = Registry::default();
@@ -128,6 +135,14 @@ impl Sidecar {
         let workload_api = match &config.workload_api {
             Some(api) => Some(WorkloadApi::bind(api, &mut registry).await?),
             None => None,
+        };
+        let names = match (&config.names, &config.capture) {
+            (None, None) => None,
+            (served, _) => {
+                let metrics = names_metrics::Metrics::register(&mut registry);
+                let served = served.as_ref().map(|names| names_server::Bound::bind(names, metrics.clone()));
+                Some((served.transpose()?, metrics))
+            }
         };
         let admin = Admin::bind(config.admin, registry, readiness).await?;
 
@@ -176,11 +191,12 @@ impl Sidecar {
             config,
             member,
             overlay,
-            listeners,
+            listening,
             parts,
             admin,
             metrics,
             workload_api,
+            names,
             configured,
             tasks,
         })
@@ -194,10 +210,14 @@ impl Bound {
     pub fn admin_addr(&self) -> SocketAddr {
         self.admin.local_addr()
     }
+    /// Where names are served.
+    pub fn names_addr(&self) -> Option<SocketAddr> {
+        self.names.as_ref().and_then(|(bound, _)| bound.as_ref()).map(names_server::Bound::listen_addr)
+    }
     /// Where the upstreams listen, in the order of the configuration.
     pub fn upstream_addrs(&self) -> Vec<SocketAddr> {
-        let listeners = self.listeners.first().map(Vec::as_slice).unwrap_or_default();
-        listeners.iter().filter_map(|listener| listener.local_addr().ok()).collect()
+        let listeners = self.listening.first().map(|listening| listening.upstreams.as_slice());
+        listeners.unwrap_or_default().iter().filter_map(|listener| listener.local_addr().ok()).collect()
     }
 
     /// Runs until `shutdown` starts and the drain is over. A forced `shutdown` ends at once.
@@ -206,11 +226,12 @@ impl Bound {
             config,
             member,
             overlay,
-            listeners,
+            listening,
             parts,
             admin,
             metrics,
             workload_api,
+            names,
             configured,
             tasks,
         } = self;
@@ -219,6 +240,7 @@ impl Bound {
         let (tables, received) = watch::channel(None);
 
         let enforcer = Enforcer::new(member.svid().clone());
+        let wanted = Wanted::new(asked_for(&config).collect());
         let mut control = ControlTask {
             hello: hello(&config, &overlay),
             member: member.clone(),
@@ -228,6 +250,7 @@ impl Bound {
             carry: Carry::default(),
             zone: config.zone.clone(),
             enforcer: enforcer.clone(),
+            wanted: wanted.clone(),
         };
         control.restore();
         tasks.spawn("ready once configured", ready_once_configured(received.clone(), configured));
@@ -238,11 +261,34 @@ impl Bound {
             api.spawn(&member, &overlay, received.clone(), &tasks);
         }
 
+        // Served to the end: applications that drain resolve names, too.
+        let (_serving_names, names) = match names {
+            Some((bound, metrics)) => {
+                let table = TableHandle::default();
+                let task = NamesTask::new(member.clone(), overlay.clone(), table.clone(), metrics);
+                let whole = task.whole();
+                tasks.spawn("names", task.run());
+                let serving = bound.map(|bound| bound.start(table.clone())).transpose();
+                (serving.map_err(RunError::Names)?, Some((table, whole)))
+            }
+            None => (None, None),
+        };
+
         let (admitted_sender, admitted) =
             watch::channel(Arc::new(Admission::nobody(member.cluster().clone())));
         let follow = follow_admission(received.clone(), admitted_sender, metrics.clone());
         tasks.spawn("admission", follow);
         let config = Arc::new(config);
+        let (dialler, capture) = match (&config.capture, names) {
+            (Some(capture), Some((table, whole))) => {
+                let (sender, targets) = watch::channel(Arc::new(Targets::new(capture)));
+                let follow = capture::names::follow(received.clone(), table, whole, sender);
+                tasks.spawn("captured addresses", follow);
+                let pass_slots = Arc::new(Semaphore::new(config.pool.max_app_connections));
+                (Dialler::marking(capture.mark), Some(Capture { targets, wanted, pass_slots }))
+            }
+            _ => (Dialler::plain(), None),
+        };
         let path = DataPath {
             config: Arc::clone(&config),
             member: member.clone(),
@@ -252,21 +298,25 @@ impl Bound {
             drain: watcher.clone(),
             inbound_slots: Arc::new(Semaphore::new(config.inbound.max_app_connections)),
             outbound_slots: Arc::new(Semaphore::new(config.pool.max_app_connections)),
+            dialler,
+            capture,
             tasks: tasks.clone(),
         };
         let mut threads = Threads::default();
-        let mut listeners = listeners.into_iter();
-        let own = listeners.next().unwrap_or_default();
+        let mut listening = listening.into_iter();
+        let own = listening.next().unwrap_or_default();
         let mut routes = vec![path.start(&overlay, own, log.clone()).map_err(RunError::Listener)?];
-        for (part, listeners) in parts.into_iter().zip(listeners) {
+        for (part, listening) in parts.into_iter().zip(listening) {
             let server = server_tls(&member)?;
-            let further = Further { part, listeners, server, limits: limits(&config) };
+            let further = Further { part, listening, server, limits: limits(&config) };
             routes.push(threads.start(further, &overlay, &path, log.reader()).await?);
         }
-        let slots = [
+        let mut slots = vec![
             (Arc::clone(&path.inbound_slots), config.inbound.max_app_connections),
             (Arc::clone(&path.outbound_slots), config.pool.max_app_connections),
         ];
+        let passed = path.capture.as_ref().map(|capture| Arc::clone(&capture.pass_slots));
+        slots.extend(passed.map(|slots| (slots, config.pool.max_app_connections)));
         drop(path);
         let mut verdicts = Vec::new();
         for service in &config.services {
@@ -316,7 +366,7 @@ async fn finish(
     trigger: DrainTrigger,
     report: tokio::task::JoinHandle<()>,
     overlay: &Overlay,
-    slots: [(Arc<Semaphore>, usize); 2],
+    slots: Vec<(Arc<Semaphore>, usize)>,
     patience: Duration,
 ) {
     tracing::info!(patience_ms = patience.as_millis() as u64, "draining");
@@ -384,6 +434,13 @@ fn limits(config: &SidecarConfig) -> Limits {
     }
 }
 
+/// Services that the configuration says are called.
+fn asked_for(config: &SidecarConfig) -> impl Iterator<Item = ServiceKey> {
+    let upstreams = config.upstreams.iter().map(|upstream| upstream.service.clone());
+    let addresses = config.capture.iter().flat_map(|capture| &capture.addresses);
+    upstreams.chain(addresses.map(|address| address.service.clone()))
+}
+
 /// What the federator is told about this process.
 fn hello(config: &SidecarConfig, overlay: &Overlay) -> v1::SidecarHello {
     let bound = overlay.local_addr();
@@ -406,7 +463,7 @@ fn hello(config: &SidecarConfig, overlay: &Overlay) -> v1::SidecarHello {
             .collect(),
         weight: service.weight,
     };
-    let mut upstreams: Vec<_> = config.upstreams.iter().map(|u| u.service.to_string()).collect();
+    let mut upstreams: Vec<_> = asked_for(config).map(|service| service.to_string()).collect();
     upstreams.sort();
     upstreams.dedup();
     v1::SidecarHello {

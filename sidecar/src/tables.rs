@@ -7,11 +7,12 @@
 mod tests;
 
 use std::collections::{BTreeMap, HashMap};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
-use tombolo_identity::SpiffeId;
+use rustls::pki_types::CertificateDer;
 use tombolo_identity::jwt::{JwtAuthorities, JwtAuthority};
+use tombolo_identity::{ForeignBundle, SpiffeId, TrustDomain};
 use tombolo_model::ids::{ClusterTag, EndpointId, Handle};
 use tombolo_model::names::{ClusterName, ServiceKey};
 use tombolo_overlay::keys::KeyRing;
@@ -46,6 +47,8 @@ pub struct Backend {
 pub struct Upstream {
     pub service: ServiceKey,
     pub ports: Vec<u16>,
+    /// Virtual: what its names resolve to in this cluster.
+    pub addresses: Vec<IpAddr>,
     pub backends: Vec<Arc<Backend>>,
     /// Spec of the policy; empty for the default.
     pub policy_json: String,
@@ -75,6 +78,10 @@ pub struct Tables {
     pub trust_bundle: String,
     /// Of this and every linked cluster.
     pub jwt_authorities: Arc<JwtAuthorities>,
+    /// Of foreign trust domains: for the Workload API alone, never for handshakes of this sidecar.
+    pub federated: Arc<BTreeMap<TrustDomain, ForeignBundle>>,
+    /// Of the authority above the cluster's CA: for the Workload API alone, too.
+    pub upstream_roots: Arc<[CertificateDer<'static>]>,
     pub rejected: Vec<Rejected>,
 }
 
@@ -135,6 +142,9 @@ impl Tables {
         let authorities =
             wire.jwt_authorities.iter().filter_map(|a| sieve.take("jwt authority", jwt_authority(a)));
         let jwt_authorities = Arc::new(JwtAuthorities::new(authorities));
+        let federated =
+            wire.federated_bundles.iter().filter_map(|b| sieve.take("federated bundle", federated_bundle(b)));
+        let federated = federated.map(|bundle| (bundle.trust_domain().clone(), bundle)).collect();
         let lease = wire.lease.as_ref().and_then(|l| sieve.take("lease", EndpointLease::from_wire(l)));
         Ok(Self {
             revision: wire.revision,
@@ -148,6 +158,8 @@ impl Tables {
             gateways,
             trust_bundle: wire.trust_bundle_json.clone(),
             jwt_authorities,
+            federated: Arc::new(federated),
+            upstream_roots: wire.upstream_roots.iter().cloned().map(CertificateDer::from).collect(),
             rejected: sieve.0,
         })
     }
@@ -158,6 +170,14 @@ fn jwt_authority(wire: &v1::JwtAuthority) -> Result<JwtAuthority, FieldError> {
     JwtAuthority::new(cluster, &wire.public_key).map_err(|e| {
         let found = format!("a key of {} bytes", wire.public_key.len());
         FieldError::new("jwt_authorities.public_key", found, format!("a point of P-256: {e}"))
+    })
+}
+
+fn federated_bundle(wire: &v1::FederatedBundle) -> Result<ForeignBundle, FieldError> {
+    let domain: TrustDomain = convert::parse("federated_bundles.trust_domain", &wire.trust_domain)?;
+    ForeignBundle::parse(domain, wire.bundle_json.as_bytes()).map_err(|e| {
+        let found = format!("a bundle of {}", wire.trust_domain);
+        FieldError::new("federated_bundles.bundle_json", found, format!("a SPIFFE bundle: {e}"))
     })
 }
 
@@ -216,9 +236,12 @@ fn upstream(
         }
         backends.push(Arc::new(backend));
     }
+    let address = |text: &String| convert::parse::<IpAddr>("upstreams.addresses", text);
+    let addresses = wire.addresses.iter().filter_map(|text| sieve.take("address", address(text))).collect();
     let upstream = Upstream {
         service,
         ports,
+        addresses,
         backends,
         policy_json: wire.failover_policy_json.clone(),
         policy_name: wire.policy_name.clone(),

@@ -88,6 +88,7 @@ impl World {
         let context = InboundContext {
             limits,
             slots: Arc::new(Semaphore::new(limits.max_app_connections)),
+            dialler: tombolo_sidecar::capture::pass::Dialler::plain(),
             metrics: world.metrics.clone(),
             drain,
             tasks: world.tasks.clone(),

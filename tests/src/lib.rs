@@ -10,14 +10,17 @@
 
 pub mod balancer;
 pub mod capability;
+pub mod captured;
 pub mod hostile;
 pub mod link;
 pub mod mesh;
 pub mod nat;
 pub mod netns;
 pub mod process;
+pub mod resolver;
 pub mod scenario;
 pub mod spiffe_probe;
+pub mod spire;
 pub mod stolen;
 pub mod token_review;
 pub mod traffic;

@@ -29,7 +29,8 @@ const MAX_LINE: usize = 64 * 1024;
 Every entry carries the hash of the one before it: `tombolo audit verify` computes the chain again. Note its head
 elsewhere from time to time; `--from-head` says later whether that head is still part of it.
 
-Actions: join, renew, own-svid, token, link-token, link, unlink, link-ended, link-accept, revoke, unrevoke, rotation.
+Actions: join, renew, own-svid, token, link-token, link, unlink, link-ended, link-accept, revoke, unrevoke, rotation,
+federation.
 Refusals that repeat each other within a minute are one entry with a count.
 
 Examples:

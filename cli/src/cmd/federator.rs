@@ -8,13 +8,16 @@ use serde::Deserialize;
 
 use tombolo_federator::bundle_endpoint::{BundleEndpointConfig, WebCertificate};
 use tombolo_federator::core::audit::Retention;
+use tombolo_federator::foreign::client::WebRoots;
 use tombolo_federator::role::{DEFAULT_LISTEN, Federator, FederatorConfig};
 use tombolo_federator::token_review::access::{IN_CLUSTER_DIR, KubernetesAccess};
 use tombolo_model::names::ClusterName;
+use tombolo_model::virtual_ranges::VirtualRanges;
 use tombolo_runtime::dirs::Dirs;
 use tombolo_runtime::tasks::TaskGroup;
 use tombolo_runtime::{admin, settings, signals};
 
+use super::names;
 use super::role::{self, layered};
 use crate::failure::{Exit, Failure};
 
@@ -26,7 +29,8 @@ Examples:
   tombolo federator --cluster east --trust-dir /etc/tombolo/east --listen 10.0.0.5:7443
   tombolo federator --config /etc/tombolo/federator.yaml --log-format json
   tombolo federator --cluster east --bundle-endpoint 0.0.0.0:8443
-  tombolo federator --cluster east --kubernetes in-cluster          pods join as their service account")]
+  tombolo federator --cluster east --kubernetes in-cluster          pods join as their service account
+  tombolo federator --cluster east --dns-listen 10.0.0.5 --virtual-range 10.96.0.0/16 --virtual-range fd00:96::/112")]
 pub struct FederatorArgs {
     #[command(flatten)]
     settings: Settings,
@@ -62,6 +66,28 @@ struct Settings {
     /// Days for which entries of the audit log are kept [default: 400]
     #[arg(long, env = "TOMBOLO_AUDIT_DAYS", value_name = "NUMBER", value_parser = clap::value_parser!(u64).range(1..=36_500))]
     audit_days: Option<u64>,
+    /// Range of the virtual addresses that services get; one of IPv4, one of IPv6 (off unless given). Nothing else may use
+    /// it where callers are [default: 241.64.0.0/16]
+    #[arg(
+        long = "virtual-range",
+        env = "TOMBOLO_VIRTUAL_RANGES",
+        value_delimiter = ',',
+        value_name = "CIDR"
+    )]
+    virtual_ranges: Option<Vec<String>>,
+    /// Serve names of the cluster over DNS here, UDP and TCP; the port may be left out [default port: 7453]. Off unless given
+    #[arg(long, env = "TOMBOLO_DNS_LISTEN", value_name = "ADDRESS[:PORT]", help_heading = "Names")]
+    dns_listen: Option<String>,
+    /// Resolver that answers for other names; may be repeated; `none`: they are refused [default: those of
+    /// /etc/resolv.conf]
+    #[arg(
+        long = "dns-upstream",
+        env = "TOMBOLO_DNS_UPSTREAMS",
+        value_delimiter = ',',
+        value_name = "ADDRESS[:PORT]",
+        help_heading = "Names"
+    )]
+    dns_upstreams: Option<Vec<String>>,
     /// Metrics and readiness [default: 127.0.0.1:7445]
     #[arg(long, env = "TOMBOLO_ADMIN", value_name = "ADDRESS:PORT")]
     admin: Option<SocketAddr>,
@@ -88,6 +114,14 @@ struct Settings {
     /// Let pods join as their service account, by the word of this Kubernetes API server: `in-cluster`, or a kubeconfig
     #[arg(long, env = "TOMBOLO_KUBERNETES", value_name = "in-cluster|FILE")]
     kubernetes: Option<String>,
+    /// CA certificates (PEM) by which foreign bundle endpoints of profile https_web are verified [default: the system's]
+    #[arg(
+        long,
+        env = "TOMBOLO_BUNDLE_CLIENT_ROOTS",
+        value_name = "FILE",
+        help_heading = "Foreign trust domains"
+    )]
+    bundle_client_roots: Option<PathBuf>,
     /// Level, or `target=level,...` [default: info]
     #[arg(long, env = "TOMBOLO_LOG", value_name = "FILTER", help_heading = "Logs")]
     log_level: Option<String>,
@@ -110,6 +144,10 @@ layered!(Settings {
     bundle_endpoint_certificate,
     bundle_endpoint_key,
     kubernetes,
+    bundle_client_roots,
+    virtual_ranges,
+    dns_listen,
+    dns_upstreams,
     log_level,
     log_format
 });
@@ -143,6 +181,10 @@ impl Settings {
             bundle_endpoint_certificate,
             bundle_endpoint_key,
             kubernetes,
+            bundle_client_roots,
+            virtual_ranges,
+            dns_listen,
+            dns_upstreams,
             log_level: _,
             log_format: _,
         } = self;
@@ -187,6 +229,9 @@ impl Settings {
                 .collect::<Result<_, _>>()?,
             bundle_endpoint: endpoint(bundle_endpoint, bundle_endpoint_certificate, bundle_endpoint_key)?,
             kubernetes: kubernetes.map(|place| api_server(&place)).transpose()?,
+            web_roots: WebRoots::new(bundle_client_roots),
+            virtual_ranges: ranges(virtual_ranges)?,
+            names: names::config(dns_listen, dns_upstreams)?,
         })
     }
 }
@@ -206,6 +251,13 @@ fn api_server(place: &str) -> Result<KubernetesAccess, Failure> {
     let host = if host.contains(':') { format!("[{host}]") } else { host };
     let dir = PathBuf::from(IN_CLUSTER_DIR);
     Ok(KubernetesAccess::InCluster { server: format!("https://{host}:{port}"), dir })
+}
+
+/// One per family.
+fn ranges(texts: Option<Vec<String>>) -> Result<VirtualRanges, Failure> {
+    let texts = texts.unwrap_or_default();
+    let parsed = VirtualRanges::parse(texts.iter().map(String::as_str));
+    parsed.map_err(|error| Failure::usage(format_args!("--virtual-range: {error}")))
 }
 
 /// A certificate and its key go together, and with an address.

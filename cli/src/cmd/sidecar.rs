@@ -3,12 +3,11 @@
 use std::net::{Ipv4Addr, SocketAddr};
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
-use std::str::FromStr;
 
-use clap::Args;
+use clap::{Args, Subcommand};
 use serde::Deserialize;
 use tombolo_overlay::member::EntryPoints;
-use tombolo_runtime::{admin, dirs::Dirs, rt};
+use tombolo_runtime::{admin, dirs::Dirs};
 use tombolo_sidecar::config::{
     self, Mapping, ServiceConfig, SidecarConfig, UpstreamConfig, services_from, upstreams_from,
 };
@@ -16,13 +15,19 @@ use tombolo_sidecar::inbound::InboundLimits;
 use tombolo_sidecar::pool::PoolLimits;
 use tombolo_sidecar::workload_api::WorkloadApiConfig;
 
+use super::names;
 use super::role::{self, Span, layered};
 use tombolo_runtime::signals;
 use tombolo_runtime::tasks::TaskGroup;
 use tombolo_sidecar::role::Sidecar;
 
+use self::threads::Threads;
 use crate::failure::{Exit, Failure};
 
+mod capture;
+mod captured;
+mod dns;
+mod threads;
 mod workload;
 
 /// Run the data plane of one workload
@@ -42,13 +47,29 @@ In Kubernetes, as the pod's service account (docs/operations.md shows the pod):
 With the SPIFFE Workload API, for applications that do their own mTLS or carry tokens; these are told where it is by
 SPIFFE_ENDPOINT_SOCKET=unix:///run/tombolo/web/workload.sock:
   tombolo sidecar --name web --service shop/web:80=127.0.0.1:8080 \\
-      --workload-api /run/tombolo/web/workload.sock --workload-api-uid 1000")]
+      --workload-api /run/tombolo/web/workload.sock --workload-api-uid 1000
+
+With callers that know nothing of the mesh; `tombolo sidecar capture` puts the rules in place:
+  tombolo sidecar capture apply --address 10.0.0.7:5432
+  tombolo sidecar --name client --capture-listen 127.0.0.1:7447 --capture-address 10.0.0.7:5432=shop/db
+
+With names for local applications; `tombolo sidecar dns` points the machine's resolver at it:
+  tombolo sidecar --name client --upstream shop/web:80=127.0.0.1:9080 --dns-listen 127.0.0.54:53
+  tombolo sidecar dns install --resolver 127.0.0.54")]
 pub struct SidecarArgs {
+    #[command(subcommand)]
+    verb: Option<Verb>,
     #[command(flatten)]
     settings: Settings,
     /// YAML file with settings, named as the flags are but in camelCase; unknown keys are errors
     #[arg(long, env = "TOMBOLO_CONFIG", value_name = "FILE")]
     config: Option<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    Capture(capture::CaptureArgs),
+    Dns(dns::DnsArgs),
 }
 
 #[derive(Debug, Default, Args, Deserialize)]
@@ -111,6 +132,70 @@ struct Settings {
         value_name = "UID"
     )]
     workload_api_uids: Option<Vec<u32>>,
+    /// Where the machine's rules (`tombolo sidecar capture`) redirect applications' connections to: 127.0.0.1:7447, and
+    /// [::1]:7447 for IPv6; may be repeated
+    #[arg(
+        long,
+        env = "TOMBOLO_CAPTURE_LISTEN",
+        value_delimiter = ',',
+        value_name = "ADDRESS:PORT",
+        help_heading = "Captured connections"
+    )]
+    capture_listen: Option<Vec<SocketAddr>>,
+    /// An address that stands for a service: ADDRESS:PORT=NAMESPACE/NAME, with :PORT of the service behind it where that
+    /// is another; may be repeated
+    #[arg(
+        long = "capture-address",
+        env = "TOMBOLO_CAPTURE_ADDRESSES",
+        value_delimiter = ',',
+        value_name = "MAPPING",
+        help_heading = "Captured connections"
+    )]
+    capture_addresses: Option<Vec<String>>,
+    /// Mark on own connections, so that the rules let them through [default: 0x7462]
+    #[arg(long, env = "TOMBOLO_CAPTURE_MARK", value_name = "MARK", help_heading = "Captured connections")]
+    capture_mark: Option<String>,
+    /// Range of virtual addresses, as the federator has it; may be repeated [default: 241.64.0.0/16]
+    #[arg(
+        long = "virtual-range",
+        env = "TOMBOLO_VIRTUAL_RANGES",
+        value_delimiter = ',',
+        value_name = "CIDR",
+        help_heading = "Captured connections"
+    )]
+    virtual_ranges: Option<Vec<String>>,
+    /// What becomes of captured connections from outside, which do not come through the mesh: strict resets them,
+    /// permissive hands them to the application
+    #[arg(
+        long,
+        env = "TOMBOLO_INBOUND",
+        value_name = "strict|permissive",
+        help_heading = "Captured connections"
+    )]
+    inbound: Option<String>,
+    /// Where the rules hand them over: 127.0.0.1:7448, and [::1]:7448 for IPv6; needs CAP_NET_RAW; may be repeated
+    #[arg(
+        long,
+        env = "TOMBOLO_INBOUND_LISTEN",
+        value_delimiter = ',',
+        value_name = "ADDRESS:PORT",
+        help_heading = "Captured connections"
+    )]
+    inbound_listen: Option<Vec<SocketAddr>>,
+    /// Resolve names for local applications over DNS here, UDP and TCP; the port may be left out [default port: 7453]. Off
+    /// unless given. `tombolo sidecar dns install` points the machine's resolver at it
+    #[arg(long, env = "TOMBOLO_DNS_LISTEN", value_name = "ADDRESS[:PORT]", help_heading = "Names")]
+    dns_listen: Option<String>,
+    /// Resolver that answers for other names; may be repeated; `none`: they are refused [default: those of
+    /// /etc/resolv.conf]
+    #[arg(
+        long = "dns-upstream",
+        env = "TOMBOLO_DNS_UPSTREAMS",
+        value_delimiter = ',',
+        value_name = "ADDRESS[:PORT]",
+        help_heading = "Names"
+    )]
+    dns_upstreams: Option<Vec<String>>,
     /// Time for open streams to end after SIGTERM [default: 10s]
     #[arg(long, env = "TOMBOLO_DRAIN", value_name = "DURATION")]
     drain: Option<Span>,
@@ -151,6 +236,14 @@ layered!(Settings {
     threads,
     workload_api,
     workload_api_uids,
+    capture_listen,
+    capture_addresses,
+    capture_mark,
+    virtual_ranges,
+    inbound,
+    inbound_listen,
+    dns_listen,
+    dns_upstreams,
     drain,
     connections,
     idle,
@@ -161,7 +254,12 @@ layered!(Settings {
 });
 
 pub fn run(args: SidecarArgs) -> Result<Exit, Failure> {
-    let SidecarArgs { settings, config } = args;
+    let SidecarArgs { verb, settings, config } = args;
+    match verb {
+        Some(Verb::Capture(args)) => return capture::run(args),
+        Some(Verb::Dns(args)) => return dns::run(args),
+        None => {}
+    }
     let mut settings = settings.over(role::file(config.as_deref())?);
     role::logging(settings.log_format.take(), settings.log_level.take())?;
     let config = settings.config()?;
@@ -171,49 +269,6 @@ pub fn run(args: SidecarArgs) -> Result<Exit, Failure> {
         let bound = Sidecar::build(config).await?;
         Ok::<_, Box<dyn std::error::Error>>(bound.run(drain).await?)
     })
-}
-
-/// `2`, or `auto`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Threads {
-    Auto,
-    Number(NonZeroUsize),
-}
-
-impl Threads {
-    fn count(self) -> NonZeroUsize {
-        match self {
-            Self::Auto => rt::threads(None),
-            Self::Number(number) => number,
-        }
-    }
-}
-
-impl FromStr for Threads {
-    type Err = String;
-    fn from_str(text: &str) -> Result<Self, String> {
-        match text {
-            "auto" => Ok(Self::Auto),
-            number => {
-                number.parse().map(Self::Number).map_err(|_| "give a number from 1 on, or auto".to_owned())
-            }
-        }
-    }
-}
-
-impl<'de> Deserialize<'de> for Threads {
-    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        #[derive(Deserialize)]
-        #[serde(untagged)]
-        enum Written {
-            Number(NonZeroUsize),
-            Text(String),
-        }
-        match Written::deserialize(deserializer)? {
-            Written::Number(number) => Ok(Self::Number(number)),
-            Written::Text(text) => text.parse().map_err(serde::de::Error::custom),
-        }
-    }
 }
 
 impl Settings {
@@ -235,6 +290,14 @@ impl Settings {
             threads,
             workload_api,
             workload_api_uids,
+            capture_listen,
+            capture_addresses,
+            capture_mark,
+            virtual_ranges,
+            inbound: inbound_mode,
+            inbound_listen,
+            dns_listen,
+            dns_upstreams,
             drain,
             connections,
             idle,
@@ -276,6 +339,16 @@ impl Settings {
             inbound,
             pool,
             workload_api: workload_api_config(workload_api, workload_api_uids)?,
+            capture: captured::Captured {
+                listen: capture_listen,
+                addresses: capture_addresses,
+                virtual_ranges,
+                mark: capture_mark,
+                inbound: inbound_mode,
+                inbound_listen,
+            }
+            .config()?,
+            names: names::config(dns_listen, dns_upstreams)?,
         };
         config.check().map_err(Failure::usage)?;
         Ok(config)

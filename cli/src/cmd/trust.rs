@@ -1,5 +1,6 @@
 //! `tombolo trust`: the offline root of the federation and the intermediates of its clusters.
 
+mod adopt;
 mod csr;
 mod deliver;
 mod keys;
@@ -110,6 +111,17 @@ Examples:
   tombolo trust sign /media/usb/ca.csr --out /media/usb/east
   tombolo trust sign east-2.csr --renew --out /media/usb/east-2")]
     Sign(csr::SignArgs),
+    /// Bind a cluster's key that another CA (SPIRE, a company's PKI) has certified, where the root is
+    #[command(after_help = "\
+The other CA signs the request of `tombolo trust csr` as a CA certificate; for SPIRE that is NewDownstreamX509CA, asked by a
+workload with a -downstream entry. The mesh believes what the root signs here for the same key, bound to the cluster, and
+nothing else that the other CA signs. Applications get both certificates by the Workload API, so whoever knows that CA alone
+believes them.
+
+Examples:
+  tombolo trust adopt east --certificate signed.pem --authority spire-roots.pem --out /media/usb/east
+  tombolo trust adopt east --certificate signed.pem --authority spire-roots.pem --renew")]
+    Adopt(adopt::AdoptArgs),
     /// Encrypt the root's key, change its passphrase, or take it away
     #[command(after_help = "\
 The current passphrase comes from --passphrase-file or TOMBOLO_TRUST_PASSPHRASE, the new one from --new-passphrase-file or
@@ -234,6 +246,7 @@ pub fn run(args: TrustArgs, connect: Connect) -> Result<Exit, Failure> {
         }
         Verb::Csr(args) => csr::make(args),
         Verb::Sign(args) => csr::sign(args),
+        Verb::Adopt(args) => adopt::adopt(args),
         Verb::Passphrase { new_passphrase_file, remove, place, passphrase } => {
             keys::change(&passphrase, new_passphrase_file.as_deref(), remove, &place.resolve()?)
         }

@@ -71,7 +71,10 @@ fn about(object: &Value) -> String {
         "ServiceImport" => {
             let clusters = object.pointer("/status/clusters").and_then(Value::as_array);
             let names: Vec<_> = clusters.into_iter().flatten().map(|c| text(c, "/cluster")).collect();
-            format!("from {}", names.join(","))
+            match (names.join(","), strings("/spec/ips")) {
+                (from, at) if at.is_empty() => format!("from {from}"),
+                (from, at) => format!("from {from} at {at}"),
+            }
         }
         "FailoverPolicy" => {
             let tiers = object.pointer("/spec/tiers").and_then(Value::as_array).map_or(0, Vec::len);

@@ -4,8 +4,8 @@ use comfy_table::Table;
 use time::OffsetDateTime;
 use tombolo_model::resource::Condition;
 use tombolo_model::status::{
-    ClusterStatus, Consumer, EndpointStatus, ExportStatus, FederatorStatus, Finding, GatewayStatus,
-    IdentityStatus, ImportCluster, ImportStatus, LinkStatus, PathStatus, ShiftStatus,
+    ClusterStatus, Consumer, EndpointStatus, ExportStatus, FederationStatus, FederatorStatus, Finding,
+    GatewayStatus, IdentityStatus, ImportCluster, ImportStatus, LinkStatus, PathStatus, ShiftStatus,
 };
 
 use super::objects::{age, span};
@@ -26,6 +26,7 @@ pub fn page(status: &ClusterStatus, wide: bool, now: OffsetDateTime) -> String {
         imports,
         endpoints,
         identities,
+        federations,
         findings,
     } = status;
     let FederatorStatus { version, epoch, revision, started_at, overlay } = federator;
@@ -56,6 +57,9 @@ pub fn page(status: &ClusterStatus, wide: bool, now: OffsetDateTime) -> String {
     }
     section("ENDPOINTS", endpoint_table(endpoints, now), "none: start one with `tombolo sidecar`");
     section("IDENTITIES", identity_table(identities, wide), "none");
+    if !federations.is_empty() {
+        section("FOREIGN TRUST DOMAINS", federation_table(federations), "none");
+    }
     page
 }
 
@@ -246,6 +250,37 @@ fn identity_table(identities: &[IdentityStatus], wide: bool) -> Table {
     table
 }
 
+fn federation_table(federations: &[FederationStatus]) -> Table {
+    let mut table = table(&[
+        "trust domain",
+        "state",
+        "fetched",
+        "sequence",
+        "roots",
+        "jwt keys",
+        "profile",
+        "last error",
+    ]);
+    for federation in federations {
+        let FederationStatus {
+            name: _,
+            trust_domain,
+            profile,
+            state,
+            sequence,
+            roots,
+            jwt_keys,
+            age_ms,
+            error,
+        } = federation;
+        let fetched = age_ms.map(ago).unwrap_or_default();
+        let [sequence, roots, keys] =
+            [*sequence, u64::from(*roots), u64::from(*jwt_keys)].map(|n| n.to_string());
+        row(&mut table, [trust_domain.as_str(), state, &fetched, &sequence, &roots, &keys, profile, error]);
+    }
+    table
+}
+
 fn milliseconds(ms: f64) -> String {
     if ms < 10.0 { format!("{ms:.2}ms") } else { format!("{ms:.0}ms") }
 }
@@ -328,6 +363,16 @@ mod tests {
                 role: "federator".into(),
                 expires_in_seconds: -5,
                 ..Default::default()
+            }],
+            federations: vec![FederationStatus {
+                name: "partner".into(),
+                trust_domain: "partner.example".into(),
+                profile: "https_spiffe".into(),
+                state: "fetched".into(),
+                sequence: 7,
+                age_ms: Some(90_000),
+                error: "timed out".into(),
+                ..FederationStatus::default()
             }],
             ..Default::default()
         }

@@ -4,6 +4,7 @@
 //! rotation ([`rotating`]). It is needed only when a cluster is made or renewed, so keep it off the clusters. The key may lie
 //! elsewhere, or under a passphrase ([`keys`]); a cluster's key may be made where it is used ([`csr`]).
 
+pub mod adopt;
 pub mod csr;
 mod keys;
 mod rotating;
@@ -60,6 +61,8 @@ pub enum AuthorityError {
     Key(#[from] KeyError),
     #[error("the CSR can't be signed: {0}; make one with `tombolo trust csr NAME`")]
     Csr(String),
+    #[error("the certificate can't be adopted: {0}")]
+    Adopt(String),
     #[error("a certificate can't be signed anew: {0}")]
     Reissue(String),
 }
@@ -287,7 +290,7 @@ impl RootAuthority {
         now: Duration,
     ) -> Result<ClusterMaterial, AuthorityError> {
         let key = SecretKey::new(KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?);
-        let Certified { tag, certificate } = self.certify_cluster(name, &*key, existing, now)?;
+        let Certified { tag, certificate } = self.certify_cluster(name, &*key, None, existing, now)?;
         Ok(ClusterMaterial {
             cluster: name.clone(),
             tag,
@@ -298,10 +301,12 @@ impl RootAuthority {
         })
     }
 
+    /// `like`: a certificate for the same key that a foreign authority has signed, whose name it gets.
     fn certify_cluster(
         &mut self,
         name: &ClusterName,
         key: &impl PublicKeyData,
+        like: Option<&CertificateDer<'_>>,
         existing: Existing,
         now: Duration,
     ) -> Result<Certified, AuthorityError> {
@@ -310,12 +315,18 @@ impl RootAuthority {
         // A subject of its own per key: revocation lists are found by the issuer's name.
         let short = spki.get(..16).unwrap_or_default();
         let mut params = signer_params(&self.trust_domain, format!("cluster {name} {short}"), 0);
+        if let Some(like) = like {
+            adopt::named_like(&mut params, like)?;
+        }
         validity(&mut params, now, INTERMEDIATE_LIFE);
         let binding = ClusterBinding { cluster: name.clone(), tag };
         params.custom_extensions = vec![CustomExtension::from_oid_content(OID, binding.to_der())];
         params.use_authority_key_identifier_extension = true;
         let issuer = Issuer::from_ca_cert_der(&self.certificate, &self.key)?;
         let certificate = params.signed_by(key, &issuer).map_err(|e| self.key.why(e))?.der().clone();
+        if like.is_some_and(|like| !adopt::same_name(like, &certificate)) {
+            return Err(AuthorityError::Adopt("its name does not come out as it is".to_owned()));
+        }
         if existing == Existing::Recreate {
             self.registry.iter_mut().filter(|e| e.name == *name).for_each(|e| e.superseded = true);
         }

@@ -2,7 +2,7 @@
 //!
 //! [`authority`] signs clusters (offline) with a key that [`signer`] holds, [`rotation`] is what a federation is told to trust,
 //! [`issuer`] signs leaves and [`jwt`] JWT-SVIDs (federator), [`verify`] is the one place where a
-//! chain becomes a [`PeerIdentity`], [`tls`] puts it under rustls with hot-swappable snapshots. No clock is read
+//! chain becomes a [`PeerIdentity`], [`foreign`] judges what other trust domains show, [`tls`] puts it under rustls with hot-swappable snapshots. No clock is read
 //! except inside the rustls verifiers, which are handed the time by rustls.
 
 pub mod authority;
@@ -11,6 +11,7 @@ pub mod bundle_document;
 pub mod cluster_binding;
 pub mod crl;
 pub mod files;
+pub mod foreign;
 pub mod issuer;
 pub mod jwt;
 pub mod revocation;
@@ -21,6 +22,7 @@ pub mod tls;
 pub mod verify;
 
 pub use bundle::{BundleSet, TrustBundle};
+pub use foreign::ForeignBundle;
 pub use revocation::Revocations;
 pub use spiffe_id::{SpiffeId, TrustDomain};
 pub use tls::{ExpectedPeer, Svid, SvidHandle};

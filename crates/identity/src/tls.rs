@@ -192,7 +192,7 @@ pub fn provider() -> Arc<CryptoProvider> {
     Arc::new(aws_lc_rs::default_provider())
 }
 
-fn refused(error: IdentityError) -> Error {
+pub(crate) fn refused(error: IdentityError) -> Error {
     Error::InvalidCertificate(match error {
         IdentityError::Expired(_) => CertificateError::Expired,
         IdentityError::NotYetValid(_) => CertificateError::NotValidYet,
@@ -260,6 +260,7 @@ macro_rules! tls13_signatures {
 
 mod lapsed;
 pub use lapsed::{ALPN_RENEWAL, renewal_client_config, renewal_server_config};
+pub(crate) use tls13_signatures;
 
 impl ServerCertVerifier for MeshVerifier {
     fn verify_server_cert(

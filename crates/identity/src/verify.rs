@@ -121,7 +121,7 @@ fn malformed(error: impl ToString) -> IdentityError {
     IdentityError::Malformed(error.to_string())
 }
 
-fn parse(der: &[u8]) -> Result<X509Certificate<'_>, IdentityError> {
+pub(crate) fn parse(der: &[u8]) -> Result<X509Certificate<'_>, IdentityError> {
     match X509Certificate::from_der(der) {
         Ok(([], certificate)) => Ok(certificate),
         Ok(_) => Err(malformed("trailing bytes")),
@@ -129,13 +129,13 @@ fn parse(der: &[u8]) -> Result<X509Certificate<'_>, IdentityError> {
     }
 }
 
-fn uris<'a>(certificate: &'a X509Certificate<'_>) -> Result<Vec<&'a str>, IdentityError> {
+pub(crate) fn uris<'a>(certificate: &'a X509Certificate<'_>) -> Result<Vec<&'a str>, IdentityError> {
     let names = certificate.subject_alternative_name().map_err(malformed)?;
     let names = names.map(|san| san.value.general_names.as_slice()).unwrap_or_default();
     Ok(names.iter().filter_map(|n| if let GeneralName::URI(uri) = n { Some(*uri) } else { None }).collect())
 }
 
-fn spiffe_id(leaf: &X509Certificate<'_>) -> Result<SpiffeId, IdentityError> {
+pub(crate) fn spiffe_id(leaf: &X509Certificate<'_>) -> Result<SpiffeId, IdentityError> {
     let uris = uris(leaf)?;
     let [uri] = uris.as_slice() else { return Err(IdentityError::UriSans(uris.len())) };
     let id: SpiffeId =
@@ -143,7 +143,7 @@ fn spiffe_id(leaf: &X509Certificate<'_>) -> Result<SpiffeId, IdentityError> {
     if id.path().is_empty() { Err(IdentityError::NoPath(id)) } else { Ok(id) }
 }
 
-fn check_leaf(leaf: &X509Certificate<'_>, id: &SpiffeId) -> Result<(), IdentityError> {
+pub(crate) fn check_leaf(leaf: &X509Certificate<'_>, id: &SpiffeId) -> Result<(), IdentityError> {
     if leaf.basic_constraints().map_err(malformed)?.is_some_and(|b| b.value.ca) {
         return Err(IdentityError::LeafIsCa(id.clone()));
     }

@@ -4,7 +4,7 @@
 
 use proptest::prelude::*;
 use tombolo_identity::cluster_binding::ClusterBinding;
-use tombolo_identity::{SpiffeId, TrustBundle, peer_identity_from_certs};
+use tombolo_identity::{ForeignBundle, SpiffeId, TrustBundle, peer_identity_from_certs};
 use tombolo_model::ids::ClusterTag;
 
 proptest! {
@@ -36,5 +36,6 @@ proptest! {
         let _ = ClusterBinding::from_der(&a);
         prop_assert!(peer_identity_from_certs(&[a.clone().into(), b.into()]).is_err());
         let _ = TrustBundle::from_json("acme.example".parse().unwrap(), &String::from_utf8_lossy(&a));
+        prop_assert!(ForeignBundle::parse("partner.example".parse().unwrap(), &a).is_err());
     }
 }

@@ -4,6 +4,9 @@
 //! Without a policy, whoever the export admits may call. A dry run decides nothing; it is told what it would deny if
 //! every dry run were enforced. The order of policies does not matter, also not for which of them is named: the first by
 //! name, then by rule.
+//!
+//! An identity of a foreign trust domain is trusted only for what a policy names it for: it needs an ALLOW whose
+//! `identities` include it, and no export, rule for everyone, or cluster's name or property admits it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -69,7 +72,8 @@ struct Identities {
 #[derive(Clone, Copy, Debug)]
 pub struct Caller<'a> {
     identity: &'a str,
-    cluster: &'a ClusterName,
+    /// `None`: of a foreign trust domain, which has no clusters here.
+    cluster: Option<&'a ClusterName>,
     namespace: Option<&'a str>,
     local: bool,
     properties: Option<&'a BTreeMap<String, String>>,
@@ -85,7 +89,12 @@ impl<'a> Caller<'a> {
         properties: Option<&'a BTreeMap<String, String>>,
     ) -> Self {
         let namespace = namespace_of(spiffe_id);
-        Self { identity: spiffe_id, cluster, namespace, local: cluster == own, properties }
+        Self { identity: spiffe_id, cluster: Some(cluster), namespace, local: cluster == own, properties }
+    }
+
+    /// Of a foreign trust domain: nothing but its name counts, whatever that looks like.
+    pub fn foreign(spiffe_id: &'a str) -> Self {
+        Self { identity: spiffe_id, cluster: None, namespace: None, local: false, properties: None }
     }
 }
 
@@ -116,13 +125,15 @@ pub enum DecidedBy {
     Rule { policy: Arc<str>, index: usize },
     /// ALLOW policies select the service and port (this is the first by name), and none of their rules matches.
     NoRule { policy: Arc<str> },
+    /// The caller is of a foreign trust domain, and no policy selects the service and port.
+    Foreign,
 }
 
 impl DecidedBy {
     /// `namespace/name`, or [`NO_POLICY`].
     pub fn policy(&self) -> &str {
         match self {
-            Self::Export => NO_POLICY,
+            Self::Export | Self::Foreign => NO_POLICY,
             Self::Rule { policy, .. } | Self::NoRule { policy } => policy,
         }
     }
@@ -134,6 +145,7 @@ impl std::fmt::Display for DecidedBy {
             Self::Export => f.write_str("the export"),
             Self::Rule { policy, index } => write!(f, "{policy} rules[{index}]"),
             Self::NoRule { policy } => write!(f, "{policy}: no rule matches"),
+            Self::Foreign => f.write_str("no policy names this foreign identity"),
         }
     }
 }
@@ -168,11 +180,21 @@ pub fn decide<'a>(
         (Some(by), _, _) => (false, rule(by)),
         (None, Some(by), _) => (true, rule(by)),
         (None, None, Some((policy, _))) => (false, DecidedBy::NoRule { policy: Arc::clone(policy) }),
+        (None, None, None) if caller.cluster.is_none() => (false, DecidedBy::Foreign),
         (None, None, None) => (true, DecidedBy::Export),
     };
     let mut dry_run_denials = if allowed { would_deny } else { Vec::new() };
     dry_run_denials.sort_unstable();
     Verdict { allowed, decided_by, dry_run_denials }
+}
+
+/// Whether these policies of a service admit a foreign identity on any port of it.
+pub fn admits_foreign(policies: &[impl AsRef<Policy>], identity: &str, service: &ServiceKey) -> bool {
+    let policies = || policies.iter().map(AsRef::as_ref);
+    let caller = Caller::foreign(identity);
+    // Every port that some policy tells apart, and one that stands for the others.
+    let named = policies().flat_map(|policy| policy.ports.iter().flatten().copied());
+    named.chain([0]).any(|port| decide(policies(), &caller, service, port).allowed)
 }
 
 /// Keeps the first by name, then by rule.
@@ -205,7 +227,11 @@ impl Policy {
     }
 
     fn first_match(&self, caller: &Caller<'_>) -> Option<usize> {
-        self.rules.iter().position(|callers| callers.include(caller))
+        self.rules.iter().position(|callers| match callers {
+            // "Everyone" is everyone of this trust domain, unless it is about who is refused.
+            Callers::Everyone => caller.cluster.is_some() || self.action == Action::Deny,
+            Callers::AnyOf(sources) => sources.iter().any(|source| source.include(caller)),
+        })
     }
 
     /// Stands for a policy that can't be read (written for a later version, say): until it can be, nobody is admitted to
@@ -253,13 +279,6 @@ impl Policy {
 }
 
 impl Callers {
-    fn include(&self, caller: &Caller<'_>) -> bool {
-        match self {
-            Self::Everyone => true,
-            Self::AnyOf(sources) => sources.iter().any(|source| source.include(caller)),
-        }
-    }
-
     fn read(path: &str, rule: &Rule, errors: &mut Vec<FieldError>) -> Self {
         let Rule { from, requests } = rule;
         if requests.is_some() {
@@ -286,10 +305,14 @@ impl CallersOf {
         let has = |(key, value): (&String, &String)| {
             caller.properties.is_some_and(|known| known.get(key) == Some(value))
         };
+        let Some(cluster) = caller.cluster else {
+            return clusters.is_none()
+                && namespaces.is_none()
+                && properties.is_empty()
+                && identities.as_ref().is_some_and(|identities| identities.include(caller.identity));
+        };
         identities.as_ref().is_none_or(|identities| identities.include(caller.identity))
-            && clusters
-                .as_ref()
-                .is_none_or(|named| (*local && caller.local) || named.contains(caller.cluster))
+            && clusters.as_ref().is_none_or(|named| (*local && caller.local) || named.contains(cluster))
             && namespaces.as_ref().is_none_or(|named| {
                 caller.namespace.is_some_and(|namespace| named.iter().any(|n| n.as_str() == namespace))
             })

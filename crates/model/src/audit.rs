@@ -46,10 +46,12 @@ pub enum Action {
     Unrevoke,
     /// A step of a rotation of the trust root.
     Rotation,
+    /// What a foreign trust domain is known by has changed.
+    Federation,
 }
 
 impl Action {
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::Join,
         Self::Renew,
         Self::OwnSvid,
@@ -62,6 +64,7 @@ impl Action {
         Self::Revoke,
         Self::Unrevoke,
         Self::Rotation,
+        Self::Federation,
     ];
 
     pub fn as_str(self) -> &'static str {
@@ -78,6 +81,7 @@ impl Action {
             Self::Revoke => "revoke",
             Self::Unrevoke => "unrevoke",
             Self::Rotation => "rotation",
+            Self::Federation => "federation",
         }
     }
 }

@@ -15,3 +15,4 @@ pub mod ranges;
 pub mod resource;
 pub mod status;
 pub mod sync;
+pub mod virtual_ranges;

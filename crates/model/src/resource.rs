@@ -13,6 +13,7 @@ pub mod join_policy;
 pub mod revocation;
 pub mod service_export;
 pub mod service_import;
+pub mod trust_domain_federation;
 pub mod workload;
 
 use std::collections::BTreeMap;
@@ -32,6 +33,7 @@ pub use join_policy::JoinPolicySpec;
 pub use revocation::{RevocationSpec, RevocationTarget};
 pub use service_export::ServiceExportSpec;
 pub use service_import::ServiceImportSpec;
+pub use trust_domain_federation::TrustDomainFederationSpec;
 pub use workload::WorkloadSpec;
 
 /// etcd's own limit is 1.5 MB.
@@ -112,6 +114,13 @@ pub const KINDS: &[KindInfo] = &[
         namespaced: false,
         api_versions: TOMBOLO,
     },
+    KindInfo {
+        kind: "TrustDomainFederation",
+        plural: "trustdomainfederations",
+        short: &["tdf"],
+        namespaced: false,
+        api_versions: TOMBOLO,
+    },
 ];
 
 impl KindInfo {
@@ -169,6 +178,7 @@ pub enum Spec {
     ClusterLink(ClusterLinkSpec),
     Revocation(RevocationSpec),
     JoinPolicy(JoinPolicySpec),
+    TrustDomainFederation(TrustDomainFederationSpec),
 }
 
 /// A validated object. Its status is not read from users: federators fill it in.
@@ -209,6 +219,7 @@ impl Object {
             Spec::ClusterLink(_) => "ClusterLink",
             Spec::Revocation(_) => "Revocation",
             Spec::JoinPolicy(_) => "JoinPolicy",
+            Spec::TrustDomainFederation(_) => "TrustDomainFederation",
         }
     }
 
@@ -275,6 +286,7 @@ impl Object {
             "AccessPolicy" => typed("spec", spec).map(Spec::AccessPolicy),
             "Revocation" => typed("spec", spec).map(Spec::Revocation),
             "JoinPolicy" => typed("spec", spec).map(Spec::JoinPolicy),
+            "TrustDomainFederation" => typed("spec", spec).map(Spec::TrustDomainFederation),
             _ => typed("spec", spec).map(Spec::ClusterLink),
         };
         let spec = match spec {
@@ -295,6 +307,7 @@ impl Object {
             Spec::ClusterLink(spec) => spec.validate(&mut errors),
             Spec::Revocation(spec) => spec.validate(&mut errors),
             Spec::JoinPolicy(spec) => spec.validate(&mut errors),
+            Spec::TrustDomainFederation(spec) => spec.validate(&mut errors),
         }
         if errors.is_empty() { Ok(Self { api_version, metadata, spec }) } else { fail(errors) }
     }
@@ -310,6 +323,7 @@ impl Object {
             Spec::ClusterLink(spec) => serde_json::to_value(spec),
             Spec::Revocation(spec) => serde_json::to_value(spec),
             Spec::JoinPolicy(spec) => serde_json::to_value(spec),
+            Spec::TrustDomainFederation(spec) => serde_json::to_value(spec),
         };
         serde_json::json!({
             "apiVersion": self.api_version,
@@ -324,6 +338,7 @@ impl Object {
         match &self.spec {
             Spec::FailoverPolicy(spec) => spec.warnings(),
             Spec::AccessPolicy(spec) => spec.warnings(),
+            Spec::TrustDomainFederation(spec) => spec.warnings(),
             _ => Vec::new(),
         }
     }

@@ -23,6 +23,9 @@ pub struct ClusterStatus {
     pub imports: Vec<ImportStatus>,
     pub endpoints: Vec<EndpointStatus>,
     pub identities: Vec<IdentityStatus>,
+    /// Foreign trust domains.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub federations: Vec<FederationStatus>,
     /// What an operator should do something about, the worst first.
     #[serde(default)]
     pub findings: Vec<Finding>,
@@ -34,7 +37,7 @@ pub struct ClusterStatus {
 pub struct Finding {
     /// `notice`, `warning` or `critical`.
     pub severity: String,
-    /// `CaExpiresSoon`, `CaExpired` or `StoreNotWritable`.
+    /// `CaExpiresSoon`, `CaExpired`, `StoreNotWritable`, `ForeignBundleStale` or `UpstreamNotShown`.
     pub reason: String,
     pub about: String,
     pub message: String,
@@ -167,6 +170,26 @@ pub struct EndpointStatus {
     /// `ip:port`, or `registers` for one behind NAT.
     pub address: String,
     pub last_seen: String,
+}
+
+/// A foreign trust domain and what is known of it.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct FederationStatus {
+    pub name: String,
+    pub trust_domain: String,
+    pub profile: String,
+    /// `fetched`, `initial` (the object's own bundle), `empty` (everything of it is revoked), `unknown` (no bundle yet) or
+    /// `elsewhere` (it does not hold in this cluster).
+    pub state: String,
+    pub sequence: u64,
+    pub roots: u32,
+    pub jwt_keys: u32,
+    /// Since its endpoint last gave a bundle.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub age_ms: Option<u64>,
+    /// Why the last attempt failed; empty when it did not.
+    pub error: String,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]

@@ -25,8 +25,8 @@ use super::imports::View;
 use super::{Core, trust};
 use crate::authorities::Announcements;
 use crate::facts::{
-    ClusterFacts, Facts, HandleRecord, IdentityRecord, Import, ImportRecord, LeaseRecord, Link, MetaRecord,
-    ObjectRecord, Role, ShiftRecord, StoredObject, TrustRecord,
+    AddressRecord, ClusterFacts, Facts, HandleRecord, IdentityRecord, Import, ImportRecord, LeaseRecord,
+    Link, MetaRecord, ObjectRecord, Role, ShiftRecord, StoredObject, TrustRecord,
 };
 use crate::import;
 use crate::registry::{Patience, Registry};
@@ -106,16 +106,24 @@ impl Core {
             shifts: shifts(&*store)?,
             identities: all::<IdentityRecord>(&*store)?.into_iter().collect(),
             jwt_authorities: jwt.authorities(),
+            federations: BTreeMap::new(),
+            upstream: None,
+            addresses: Arc::default(),
             store_writable: true,
         };
+        facts.federations = super::federations::load(&*store, &facts, unix.as_secs())?;
         let released = handles(&*store, &mut facts)?;
         leases(&*store, &mut facts, unix.as_secs())?;
         let views = imports(&*store, &mut facts, unix)?;
         let heard = |(peer, import): (&ClusterName, &Arc<Import>)| Some((peer.clone(), import.heard?));
         let saved_heard = facts.imports.iter().filter_map(heard).collect();
         let audit = AuditLog::load(&*store)?;
+        let addresses =
+            all::<AddressRecord>(&*store)?.into_iter().map(|(_, a)| (a.service.clone(), a)).collect();
         Ok(Self {
             audit,
+            addresses,
+            addresses_stale: true,
             announcements: Announcements::default(),
             in_use: facts.handles.values().map(|record| record.handle).collect(),
             handles_stale: true,

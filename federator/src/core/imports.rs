@@ -96,6 +96,9 @@ impl Core {
                 }
             }
         }
+        self.addresses_stale |= whole
+            || !deleted.is_empty()
+            || import.exports.keys().any(|service| !self.addresses.contains_key(service));
         if let Some(reason) = refused {
             import::refuse(import, rotation::TRUST, reason);
         }

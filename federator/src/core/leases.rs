@@ -254,9 +254,10 @@ impl Core {
         let record = self.keep_lease(record, moment)?;
         let issued = self.issue(&request.csr_der, id, role, moment, Transaction::new())?;
         let event = Event { requester: requester.clone(), ..issued.event(Action::Renew) };
-        let Issued { svid, mut transaction, record: mut identity, .. } = issued;
+        let Issued { mut svid, mut transaction, record: mut identity, .. } = issued;
         if request.workload {
             identity.workload = true;
+            svid.chain_der.extend(self.beside_workloads(moment));
             // The later write of a key stands.
             transaction = transaction.put(identity.serial.clone(), &identity);
         }
@@ -360,6 +361,7 @@ impl Core {
             transaction = transaction.delete(Table::Identities, serial.as_str());
         }
         let (transaction, handles) = self.forget_released(unix, transaction);
+        let (transaction, addresses) = self.forget_addresses(unix, transaction);
         let transaction = self.forget_tokens(unix, transaction);
         self.forget_members(unix, monotonic);
         if transaction.is_empty() {
@@ -377,6 +379,10 @@ impl Core {
         }
         for handle in handles {
             self.released.remove(&handle);
+        }
+        for service in addresses {
+            self.addresses.remove(&service);
+            self.addresses_stale = true;
         }
         self.dirty = true;
     }

@@ -8,7 +8,7 @@ use tombolo_model::resource::{
     MAX_ACCESS_POLICIES, Object, ObjectKey, RevocationSpec, RevocationTarget, Spec,
 };
 
-use super::{Core, CoreError, Moment};
+use super::{Core, CoreError, Moment, federations};
 use crate::facts::{ObjectRecord, StoredObject};
 use crate::import;
 use crate::policies::access_policy_count;
@@ -57,6 +57,7 @@ impl Core {
         if let Spec::Revocation(spec) = &object.spec {
             self.check_revocation(&object.metadata.name, spec)?;
         }
+        self.check_federation(&object)?;
         if dry_run {
             return Ok(outcome);
         }
@@ -72,13 +73,19 @@ impl Core {
             created_unix: stored.created_unix,
             generation: stored.generation,
         };
-        let transaction = Transaction::new().put(key.to_string(), &record);
-        match revocation_event(&stored.object, Action::Revoke) {
+        let mut transaction = Transaction::new().put(key.to_string(), &record);
+        if let Some(before) = existing {
+            transaction = Self::forgetting_other_domain(transaction, &before.object, &stored.object);
+        }
+        let event = revocation_event(&stored.object, Action::Revoke);
+        match event.or_else(|| federations::event(&stored.object, "applied")) {
             Some(event) => self.commit_audited(transaction, event, moment)?,
             None => self.store.commit(&transaction)?,
         }
         let affected = linked_cluster(&stored.object);
-        self.facts.objects.insert(key, Arc::new(stored));
+        let stored = Arc::new(stored);
+        self.facts.objects.insert(key, Arc::clone(&stored));
+        self.refederate(&stored.object, moment);
         self.dirty = true;
         self.handles_stale = true;
         affected.iter().for_each(|peer| self.rescope(peer, moment));
@@ -125,11 +132,14 @@ impl Core {
             return Ok(true);
         }
         let transaction = Transaction::new().delete(Table::Objects, key.to_string());
-        match revocation_event(&stored.object, Action::Unrevoke) {
+        let transaction = Self::forgetting_bundle(transaction, &stored.object);
+        let event = revocation_event(&stored.object, Action::Unrevoke);
+        match event.or_else(|| federations::event(&stored.object, "deleted")) {
             Some(event) => self.commit_audited(transaction, event, moment)?,
             None => self.store.commit(&transaction)?,
         }
         self.facts.objects.remove(key);
+        self.refederate(&stored.object, moment);
         self.dirty = true;
         self.handles_stale = true;
         linked_cluster(&stored.object).iter().for_each(|peer| self.rescope(peer, moment));

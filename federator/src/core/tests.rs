@@ -1,10 +1,12 @@
 //! The core, called directly: a store in a file, a real trust directory, and times that the test passes in.
 
+mod addresses;
 mod any_order;
 mod audit;
 mod authorities;
 mod boot;
 mod crashes;
+mod federations;
 mod handles;
 mod imports;
 mod joining;

@@ -112,7 +112,7 @@ fn change(before: &TrustFacts, now: &TrustFacts) -> Option<String> {
 }
 
 /// As it was stored.
-fn held_record(trust: &TrustFacts) -> TrustRecord {
+pub(super) fn held_record(trust: &TrustFacts) -> TrustRecord {
     TrustRecord {
         sequence: trust.bundle.sequence,
         update: trust.update.as_deref().map(hex::encode),

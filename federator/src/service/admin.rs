@@ -9,7 +9,8 @@ use futures::Stream;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tombolo_identity::SvidHandle;
-use tombolo_identity::authority::ClusterMaterial;
+use tombolo_identity::authority::adopt::Upstream;
+use tombolo_identity::authority::{AuthorityError, ClusterMaterial};
 use tombolo_model::audit::{Action, Event, Requester};
 use tombolo_model::names::{ClusterName, NameError};
 use tombolo_model::resource::{KindInfo, MAX_OBJECT_BYTES, MAX_OBJECTS, Object, ObjectKey};
@@ -317,11 +318,15 @@ impl Admin for AdminService {
         let operator = operator(&request);
         let renew_leaves = request.into_inner().renew_leaves;
         let dir = self.trust_dir.clone();
-        let read = tokio::task::spawn_blocking(move || ClusterMaterial::load(&dir)).await;
-        let material = read.map_err(|e| Status::internal(e.to_string()))?;
-        let material = material.map_err(|e| Status::failed_precondition(e.to_string()))?;
+        let load = move || Ok::<_, AuthorityError>((ClusterMaterial::load(&dir)?, Upstream::load(&dir)?));
+        let read = tokio::task::spawn_blocking(load).await;
+        let read = read.map_err(|e| Status::internal(e.to_string()))?;
+        let (material, upstream) = read.map_err(|e| Status::failed_precondition(e.to_string()))?;
         let changed = self
-            .attempt(operator, move |core, moment| core.reload_trust(material, renew_leaves, moment))
+            .attempt(operator, move |core, moment| {
+                let changed = core.reload_trust(material, renew_leaves, moment)?;
+                Ok(core.set_upstream(upstream) | changed)
+            })
             .await?;
         let trust = self.newest().await?.0.trust;
         Ok(Response::new(v1::ReloadTrustResponse {

@@ -19,6 +19,7 @@ use tombolo_runtime::tasks::TaskGroup;
 use tonic::{Request, Response, Status};
 
 use super::member;
+use super::names::{self, Names};
 use crate::core::members::Welcome;
 use crate::core::{Core, CoreError, CoreHandle, Moment};
 use crate::facts::Facts;
@@ -48,6 +49,7 @@ pub struct ConfigService {
     pub core: CoreHandle,
     pub rings: Arc<Rings>,
     pub metrics: Metrics,
+    pub names: Names,
     pub tasks: TaskGroup,
 }
 
@@ -198,6 +200,7 @@ impl LeaseOf {
 impl Config for ConfigService {
     type WatchGatewayStream = Snapshots<v1::GatewaySnapshot>;
     type WatchSidecarStream = Snapshots<v1::SidecarSnapshot>;
+    type WatchNamesStream = names::Watched;
 
     async fn watch_gateway(
         &self,
@@ -244,6 +247,14 @@ impl Config for ConfigService {
         let lease = LeaseOf { core: self.core.clone(), welcome, made: None };
         let stream = self.stream(watch, SidecarSource { upstreams, rings, lease });
         Ok(Response::new(stream))
+    }
+
+    async fn watch_names(
+        &self,
+        request: Request<v1::NamesHello>,
+    ) -> Result<Response<Self::WatchNamesStream>, Status> {
+        member(&request, &self.core.facts().cluster.name)?;
+        Ok(Response::new(self.names.watch(request.get_ref(), &self.tasks)))
     }
 
     async fn report(&self, request: Request<v1::StatusReport>) -> Result<Response<v1::ReportAck>, Status> {

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+use tombolo_identity::authority::adopt::Upstream;
 use tombolo_model::ids::{Block, EndpointId};
 use tombolo_model::names::{ClusterName, Namespace, ServiceKey};
 use tombolo_model::sync::Freshness;
@@ -14,6 +15,7 @@ use super::rings::Rings;
 use super::{gateways_for, port_to_wire};
 use crate::exports;
 use crate::facts::{Facts, Role};
+use crate::foreign;
 use crate::jwt;
 use crate::policies::{self, policy_for};
 use crate::revocations;
@@ -62,8 +64,22 @@ pub fn snapshot(
         renewal: Some(rotation::renewal(facts, unix)),
         cluster_properties: cluster_properties(facts, &access_policies),
         jwt_authorities: jwt::believed(facts).into_iter().map(jwt::to_wire).collect(),
+        federated_bundles: federated_bundles(facts, block),
+        upstream_roots: upstream_roots(facts),
         access_policies: access_policies.into_iter().map(|(policy, _)| policy).collect(),
     }
+}
+
+/// Of the authority above this cluster's CA: peers of the same trust domain that it has certified directly.
+fn upstream_roots(facts: &Facts) -> Vec<Vec<u8>> {
+    let roots = facts.upstream.as_deref().map(Upstream::roots).unwrap_or_default();
+    roots.iter().map(|root| root.to_vec()).collect()
+}
+
+/// What the workload behind it is told of foreign trust domains.
+fn federated_bundles(facts: &Facts, block: Block) -> Vec<v1::FederatedBundle> {
+    let id = facts.leases.get(&block).and_then(|lease| lease.spiffe_id.parse().ok());
+    id.map(|id| foreign::for_member(facts, &id)).unwrap_or_default()
 }
 
 /// Access policies that select what it serves, and whether each asks for cluster properties.
@@ -195,6 +211,7 @@ fn upstream(facts: &Facts, service: &ServiceKey, rings: &Rings, unix: Duration) 
             .and_then(|(_, spec)| serde_json::to_string(spec).ok())
             .unwrap_or_default(),
         policy_name: policy.map(|(stored, _)| stored.object.metadata.name.clone()).unwrap_or_default(),
+        addresses: crate::names::addresses(facts, service),
     }
 }
 

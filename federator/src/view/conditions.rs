@@ -5,6 +5,7 @@
 
 pub mod access;
 pub mod export;
+pub mod federation;
 pub mod import;
 pub mod joining;
 pub mod link;

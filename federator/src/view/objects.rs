@@ -94,6 +94,7 @@ fn document(view: &View<'_>, shown: &Shown, members: &ByWorkload<'_>) -> Value {
                 .unwrap_or_else(|| (Vec::new(), json!({})))
         }
         Spec::JoinPolicy(spec) => conditions::joining::of(view, spec),
+        Spec::TrustDomainFederation(_) => conditions::federation::of(view, object),
         Spec::Workload(spec) => workloads::status(view, object, spec, members),
     };
     let conditions: Vec<Value> =

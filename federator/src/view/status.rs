@@ -48,6 +48,7 @@ pub fn document(view: &View<'_>) -> ClusterStatus {
         imports: imports(view),
         endpoints: facts.registry.members.values().map(|member| endpoint(view, member)).collect(),
         identities: identities(view),
+        federations: conditions::federation::all(view),
         findings: authorities::findings(facts, view.unix),
     }
 }

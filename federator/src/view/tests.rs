@@ -102,6 +102,9 @@ pub fn east() -> Facts {
         shifts: BTreeMap::new(),
         identities: BTreeMap::new(),
         jwt_authorities: Vec::new(),
+        federations: BTreeMap::new(),
+        upstream: None,
+        addresses: Arc::default(),
         store_writable: true,
     }
 }
@@ -242,6 +245,8 @@ pub fn exported(healthy: u32, total: u32, ports: &[Port]) -> ImportedExport {
         total,
         exported_at_unix_ms: i64::try_from((UNIX - 50) * 1000).unwrap(),
         endpoints: Vec::new(),
+        headless: false,
+        named: Vec::new(),
     }
 }
 

@@ -86,6 +86,9 @@ fn config(dir: &Path, cluster: &str, listen: SocketAddr) -> FederatorConfig {
         audit: Default::default(),
         bundle_endpoint: None,
         kubernetes: None,
+        web_roots: Default::default(),
+        virtual_ranges: Default::default(),
+        names: None,
     }
 }
 

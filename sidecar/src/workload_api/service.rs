@@ -76,7 +76,10 @@ impl Sources {
         Known {
             own: identity.spiffe_id.clone(),
             bundles: identity.bundles.clone(),
-            authorities: tables.map(|tables| Arc::clone(&tables.jwt_authorities)).unwrap_or_default(),
+            authorities: tables.as_ref().map(|t| Arc::clone(&t.jwt_authorities)).unwrap_or_default(),
+            federated: tables.as_ref().map(|t| Arc::clone(&t.federated)).unwrap_or_default(),
+            upstream_roots: tables.as_ref().map(|t| Arc::clone(&t.upstream_roots)).unwrap_or_default(),
+            access: tables.map(|tables| Arc::clone(&tables.access)),
             svid,
             refused: self.member.is_refused(),
             unix: clock::unix_seconds(),

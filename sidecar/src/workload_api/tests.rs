@@ -8,7 +8,7 @@ use tombolo_identity::authority::{ClusterMaterial, Existing, RootAuthority};
 use tombolo_identity::issuer::{KeyAndCsr, LEAF_LIFE, LeafIssuer};
 use tombolo_identity::jwt::{JwtAuthorities, JwtSigner};
 use tombolo_identity::revocation::Target;
-use tombolo_identity::{BundleSet, Revocations, SpiffeId};
+use tombolo_identity::{BundleSet, ForeignBundle, Revocations, SpiffeId};
 use tombolo_overlay::member::workload::WorkloadSvid;
 use tonic::{Code, Request};
 
@@ -16,6 +16,7 @@ use super::answers::Known;
 use super::listener::{BindError, Listener, Peer, Policy};
 use super::metrics::Metrics;
 use super::{WorkloadApiConfig, service};
+use crate::access::Access;
 
 const NOW: Duration = Duration::from_secs(1_795_486_505);
 const WEB: &str = "spiffe://acme.example/cluster/east/ns/shop/sa/web";
@@ -46,6 +47,9 @@ fn known() -> (Known, JwtSigner) {
         own: web(),
         bundles: BundleSet::of(root.bundle()),
         authorities: Arc::new(JwtAuthorities::new([signer.authority().clone()])),
+        federated: Arc::default(),
+        upstream_roots: Arc::default(),
+        access: None,
         svid: Some(Arc::new(svid)),
         refused: false,
         unix: NOW.as_secs(),
@@ -165,4 +169,94 @@ async fn the_socket_is_private_unless_others_are_named_and_never_somebody_elses(
     std::fs::set_permissions(&open, std::fs::Permissions::from_mode(0o777)).unwrap();
     let error = Listener::bind(&config("open/w.sock", &[])).await.unwrap_err().to_string();
     assert!(error.contains("--workload-api") && error.contains("chmod 700"), "{error}");
+}
+
+/// A foreign trust domain with one root and one JWT key of the test's own.
+fn partner() -> (ForeignBundle, rcgen::KeyPair) {
+    use base64::Engine;
+    use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
+    use rcgen::PublicKeyData;
+    let key = rcgen::KeyPair::generate().unwrap();
+    let mut params = rcgen::CertificateParams::default();
+    params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+    let root = params.self_signed(&key).unwrap();
+    let (x, y) = key.der_bytes()[1..].split_at(32);
+    let document = serde_json::json!({ "keys": [
+        { "use": "x509-svid", "kty": "EC", "x5c": [STANDARD.encode(root.der())] },
+        { "use": "jwt-svid", "kty": "EC", "crv": "P-256", "kid": "k", "x": URL_SAFE_NO_PAD.encode(x), "y": URL_SAFE_NO_PAD.encode(y) },
+    ] });
+    let bundle = ForeignBundle::parse("partner.example".parse().unwrap(), document.to_string().as_bytes());
+    (bundle.unwrap(), key)
+}
+
+/// Policies of `shop/web`, which is served here.
+fn policies(spec: serde_json::Value) -> Option<Arc<Access>> {
+    let policy = tombolo_proto::v1::AccessPolicy {
+        name: "shop/p".into(),
+        spec_json: spec.to_string(),
+        services: vec!["shop/web".into()],
+    };
+    let snapshot = tombolo_proto::v1::SidecarSnapshot { access_policies: vec![policy], ..Default::default() };
+    let (access, rejected) = Access::read(&snapshot, &"east".parse().unwrap());
+    assert!(rejected.is_empty(), "{rejected:?}");
+    Some(Arc::new(access))
+}
+
+#[test]
+fn foreign_bundles_stand_beside_the_own_one_and_an_empty_one_is_absent() {
+    let (mut known, _) = known();
+    let own = known.x509_bundles().unwrap().bundles;
+    let (bundle, _) = partner();
+    let roots = in_a_row(bundle.roots());
+    let empty = ForeignBundle::parse("gone.example".parse().unwrap(), br#"{"keys":[]}"#).unwrap();
+    // A broken federator's, that would take the place of the own one.
+    let ours = ForeignBundle::parse("acme.example".parse().unwrap(), br#"{"keys":[]}"#).unwrap();
+    let all = [bundle, empty, ours].map(|bundle| (bundle.trust_domain().clone(), bundle));
+    known.federated = Arc::new(all.into());
+    let partner = "spiffe://partner.example".to_owned();
+    assert_eq!(known.x509_svid().unwrap().federated_bundles, [(partner.clone(), roots.clone())].into());
+    let x509 = known.x509_bundles().unwrap().bundles;
+    assert_eq!((x509.len(), &x509[&partner]), (2, &roots));
+    assert_eq!(x509["spiffe://acme.example"], own["spiffe://acme.example"]);
+    let jwt = known.jwt_bundles().unwrap().bundles;
+    assert!(jwt.len() == 2 && String::from_utf8_lossy(&jwt[&partner]).contains("jwt-svid"));
+}
+
+#[test]
+fn a_foreign_token_needs_a_known_key_and_a_policy_that_names_its_subject() {
+    let (mut known, _) = known();
+    let (bundle, key) = partner();
+    let token = |sub: &str| {
+        let header = jsonwebtoken::Header {
+            kid: Some("k".into()),
+            ..jsonwebtoken::Header::new(jsonwebtoken::Algorithm::ES256)
+        };
+        let claims = serde_json::json!({ "sub": sub, "aud": "shop", "exp": NOW.as_secs() + 60 });
+        let key = jsonwebtoken::EncodingKey::from_ec_der(&key.serialize_der());
+        jsonwebtoken::encode(&header, &claims, &key).unwrap()
+    };
+    let cart = token("spiffe://partner.example/cart");
+    let code =
+        |known: &Known, token: &str| known.validate(token, "shop", NOW).map(|_| ()).map_err(|e| e.code());
+    assert_eq!(code(&known, &cart), Err(Code::InvalidArgument), "nothing is known of its domain");
+    known.federated = Arc::new([(bundle.trust_domain().clone(), bundle)].into());
+    let named =
+        |id: &str| serde_json::json!({ "action": "ALLOW", "rules": [{ "from": [{ "identities": [id] }] }] });
+    let cases = [
+        (None, Err(Code::PermissionDenied)),
+        (policies(serde_json::json!({ "action": "ALLOW", "rules": [{}] })), Err(Code::PermissionDenied)),
+        (policies(named("spiffe://partner.example/other")), Err(Code::PermissionDenied)),
+        (policies(named("spiffe://partner.example/cart")), Ok(())),
+        (policies(named("spiffe://partner.example/*")), Ok(())),
+    ];
+    for (access, expected) in cases {
+        known.access = access;
+        assert_eq!(code(&known, &cart), expected);
+    }
+    let impostor = token(WEB);
+    assert_eq!(
+        code(&known, &impostor),
+        Err(Code::InvalidArgument),
+        "a foreign key speaks for its own domain alone"
+    );
 }

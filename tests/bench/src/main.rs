@@ -3,6 +3,7 @@
 //! The programs that make load, take it and terminate QUIC at every hop are subcommands of the same binary, so that
 //! they can run as processes of their own inside the namespaces (and their CPU can be told apart).
 
+mod capture;
 mod certificates;
 mod cluster;
 mod footprint;
@@ -48,6 +49,8 @@ enum Command {
     Footprint(footprint::FootprintArgs),
     /// Measures what a gateway forwards with one worker and with two, and that it keeps no state.
     Forward(forward::ForwardArgs),
+    /// Measures what captured connections cost against an explicit listener, and what the rules cost everything else.
+    Capture(capture::CaptureArgs),
     /// Simulates many linked clusters on one federator's core: memory and time per cluster, export and change.
     Scale(scale::ScaleArgs),
     /// Measures what a federator issues against bare signing with openssl, and a thousand members that come at once.
@@ -92,6 +95,7 @@ fn main() -> ExitCode {
         Command::List => plan::list(),
         Command::Footprint(args) => footprint::run(&args),
         Command::Forward(args) => forward::run(&args),
+        Command::Capture(args) => capture::run(&args),
         Command::Scale(args) => scale::run(&args),
         Command::Issuance(args) => issuance::run(&args),
         Command::Storm(args) => storm::run(&args),

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail};
 use tombolo_tests::capability::find_program;
 use tombolo_tests::link::{Link, LinkEnd, Shape};
-use tombolo_tests::netns::Namespace;
+use tombolo_tests::netns::{Namespace, VethEnd, veth};
 use tombolo_tests::process::{Process, ProcessSpec};
 
 use crate::certificates::Certificates;
@@ -36,6 +36,7 @@ pub enum Side {
 enum Network {
     Machine,
     Local(Namespace),
+    Cable { near: Namespace, far: Namespace },
     // The link's devices go before the namespaces they are in.
     WideArea { link: Link, near: Namespace, far: Namespace },
 }
@@ -73,6 +74,17 @@ impl Site {
         Self::with(Network::WideArea { link, near, far }, dir)
     }
 
+    /// Client and origin in two namespaces, joined by a cable that is as fast as the kernel.
+    pub fn cable(dir: &Path) -> Result<Self> {
+        let (near, far) = (quiet(Namespace::create("near")?)?, quiet(Namespace::create("far")?)?);
+        veth(
+            VethEnd { namespace: &near, device: "cable", address: &format!("{NEAR_ADDRESS}/24") },
+            VethEnd { namespace: &far, device: "cable", address: &format!("{FAR_ADDRESS}/24") },
+            1500,
+        )?;
+        Self::with(Network::Cable { near, far }, dir)
+    }
+
     fn with(network: Network, dir: &Path) -> Result<Self> {
         let dir = dir.to_owned();
         let certificates = Certificates::create(&dir)?;
@@ -84,7 +96,7 @@ impl Site {
         match &self.network {
             Network::Machine => Ok(()),
             Network::Local(namespace) => namespace.set_congestion_control(algorithm),
-            Network::WideArea { near, far, .. } => {
+            Network::WideArea { near, far, .. } | Network::Cable { near, far } => {
                 near.set_congestion_control(algorithm)?;
                 far.set_congestion_control(algorithm)
             }
@@ -94,7 +106,7 @@ impl Site {
     pub fn link(&self) -> Option<&Link> {
         match &self.network {
             Network::WideArea { link, .. } => Some(link),
-            Network::Machine | Network::Local(_) => None,
+            Network::Machine | Network::Local(_) | Network::Cable { .. } => None,
         }
     }
 
@@ -102,8 +114,8 @@ impl Site {
         match (&self.network, side) {
             (Network::Machine, _) => None,
             (Network::Local(namespace), _) => Some(namespace),
-            (Network::WideArea { near, .. }, Side::Near) => Some(near),
-            (Network::WideArea { far, .. }, Side::Far) => Some(far),
+            (Network::WideArea { near, .. } | Network::Cable { near, .. }, Side::Near) => Some(near),
+            (Network::WideArea { far, .. } | Network::Cable { far, .. }, Side::Far) => Some(far),
         }
     }
 
@@ -111,8 +123,8 @@ impl Site {
     pub fn address(&self, side: Side) -> IpAddr {
         match (&self.network, side) {
             (Network::Machine | Network::Local(_), _) => IpAddr::V4(Ipv4Addr::LOCALHOST),
-            (Network::WideArea { .. }, Side::Near) => NEAR_ADDRESS,
-            (Network::WideArea { .. }, Side::Far) => FAR_ADDRESS,
+            (_, Side::Near) => NEAR_ADDRESS,
+            (_, Side::Far) => FAR_ADDRESS,
         }
     }
 

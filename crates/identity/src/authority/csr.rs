@@ -16,6 +16,7 @@ use tombolo_model::ids::ClusterTag;
 use tombolo_model::names::ClusterName;
 use zeroize::Zeroizing;
 
+use super::adopt::Upstream;
 use super::{AuthorityError, Certified, ClusterFile, Existing, RootAuthority, save_public, subject};
 use crate::files;
 use crate::signer::Signer;
@@ -81,16 +82,19 @@ impl ClusterCsr {
 pub struct SignedCluster {
     pub cluster: ClusterName,
     pub tag: ClusterTag,
-    file: ClusterFile,
-    certificate: rustls_pki_types::CertificateDer<'static>,
-    bundle: crate::bundle::TrustBundle,
+    pub(super) file: ClusterFile,
+    pub(super) certificate: rustls_pki_types::CertificateDer<'static>,
+    pub(super) bundle: crate::bundle::TrustBundle,
+    /// Of an adopted one.
+    pub(super) upstream: Option<Upstream>,
 }
 
 impl SignedCluster {
-    /// Writes `ca.crt`, `bundle.json` and `cluster.json`.
+    /// Writes `ca.crt`, `bundle.json` and `cluster.json`, and of an adopted one what the foreign authority signed.
     pub fn save(&self, dir: &Path) -> Result<(), AuthorityError> {
         files::private_dir(dir)?;
-        save_public(dir, &self.file, &self.certificate, &self.bundle)
+        save_public(dir, &self.file, &self.certificate, &self.bundle)?;
+        self.upstream.as_ref().map_or(Ok(()), |upstream| upstream.save(dir))
     }
 }
 
@@ -104,8 +108,15 @@ impl RootAuthority {
         now: Duration,
     ) -> Result<SignedCluster, AuthorityError> {
         let Certified { tag, certificate } =
-            self.certify_cluster(name, &csr.request.public_key, existing, now)?;
+            self.certify_cluster(name, &csr.request.public_key, None, existing, now)?;
         let file = ClusterFile { name: name.clone(), tag, trust_domain: self.trust_domain.clone() };
-        Ok(SignedCluster { cluster: name.clone(), tag, file, certificate, bundle: self.bundle() })
+        Ok(SignedCluster {
+            cluster: name.clone(),
+            tag,
+            file,
+            certificate,
+            bundle: self.bundle(),
+            upstream: None,
+        })
     }
 }

@@ -14,7 +14,9 @@ use rustls_pki_types::pem::PemObject;
 use sha2::{Digest, Sha256};
 use x509_parser::prelude::{FromDer, X509Certificate};
 
-use super::{AuthorityError, INTERMEDIATE_LIFE, RegistryEntry, RootAuthority, signer_params, validity};
+use super::{
+    AuthorityError, INTERMEDIATE_LIFE, RegistryEntry, RootAuthority, adopt, signer_params, validity,
+};
 use crate::bundle::TrustBundle;
 use crate::cluster_binding::{ClusterBinding, OID};
 use crate::files::{self, FileError};
@@ -72,8 +74,8 @@ impl RootAuthority {
             return Err(refuse(&format!("the key of {cluster} ({tag}) is not in registry.json")));
         }
         // As when it was made: leaves name their issuer by it.
-        let short = name.get(..16).unwrap_or_default();
-        let mut params = signer_params(&self.trust_domain, format!("cluster {cluster} {short}"), 0);
+        let mut params = signer_params(&self.trust_domain, String::new(), 0);
+        adopt::named_like(&mut params, &CertificateDer::from(intermediate))?;
         validity(&mut params, now, INTERMEDIATE_LIFE);
         let binding = ClusterBinding { cluster: cluster.clone(), tag };
         params.custom_extensions = vec![CustomExtension::from_oid_content(OID, binding.to_der())];

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use jsonwebtoken::{Algorithm, DecodingKey, Validation};
+use jsonwebtoken::{Algorithm, DecodingKey, Header, Validation};
 use serde_json::{Map, Value};
 use tombolo_model::names::ClusterName;
 
@@ -27,8 +27,8 @@ pub enum JwtError {
     TooLarge(usize),
     #[error("the token does not parse: {0}")]
     Malformed(String),
-    #[error("the token is signed with {0}, ES256 is expected")]
-    Algorithm(String),
+    #[error("the token is signed with {0}, which is not accepted: {1}")]
+    Algorithm(String, &'static str),
     #[error("the token's type is {0:?}, JWT or JOSE is expected")]
     Type(String),
     #[error("the token names no key")]
@@ -61,7 +61,7 @@ impl JwtError {
         match self {
             Self::TooLarge(_) => "too_large",
             Self::Malformed(_) => "malformed",
-            Self::Algorithm(_) => "algorithm",
+            Self::Algorithm(..) => "algorithm",
             Self::Type(_) => "type",
             Self::NoKeyId | Self::UnknownKey(_) => "unknown_key",
             Self::Signature => "signature",
@@ -136,35 +136,53 @@ impl JwtAuthorities {
     fn authority_of(&self, token: &str) -> Result<&JwtAuthority, JwtError> {
         let header = jsonwebtoken::decode_header(token).map_err(|e| JwtError::Malformed(e.to_string()))?;
         if header.alg != Algorithm::ES256 {
-            return Err(JwtError::Algorithm(format!("{:?}", header.alg)));
+            return Err(JwtError::Algorithm(format!("{:?}", header.alg), "ES256 is"));
         }
-        match header.typ.as_deref() {
-            None | Some("JWT" | "JOSE") => {}
-            Some(other) => return Err(JwtError::Type(other.chars().take(40).collect())),
-        }
-        let kid = header.kid.ok_or(JwtError::NoKeyId)?;
-        self.0.get(&kid).ok_or_else(|| JwtError::UnknownKey(kid.chars().take(200).collect()))
+        let kid = key_id(&header)?;
+        self.0.get(kid).ok_or_else(|| unknown_key(kid))
     }
+}
+
+/// The key that a header names; its type must be a token's.
+pub(crate) fn key_id(header: &Header) -> Result<&str, JwtError> {
+    match header.typ.as_deref() {
+        None | Some("JWT" | "JOSE") => header.kid.as_deref().ok_or(JwtError::NoKeyId),
+        Some(other) => Err(JwtError::Type(other.chars().take(40).collect())),
+    }
+}
+
+pub(crate) fn unknown_key(kid: &str) -> JwtError {
+    JwtError::UnknownKey(kid.chars().take(200).collect())
 }
 
 /// The claims of a token that `authority` has signed.
 fn signed_claims(token: &str, authority: &JwtAuthority) -> Result<Map<String, Value>, JwtError> {
     let (x, y) = authority.coordinates();
     let key = DecodingKey::from_ec_components(&x, &y).map_err(|_| JwtError::Signature)?;
+    claims_signed_with(token, &key, Algorithm::ES256)
+}
+
+/// The claims of a token that the holder of `key` has signed.
+pub(crate) fn claims_signed_with(
+    token: &str,
+    key: &DecodingKey,
+    algorithm: Algorithm,
+) -> Result<Map<String, Value>, JwtError> {
     // Signature alone: the rest is judged here, by the caller's clock.
-    let mut validation = Validation::new(Algorithm::ES256);
+    let mut validation = Validation::new(algorithm);
     validation.required_spec_claims.clear();
     validation.validate_exp = false;
     validation.validate_nbf = false;
     validation.validate_aud = false;
-    let decoded = jsonwebtoken::decode::<Map<String, Value>>(token, &key, &validation);
+    let decoded = jsonwebtoken::decode::<Map<String, Value>>(token, key, &validation);
     decoded.map(|data| data.claims).map_err(|error| match error.kind() {
-        jsonwebtoken::errors::ErrorKind::InvalidSignature => JwtError::Signature,
+        jsonwebtoken::errors::ErrorKind::InvalidSignature
+        | jsonwebtoken::errors::ErrorKind::InvalidAlgorithm => JwtError::Signature,
         _ => JwtError::Malformed(error.to_string()),
     })
 }
 
-fn check_time(claims: &Map<String, Value>, id: &SpiffeId, now: Duration) -> Result<(), JwtError> {
+pub(crate) fn check_time(claims: &Map<String, Value>, id: &SpiffeId, now: Duration) -> Result<(), JwtError> {
     let seconds = |claim: &str| claims.get(claim).and_then(Value::as_f64);
     let (now, leeway) = (now.as_secs_f64(), LEEWAY.as_secs_f64());
     let exp = seconds("exp").ok_or(JwtError::Missing("exp"))?;
@@ -176,7 +194,7 @@ fn check_time(claims: &Map<String, Value>, id: &SpiffeId, now: Duration) -> Resu
 }
 
 /// One or several (RFC 7519 section 4.1.3).
-fn audiences(claims: &Map<String, Value>) -> impl Iterator<Item = &str> {
+pub(crate) fn audiences(claims: &Map<String, Value>) -> impl Iterator<Item = &str> {
     let (one, several) = match claims.get("aud") {
         Some(Value::String(one)) => (Some(one.as_str()), [].as_slice()),
         Some(Value::Array(several)) => (None, several.as_slice()),

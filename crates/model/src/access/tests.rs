@@ -290,3 +290,59 @@ proptest! {
         prop_assert!(!errors.is_empty());
     }
 }
+
+/// A foreign identity may look like a member's: only policies that name it count.
+#[test]
+fn a_foreign_identity_is_admitted_only_where_a_policy_names_it() {
+    const FOREIGN_CART: &str = "spiffe://partner.example/cluster/east/ns/shop/sa/cart";
+    let service: ServiceKey = "shop/web".parse().unwrap();
+    let asked = |policies: &[Policy], port| decide(policies, &Caller::foreign(FOREIGN_CART), &service, port);
+    let named = json!({ "identities": [FOREIGN_CART] });
+    let below = json!({ "identities": ["spiffe://partner.example/*"] });
+    let cases = [
+        ("everyone", vec![json!({ "action": "ALLOW", "rules": [{}] })], false),
+        ("a cluster", vec![from("ALLOW", json!({ "clusters": ["east", "@self"] }))], false),
+        ("a namespace", vec![from("ALLOW", json!({ "namespaces": ["shop"] }))], false),
+        ("properties", vec![from("ALLOW", json!({ "clusterProperties": { "region": "eu" } }))], false),
+        (
+            "its name in a cluster",
+            vec![from("ALLOW", json!({ "identities": [FOREIGN_CART], "clusters": ["east"] }))],
+            false,
+        ),
+        ("another domain", vec![from("ALLOW", json!({ "identities": ["spiffe://acme.example/*"] }))], false),
+        ("its name", vec![from("ALLOW", named.clone())], true),
+        ("its domain", vec![from("ALLOW", below.clone())], true),
+        (
+            "its name, and a DENY of everyone",
+            vec![from("ALLOW", named.clone()), json!({ "action": "DENY", "rules": [{}] })],
+            false,
+        ),
+        (
+            "its domain, and a DENY of its name",
+            vec![from("ALLOW", below), from("DENY", named.clone())],
+            false,
+        ),
+        (
+            "its name in a dry run",
+            vec![json!({ "action": "ALLOW", "rules": [{ "from": [named.clone()] }], "dryRun": true })],
+            false,
+        ),
+        (
+            "its name on another port",
+            vec![json!({ "action": "ALLOW", "ports": [443], "rules": [{ "from": [named] }] })],
+            false,
+        ),
+    ];
+    for (case, specs, allowed) in cases {
+        let policies: Vec<Policy> =
+            specs.into_iter().enumerate().map(|(n, spec)| policy(&format!("p{n}"), spec)).collect();
+        let verdict = asked(&policies, 80);
+        assert_eq!(verdict.allowed, allowed, "{case}: {:?}", verdict.decided_by);
+        let shared: Vec<Arc<Policy>> = policies.into_iter().map(Arc::new).collect();
+        let anywhere = admits_foreign(&shared, FOREIGN_CART, &service);
+        assert_eq!(anywhere, allowed || case.contains("another port"), "{case}");
+    }
+    let nothing = asked(&[], 80);
+    assert!(!nothing.allowed && nothing.decided_by == DecidedBy::Foreign, "an export admits no foreigner");
+    assert_eq!(nothing.decided_by.policy(), NO_POLICY);
+}

@@ -1,4 +1,5 @@
-//! `ServiceExport` (multicluster.x-k8s.io, KEP-1645), and to whom: the annotation `tombolo.dev/export-to`.
+//! `ServiceExport` (multicluster.x-k8s.io, KEP-1645), and to whom: the annotation `tombolo.dev/export-to`; of which
+//! type: `tombolo.dev/service-type`.
 
 use std::collections::BTreeMap;
 
@@ -10,6 +11,38 @@ use crate::names::{ClusterName, ServiceName};
 
 /// Names the clusters that may import: comma-separated, or `*`; absent: every linked cluster, as MCS has it.
 pub const EXPORT_TO: &str = "tombolo.dev/export-to";
+
+/// `ClusterSetIP` or `Headless`: what names of the service resolve to. Outside Kubernetes no `Service` says so; absent:
+/// `ClusterSetIP`.
+pub const SERVICE_TYPE: &str = "tombolo.dev/service-type";
+
+/// The type of a service that is exported (KEP-1645).
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum ServiceType {
+    /// It has one virtual address.
+    #[default]
+    ClusterSetIp,
+    /// It resolves to its endpoints.
+    Headless,
+}
+
+impl ServiceType {
+    /// Reads the annotation; the error is what can't be one.
+    pub fn of(metadata: &ObjectMeta) -> Result<Self, String> {
+        match metadata.annotations.get(SERVICE_TYPE).map(String::as_str) {
+            None | Some("ClusterSetIP") => Ok(Self::ClusterSetIp),
+            Some("Headless") => Ok(Self::Headless),
+            Some(other) => Err(other.to_owned()),
+        }
+    }
+    /// As `ServiceImport` has it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::ClusterSetIp => "ClusterSetIP",
+            Self::Headless => "Headless",
+        }
+    }
+}
 
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
@@ -57,6 +90,10 @@ impl ServiceExportSpec {
         if let Err(name) = ExportTo::of(metadata) {
             let path = format!("metadata.annotations[{EXPORT_TO}]");
             errors.push(FieldError::new(path, name, "cluster names separated by commas, or *"));
+        }
+        if let Err(name) = ServiceType::of(metadata) {
+            let path = format!("metadata.annotations[{SERVICE_TYPE}]");
+            errors.push(FieldError::new(path, name, "ClusterSetIP or Headless"));
         }
     }
 }

@@ -38,6 +38,10 @@ use crate::transport::Limits;
 /// Each dial ends after 3 s by itself; five cover a gateway that is just starting and a registration under loss.
 pub(super) const DIALS: u32 = 5;
 const CALL_TIMEOUT: Duration = Duration::from_secs(10);
+/// A federator lets so many join a second and turns the others away. They ask again, each about a second later and at a
+/// moment of its own, for as long as a rollout of a few thousand takes.
+const TURNED_AWAY_PAUSE: Duration = Duration::from_secs(1);
+const TURNED_AWAY_PATIENCE: Duration = Duration::from_secs(120);
 /// The temporary overlay's tasks end by then.
 const CLOSE_PATIENCE: Duration = Duration::from_secs(1);
 
@@ -348,15 +352,12 @@ async fn ask(
         name: name.to_owned(),
         lease_request_nonce: rand::random::<[u8; 16]>().to_vec(),
     };
-    let mut client = JoinClient::new(grpc::channel(peer.clone()));
-    let answer = tokio::time::timeout(CALL_TIMEOUT, client.join_workload(request)).await;
-    let answer = answer.map_err(|_| JoinError::Late { cluster: plan.cluster.clone() })?;
-    let answer = answer.map_err(|status| JoinError::Refused {
-        cluster: plan.cluster.clone(),
-        name: name.to_owned(),
-        reason: refusal(&status),
-    })?;
-    Ok((fresh, answer.into_inner()))
+    let client = JoinClient::new(grpc::channel(peer.clone()));
+    let call = || {
+        let (mut client, request) = (client.clone(), request.clone());
+        async move { client.join_workload(request).await }
+    };
+    Ok((fresh, answered(plan, name, call).await?))
 }
 
 fn unreachable(plan: &JoinPlan, source: DialError) -> JoinError {
@@ -369,6 +370,33 @@ fn unreachable(plan: &JoinPlan, source: DialError) -> JoinError {
             JoinError::Unreachable { addresses, what, ports, source }
         }
         source => JoinError::WrongPeer { addresses, cluster: plan.cluster.clone(), source },
+    }
+}
+
+/// The federator's answer, asked for again while it turns joiners away because they are too many.
+async fn answered<T, F: Future<Output = Result<tonic::Response<T>, tonic::Status>>>(
+    plan: &JoinPlan,
+    name: &str,
+    call: impl Fn() -> F,
+) -> Result<T, JoinError> {
+    let until = tokio::time::Instant::now() + TURNED_AWAY_PATIENCE;
+    loop {
+        let answer = tokio::time::timeout(CALL_TIMEOUT, call()).await;
+        match answer.map_err(|_| JoinError::Late { cluster: plan.cluster.clone() })? {
+            Ok(answer) => return Ok(answer.into_inner()),
+            Err(status)
+                if status.code() == tonic::Code::ResourceExhausted && tokio::time::Instant::now() < until =>
+            {
+                tokio::time::sleep(TURNED_AWAY_PAUSE.mul_f64(0.5 + rand::random::<f64>())).await;
+            }
+            Err(status) => {
+                return Err(JoinError::Refused {
+                    cluster: plan.cluster.clone(),
+                    name: name.to_owned(),
+                    reason: refusal(&status),
+                });
+            }
+        }
     }
 }
 

@@ -234,3 +234,27 @@ fn a_changed_or_missing_entry_in_the_store_is_named() {
     east.store.commit(&Transaction::new().delete(Table::Audit, key(&forged))).unwrap();
     assert_eq!(check(&east.core), Err(Broken::Gap { before: 2, found: 4 }));
 }
+
+#[test]
+fn a_trust_directory_that_was_exchanged_while_nobody_ran_is_in_the_log_once() {
+    let mut world = World::new();
+    let mut east = world.cluster("east");
+    let start = |east: &mut Cluster, second| {
+        east.core.note_trust_at_start(at(second).unix).unwrap();
+        shown(&east.core, Action::Rotation)
+    };
+    assert_eq!(start(&mut east, 0), [], "a first start exchanges nothing");
+    drop(east);
+    let mut east = world.start("east", at(1));
+    assert_eq!(start(&mut east, 1), [], "nor does a restart");
+    drop(east);
+    let fresh = world.root.sign_cluster(&name("east"), Existing::Renew, at(60).unix).unwrap();
+    fresh.save(&world.trust_dir("east")).unwrap();
+    let mut east = world.start("east", at(61));
+    let [entry] = start(&mut east, 61).try_into().unwrap();
+    assert!(entry.reason.contains("while the federator was stopped"), "{}", entry.reason);
+    assert!(entry.reason.contains(&hex::encode(east.core.facts.trust.issuer_sha256)), "{}", entry.reason);
+    drop(east);
+    let mut east = world.start("east", at(62));
+    assert_eq!(start(&mut east, 62).len(), 1);
+}

@@ -149,8 +149,13 @@ fn clusters(view: &View<'_>, path: &str, source: &Source, missing: &mut Vec<Miss
         let path = format!("{path}.identities[{index}]");
         let mut parts = id.trim_start_matches("spiffe://").split('/');
         let found = parts.next().unwrap_or_default();
+        if view.facts.federations.keys().any(|foreign| foreign.as_str() == found) {
+            continue;
+        }
         if found != domain {
-            let text = format!("{path}: nobody of trust domain {found:?} can call; this one is {domain}");
+            let text = format!(
+                "{path}: nobody of trust domain {found:?} can call; this one is {domain}, and no TrustDomainFederation names it"
+            );
             missing.push(Missing { reason: "TrustDomainNotFound", text });
             continue;
         }

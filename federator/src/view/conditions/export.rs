@@ -7,7 +7,7 @@ use tombolo_model::resource::{Condition, Spec};
 use super::super::text::{listed, sentences};
 use super::super::{View, links, members};
 use super::condition;
-use crate::exports::{Export, Exporter, exporters, merge_ports};
+use crate::exports::{Export, Exporter, exporters, merge_ports, type_of};
 use crate::facts::Port;
 
 pub fn of(view: &View<'_>, export: &Export<'_>) -> Vec<Condition> {
@@ -134,12 +134,42 @@ fn reach(view: &View<'_>, service: &ServiceKey, targets: &[ClusterName]) -> Reac
     reach
 }
 
+/// Each property on which exporters disagree; several reasons are joined by commas, as the MCS API has it.
 fn conflict(view: &View<'_>, service: &ServiceKey) -> Condition {
     let exporters = exporters(view.facts, service, view.serving(service).iter().copied());
-    let merged = merge_ports(&exporters);
-    let Some(winner) = merged.winner else {
+    let found = [type_conflict(view, service, &exporters), port_conflict(&exporters)];
+    let (reasons, texts): (Vec<&str>, Vec<String>) = found.into_iter().flatten().unzip();
+    if reasons.is_empty() {
         return condition("Conflict", false, "NoConflicts", "every exporter has the same ports");
-    };
+    }
+    condition("Conflict", true, &reasons.join(","), texts.join("; "))
+}
+
+fn type_conflict(
+    view: &View<'_>,
+    service: &ServiceKey,
+    exporters: &[Exporter],
+) -> Option<(&'static str, String)> {
+    let kind = |exporter: &Exporter| type_of(view.facts, service, &exporter.cluster);
+    let (oldest, others) = exporters.split_first()?;
+    let disagreeing: Vec<&Exporter> = others.iter().filter(|other| kind(other) != kind(oldest)).collect();
+    let has = |exporter: &&Exporter| format!("{} has {}", exporter.cluster, kind(exporter).as_str());
+    (!disagreeing.is_empty()).then(|| {
+        let text = format!(
+            "using {} from the oldest export, in {}. {}/{} clusters disagree: {}",
+            kind(oldest).as_str(),
+            oldest.cluster,
+            disagreeing.len(),
+            exporters.len(),
+            sentences(disagreeing.iter().map(has))
+        );
+        ("TypeConflict", text)
+    })
+}
+
+fn port_conflict(exporters: &[Exporter]) -> Option<(&'static str, String)> {
+    let merged = merge_ports(exporters);
+    let winner = merged.winner?;
     let has = |exporter: &Exporter| format!("{} has {}", exporter.cluster, ports(&exporter.ports));
     let text = format!(
         "using the ports of the oldest export, in {} ({}), and from others what does not clash. {}/{} clusters disagree: {}",
@@ -149,7 +179,7 @@ fn conflict(view: &View<'_>, service: &ServiceKey) -> Condition {
         merged.counted,
         sentences(merged.disagreeing.iter().map(has))
     );
-    condition("Conflict", true, "PortConflict", text)
+    Some(("PortConflict", text))
 }
 
 /// `http 80/TCP (h2c), 9000/TCP`.

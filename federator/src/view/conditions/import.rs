@@ -1,4 +1,4 @@
-//! `ServiceImport`: `Ready`, with each exporter's share.
+//! `ServiceImport`: `Ready`, with each exporter's share; `Addressed`, when it lacks a virtual address.
 
 use tombolo_model::names::ServiceKey;
 use tombolo_model::resource::Condition;
@@ -26,7 +26,21 @@ pub fn of(view: &View<'_>, service: &ServiceKey) -> Vec<Condition> {
     } else {
         condition("Ready", true, "Ready", sentence)
     };
-    vec![ready]
+    std::iter::once(ready).chain(unaddressed(view, service)).collect()
+}
+
+/// `Addressed` is false when no virtual address is left for the service; nothing is said of those that have theirs.
+fn unaddressed(view: &View<'_>, service: &ServiceKey) -> Option<Condition> {
+    let addresses = &view.facts.addresses;
+    addresses.wanting.contains(service).then(|| {
+        let text = format!(
+            "the virtual range {} is used up ({} services have an address, {} addresses are held for a day after their service): give the federator a larger --virtual-range",
+            addresses.ranges,
+            addresses.of.len(),
+            addresses.held
+        );
+        condition("Addressed", false, "RangeExhausted", text)
+    })
 }
 
 /// Exports of the service that peers sent and we did not accept.

@@ -137,7 +137,7 @@ fn an_export_is_ready_when_a_linked_cluster_can_use_it() {
 }
 
 #[test]
-fn exporters_that_disagree_on_ports_are_named() {
+fn exporters_that_disagree_on_ports_or_type_are_named() {
     let cases: &[Case<'_>] = &[
         ("alone", |_| {}, "False NoConflicts", &[]),
         (
@@ -179,6 +179,24 @@ fn exporters_that_disagree_on_ports_are_named() {
             },
             "True PortConflict",
             &["oldest export, in east"],
+        ),
+        (
+            "another type",
+            |f| {
+                let headless = ImportedExport { headless: true, ..exported(1, 1, &[port("http", 80)]) };
+                f.import("west").exports.insert(service("shop/web"), headless);
+            },
+            "True TypeConflict",
+            &["using ClusterSetIP from the oldest export, in east", "west has Headless"],
+        ),
+        (
+            "another type and other ports",
+            |f| {
+                let headless = ImportedExport { headless: true, ..exported(1, 1, &[port("web", 81)]) };
+                f.import("west").exports.insert(service("shop/web"), headless);
+            },
+            "True TypeConflict,PortConflict",
+            &["west has Headless", "west has web 81/TCP"],
         ),
     ];
     for (case, fill, head, pieces) in cases {

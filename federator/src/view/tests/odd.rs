@@ -31,6 +31,8 @@ fn odd() -> Facts {
         total: 0,
         exported_at_unix_ms: i64::MIN,
         endpoints: Vec::new(),
+        headless: false,
+        named: Vec::new(),
         ports: vec![odd_port.clone(); 70],
         ..exported(0, 0, &[])
     };

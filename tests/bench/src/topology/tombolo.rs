@@ -24,12 +24,31 @@ metadata: { name: bulk, namespace: bench }
 ";
 
 /// The path, with packets of up to this many bytes of UDP payload.
-pub(super) struct Tombolo {
+pub(crate) struct Tombolo {
     pub max_udp_payload: u16,
+    /// Addresses at which both services are captured, beside their explicit listeners.
+    pub captured: Option<Captured>,
+}
+
+/// What stands for the services.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Captured {
+    pub listen: SocketAddr,
+    pub http: SocketAddr,
+    pub bulk: SocketAddr,
+}
+
+impl Captured {
+    fn flags(&self) -> Vec<String> {
+        let Self { listen, http, bulk } = self;
+        let address = |address, service| ["--capture-address".to_owned(), format!("{address}={service}")];
+        let addresses = [address(http, "bench/http:80"), address(bulk, "bench/bulk:81")].concat();
+        ["--capture-listen".to_owned(), listen.to_string()].into_iter().chain(addresses).collect()
+    }
 }
 
 /// The product's default.
-pub(super) const USUAL: u16 = 1452;
+pub(crate) const USUAL: u16 = 1452;
 /// Of a 9000-byte network.
 pub(super) const JUMBO: u16 = 8952;
 
@@ -147,11 +166,13 @@ impl Topology for Tombolo {
         let entry = (site.socket(Side::Near, ENTRY_HTTP_PORT), site.socket(Side::Near, ENTRY_BULK_PORT));
         let calls = [format!("bench/http:80={}", entry.0), format!("bench/bulk:81={}", entry.1)];
         let [http, bulk] = &calls;
+        let captured = self.captured.map(|captured| captured.flags()).unwrap_or_default();
+        let captured: Vec<&str> = captured.iter().map(String::as_str).collect();
         let sidecar_out = east.sidecar(
             "sidecar-out",
             "client",
             10,
-            &["--upstream", http, "--upstream", bulk],
+            &[&["--upstream", http, "--upstream", bulk], &captured[..]].concat(),
             Port::Tcp(entry.0.port()),
         )?;
         wait("the first answer through the mesh", || answers(site, entry.0).ok())?;

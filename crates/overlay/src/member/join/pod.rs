@@ -9,7 +9,7 @@ use tombolo_proto::v1::join_client::JoinClient;
 use tombolo_proto::{convert, token, v1};
 use tombolo_runtime::clock;
 
-use super::{CALL_TIMEOUT, JoinError, JoinOptions, JoinPlan, Proof, control_targets, log_rejected, refusal};
+use super::{JoinError, JoinOptions, JoinPlan, Proof, answered, control_targets, log_rejected};
 use crate::connection::PeerConnection;
 use crate::grpc;
 use crate::keys::{CidKey, KeyRing};
@@ -76,13 +76,10 @@ pub(super) async fn ask(
         service_account_token: String::from_utf8_lossy(&token).trim().to_owned(),
         csr_der: fresh.csr_der.clone(),
     };
-    let mut client = JoinClient::new(grpc::channel(peer.clone()));
-    let answer = tokio::time::timeout(CALL_TIMEOUT, client.join_pod(request)).await;
-    let answer = answer.map_err(|_| JoinError::Late { cluster: plan.cluster.clone() })?;
-    let answer = answer.map_err(|status| JoinError::Refused {
-        cluster: plan.cluster.clone(),
-        name: name.to_owned(),
-        reason: refusal(&status),
-    })?;
-    Ok((fresh, answer.into_inner()))
+    let client = JoinClient::new(grpc::channel(peer.clone()));
+    let call = || {
+        let (mut client, request) = (client.clone(), request.clone());
+        async move { client.join_pod(request).await }
+    };
+    Ok((fresh, answered(plan, name, call).await?))
 }

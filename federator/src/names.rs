@@ -1,0 +1,146 @@
+//! What names resolve to in this cluster (pure): which services have a virtual address, and what resolvers are told of
+//! each.
+//!
+//! A service has an address when it is imported, exported or served here, unless it is headless. It has its
+//! `clusterset.local` name when any cluster exports it (KEP-1645), and its ordinary `cluster.local` name is answered from
+//! here when this cluster serves it, or a `FailoverPolicy` is about the `Service`: so that it fails over without a change
+//! in any caller. A headless service resolves to the addresses of its ready endpoints: this cluster's, and those of peers
+//! over flat links, since others can't be reached at their addresses.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use tombolo_model::names::ServiceKey;
+use tombolo_model::resource::service_export::ServiceType;
+use tombolo_model::resource::{ObjectKey, Spec};
+use tombolo_model::sync::Freshness;
+use tombolo_proto::v1;
+
+use crate::exports;
+use crate::facts::{Facts, NamedEndpoint, Role, StoredObject};
+use crate::registry::Member;
+use crate::snapshot::port_to_wire;
+
+/// Of one headless service: a reply over TCP holds some 3,000 addresses, and a resolver's caller wants a few.
+const MAX_ENDPOINTS: usize = 1000;
+
+/// Every service that has a name here, and the type that its oldest exporter gives it.
+pub fn services(facts: &Facts) -> BTreeMap<ServiceKey, ServiceType> {
+    let mut services: BTreeMap<ServiceKey, ServiceType> =
+        facts.registry.services().map(|service| (service.clone(), ServiceType::ClusterSetIp)).collect();
+    let exports = exports::exports(facts).map(|export| export.service);
+    let exported: BTreeSet<ServiceKey> =
+        facts.imports.values().flat_map(|import| import.exports.keys().cloned()).chain(exports).collect();
+    for service in exported {
+        let kind = exports::service_type(facts, &service);
+        services.insert(service, kind);
+    }
+    services
+}
+
+/// The services that get a virtual address.
+pub fn with_address(facts: &Facts) -> BTreeSet<ServiceKey> {
+    let addressed = |(service, kind)| (kind == ServiceType::ClusterSetIp).then_some(service);
+    services(facts).into_iter().filter_map(addressed).collect()
+}
+
+/// A service's virtual addresses, as they are written on the wire.
+pub fn addresses(facts: &Facts, service: &ServiceKey) -> Vec<String> {
+    let known = facts.addresses.of.get(service).copied().unwrap_or_default();
+    known.all().map(|address| address.to_string()).collect()
+}
+
+/// What resolvers are told, by service.
+pub fn records(facts: &Facts) -> BTreeMap<String, v1::NamedService> {
+    let over = policies_over_services(facts);
+    let record = |(service, kind): (ServiceKey, ServiceType)| {
+        let exporters = exports::exporters(facts, &service, facts.registry.serving(&service));
+        let mut ports = exports::merge_ports(&exporters).ports;
+        if ports.is_empty() {
+            ports = exports::served_ports(facts.registry.serving(&service), &service);
+        }
+        let headless = kind == ServiceType::Headless;
+        let record = v1::NamedService {
+            service: service.to_string(),
+            clusterset: !exporters.is_empty(),
+            local: !headless
+                && (facts.registry.serving(&service).next().is_some() || over.contains(&service)),
+            addresses: addresses(facts, &service),
+            ports: ports.iter().map(port_to_wire).collect(),
+            headless,
+            endpoints: if headless { endpoints(facts, &service) } else { Vec::new() },
+        };
+        (record.service.clone(), record)
+    };
+    services(facts).into_iter().map(record).collect()
+}
+
+/// Services whose ordinary name an operator wants to fail over.
+fn policies_over_services(facts: &Facts) -> BTreeSet<ServiceKey> {
+    const KIND: &str = "FailoverPolicy";
+    let first = ObjectKey { kind: KIND, namespace: String::new(), name: String::new() };
+    let policies = facts.objects.range(first..).take_while(|(key, _)| key.kind == KIND);
+    let service = |(key, stored): (&ObjectKey, &Arc<StoredObject>)| {
+        let Spec::FailoverPolicy(spec) = &stored.object.spec else { return None };
+        let about_service = spec.target_ref.kind == "Service";
+        let name = about_service.then(|| spec.target_ref.name.parse().ok())??;
+        Some(ServiceKey::new(key.namespace.parse().ok()?, name))
+    };
+    policies.filter_map(service).collect()
+}
+
+/// The ready endpoints of a headless service that can be reached at their addresses.
+fn endpoints(facts: &Facts, service: &ServiceKey) -> Vec<v1::NamedEndpoint> {
+    let cluster = facts.cluster.name.to_string();
+    let own = hosts(facts, service).into_iter().map(|host| v1::NamedEndpoint {
+        cluster: cluster.clone(),
+        hostname: host.hostname,
+        address: host.address,
+    });
+    let mut endpoints: Vec<_> = own.collect();
+    for link in facts.live_links() {
+        let Some(import) = facts.imports.get(&link.peer) else { continue };
+        let Some(export) = import.exports.get(service) else { continue };
+        let flat = facts.link_spec(&link.peer).is_some_and(|spec| spec.flat);
+        if import.freshness == Freshness::Expired || !flat {
+            continue;
+        }
+        let ranges = facts.allowed_ranges(&link.peer);
+        let within = |host: &&NamedEndpoint| ranges.allows(SocketAddr::new(host.address, 1));
+        endpoints.extend(export.named.iter().filter(within).map(|host| v1::NamedEndpoint {
+            cluster: link.peer.to_string(),
+            hostname: host.hostname.clone(),
+            address: host.address.to_string(),
+        }));
+    }
+    endpoints.truncate(MAX_ENDPOINTS);
+    endpoints
+}
+
+/// This cluster's ready endpoints of a service, as they are named.
+pub fn hosts(facts: &Facts, service: &ServiceKey) -> Vec<v1::HostAddress> {
+    let ready = facts.registry.serving(service).filter(|member| member.in_rotation(service));
+    let host = |member: &Member| {
+        let address = member.address?.ip().to_string();
+        Some(v1::HostAddress { hostname: hostname(member), address })
+    };
+    ready.filter_map(host).take(MAX_ENDPOINTS).collect()
+}
+
+/// A label that tells a cluster's endpoints apart: a machine's name; else the sidecar's, which replicas share, with its
+/// block.
+fn hostname(member: &Member) -> String {
+    let path = member.spiffe_id.within_cluster().unwrap_or_default();
+    let name: String = path.rsplit('/').next().unwrap_or_default().chars().take(50).collect();
+    // A machine's name may have several labels.
+    let name = name.replace('.', "-");
+    let name = name.trim_matches('-');
+    match member.role {
+        Role::Vm if !name.is_empty() => name.to_owned(),
+        _ => format!("{name}-{:x}", member.block.value()).trim_start_matches('-').to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests;

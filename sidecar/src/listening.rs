@@ -1,0 +1,123 @@
+//! The sidecar's TCP listeners: bound before anything else, so that a taken port fails the start and uses up no join token.
+
+use std::io;
+use std::net::SocketAddr;
+
+use socket2::{Domain, Protocol, Socket, Type};
+
+use crate::capture::listener;
+use crate::config::SidecarConfig;
+
+/// tokio's; the kernel caps it at net.core.somaxconn.
+const BACKLOG: i32 = 1024;
+
+/// Where applications call one upstream, once per thread.
+pub(crate) type Listeners = Vec<std::net::TcpListener>;
+
+/// Listens `count` times at one address; the kernel spreads connections over them.
+pub(crate) fn listen(address: SocketAddr, count: usize) -> io::Result<Listeners> {
+    listen_with(address, count, |_| Ok(()))
+}
+
+/// The same with sockets that `prepare` has set up.
+pub(crate) fn listen_with(
+    address: SocketAddr,
+    count: usize,
+    prepare: impl Fn(&Socket) -> io::Result<()>,
+) -> io::Result<Listeners> {
+    let bind = |address: SocketAddr, shared| -> io::Result<Socket> {
+        let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+        prepare(&socket)?;
+        socket.set_nonblocking(true)?;
+        socket.set_reuse_address(true)?;
+        socket.set_reuse_port(shared)?;
+        socket.bind(&address.into())?;
+        Ok(socket)
+    };
+    let started = |socket: Socket| -> io::Result<std::net::TcpListener> {
+        socket.listen(BACKLOG)?;
+        Ok(socket.into())
+    };
+    if count <= 1 {
+        return Ok(vec![started(bind(address, false)?)?]);
+    }
+    // A shared port may be joined by another process of the same user; one that is taken already is an error.
+    let alone = started(bind(address, false)?)?;
+    let address = alone.local_addr()?;
+    drop(alone);
+    (0..count).map(|_| started(bind(address, true)?)).collect()
+}
+
+/// The listeners of one thread.
+#[derive(Debug, Default)]
+pub(crate) struct Listening {
+    /// In the order of the configuration's upstreams.
+    pub upstreams: Vec<std::net::TcpListener>,
+    pub captured: Vec<std::net::TcpListener>,
+    pub plain: Vec<std::net::TcpListener>,
+}
+
+/// Why a listener can't be had.
+#[derive(Debug, thiserror::Error)]
+pub enum ListenError {
+    #[error(
+        "upstream {service}: cannot listen on {listen} ({source}): choose another address with --upstream"
+    )]
+    Upstream { service: String, listen: SocketAddr, source: std::io::Error },
+    #[error(
+        "captured connections: cannot listen on {listen} ({source}): choose another address with --capture-listen, and give its port to `tombolo sidecar capture apply --port`"
+    )]
+    Capture { listen: SocketAddr, source: std::io::Error },
+    #[error(
+        "plain connections from outside: cannot listen on {listen} ({source}): it takes CAP_NET_RAW, and a free port (--inbound-listen, with the same `tombolo sidecar capture apply --inbound-listen-port`)"
+    )]
+    Plain { listen: SocketAddr, source: std::io::Error },
+}
+
+impl Listening {
+    /// Every listener of the configuration, once per thread.
+    pub fn bind(config: &SidecarConfig, threads: usize) -> Result<Vec<Self>, ListenError> {
+        let mut listening: Vec<Self> = (0..threads).map(|_| Self::default()).collect();
+        let mut give = |bound: Listeners, to: fn(&mut Listening) -> &mut Listeners| {
+            listening.iter_mut().zip(bound).for_each(|(of_thread, listener)| to(of_thread).push(listener));
+        };
+        for upstream in &config.upstreams {
+            let bound = listen(upstream.listen, threads).map_err(|source| {
+                let service = upstream.service.to_string();
+                ListenError::Upstream { service, listen: upstream.listen, source }
+            })?;
+            give(bound, |listening| &mut listening.upstreams);
+        }
+        let capture = config.capture.iter();
+        for &address in capture.clone().flat_map(|capture| &capture.listen) {
+            let bound = listener::redirected(address, threads);
+            let bound = bound.map_err(|source| ListenError::Capture { listen: address, source })?;
+            give(bound, |listening| &mut listening.captured);
+        }
+        for &address in
+            capture.filter_map(|capture| capture.inbound.as_ref()).flat_map(|inbound| &inbound.listen)
+        {
+            let bound = listener::transparent(address, threads);
+            let bound = bound.map_err(|source| ListenError::Plain { listen: address, source })?;
+            give(bound, |listening| &mut listening.plain);
+        }
+        Ok(listening)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn listeners_share_an_address_and_a_taken_one_is_refused() {
+        for count in [1, 3] {
+            let listeners = listen(([127, 0, 0, 1], 0).into(), count).unwrap();
+            assert_eq!(listeners.len(), count);
+            let address = listeners[0].local_addr().unwrap();
+            assert!(listeners.iter().all(|l| l.local_addr().unwrap() == address));
+            let error = listen(address, count).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::AddrInUse, "{count}");
+        }
+    }
+}
