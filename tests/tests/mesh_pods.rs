@@ -146,6 +146,7 @@ fn a_join_policy_says_which_service_accounts_and_machines_may_join() -> Result<(
     let words = refused(&["vm", "token", "db-1"])?;
     println!("{}", words.trim());
     ensure!(words.contains("databases: name db-*, group databases") && words.contains("--group"), "{words}");
+    ensure!(!words.contains("as root"), "more rights would not help: {words}");
     let words = refused(&["vm", "token", "web-1", "--group", "databases"])?;
     ensure!(words.contains("machine \"web-1\" of group \"databases\""), "{words}");
     let token = k8s.mesh.operate("west", &["vm", "token", "db-1", "--group", "databases"])?;
@@ -155,7 +156,7 @@ fn a_join_policy_says_which_service_accounts_and_machines_may_join() -> Result<(
     ensure!(log.contains("group databases"), "{log}");
     // The policy goes, and the pod's service account joins.
     k8s.mesh.operate("west", &["delete", "joinpolicy", "pods", "--yes"])?;
-    let shown = k8s.mesh.operate("west", &["get", "joinpolicies"])?;
+    let shown = k8s.mesh.operate("west", &["get", "joinpolicies", "-o", "wide"])?;
     ensure!(shown.contains("machines db-*") && !shown.contains("bank"), "{shown}");
     Ok(())
 }

@@ -94,7 +94,7 @@ impl Core {
             }
             // Said here already, where somebody reads it.
             let machine = Attested::Machine { name: &request.name, group: &request.group };
-            joining::may_join(&self.facts, machine).map_err(CoreError::Denied)?;
+            joining::may_join(&self.facts, machine).map_err(CoreError::Precondition)?;
         } else if !request.group.is_empty() {
             return Err(CoreError::Invalid("field group: only machines have one (role vm)".to_owned()));
         }
