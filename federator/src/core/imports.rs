@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use prost::Message;
 use tombolo_model::ids::{Epoch, Revision};
-use tombolo_model::names::ClusterName;
+use tombolo_model::names::{ClusterName, ServiceKey};
 use tombolo_model::sync::{Freshness, PeerView, Quota, SyncError, Update};
 use tombolo_proto::v1;
 
@@ -69,6 +69,8 @@ impl Core {
         let scope = import::PeerScope::of(&self.facts, peer, moment.unix);
         let view = self.views.entry(peer.clone()).or_insert_with(|| View::new(QUOTA));
         let import = Arc::make_mut(self.facts.imports.entry(peer.clone()).or_default());
+        let told: Vec<ServiceKey> = sent.keys().chain(&deleted).filter_map(|key| exported(key)).collect();
+        let before = types(import, &told);
         if whole {
             // Absence is removal; what is there but bad leaves the good one that was there before.
             import.rejected.clear();
@@ -96,9 +98,7 @@ impl Core {
                 }
             }
         }
-        self.addresses_stale |= whole
-            || !deleted.is_empty()
-            || import.exports.keys().any(|service| !self.addresses.contains_key(service));
+        self.addresses_stale |= whole || before != types(import, &told);
         if let Some(reason) = refused {
             import::refuse(import, rotation::TRUST, reason);
         }
@@ -199,6 +199,16 @@ impl Core {
         self.dirty = true;
         self.facts.imports.remove(peer)
     }
+}
+
+/// The service that an export's record is about.
+fn exported(key: &str) -> Option<ServiceKey> {
+    key.strip_prefix("export/")?.parse().ok()
+}
+
+/// Which of these services the peer exports, and as headless: what decides about virtual addresses.
+fn types(import: &Import, services: &[ServiceKey]) -> Vec<Option<bool>> {
+    services.iter().map(|service| Some(import.exports.get(service)?.headless)).collect()
 }
 
 /// An update without the records that are too large, the size of each that was sent, and the keys that are gone.

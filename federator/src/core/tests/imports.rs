@@ -337,3 +337,25 @@ fn a_peers_records_that_can_not_be_saved_are_saved_later() {
 pub fn any_record(service: &str, bad: bool) -> (String, v1::Record) {
     if bad { bad_record(service) } else { export_record(service) }
 }
+
+#[test]
+fn an_import_that_comes_back_has_the_address_that_it_had_and_a_headless_one_has_none() {
+    let (_world, mut east, _west) = linked();
+    let service = || "shop/api".parse().unwrap();
+    let change = |east: &mut Cluster, update: Update<v1::Record>, second: u64| {
+        take(east, update, at(second)).unwrap();
+        east.core.publish(at(second));
+        east.core.facts.addresses.of.get(&service()).and_then(|of| of.v4)
+    };
+    assert_eq!(change(&mut east, snapshot(1, Vec::new()), 1), None);
+    let first = change(&mut east, delta(2, vec![export_record("shop/api")], &[]), 2);
+    assert!(first.is_some());
+    let key = export_key(&service());
+    assert_eq!(change(&mut east, delta(3, Vec::new(), std::slice::from_ref(&key)), 3), None);
+    assert_eq!(change(&mut east, delta(4, vec![export_record("shop/api")], &[]), 4), first);
+    let (key, mut record) = export_record("shop/api");
+    let Some(v1::record::Value::Export(export)) = &mut record.value else { unreachable!() };
+    export.headless = true;
+    assert_eq!(change(&mut east, delta(5, vec![(key, record)], &[]), 5), None);
+    assert_eq!(change(&mut east, delta(6, vec![export_record("shop/api")], &[]), 6), first);
+}
