@@ -341,7 +341,7 @@ pub fn any_record(service: &str, bad: bool) -> (String, v1::Record) {
 #[test]
 fn an_import_that_comes_back_has_the_address_that_it_had_and_a_headless_one_has_none() {
     let (_world, mut east, _west) = linked();
-    let service = || "shop/api".parse().unwrap();
+    let service = || -> tombolo_model::names::ServiceKey { "shop/api".parse().unwrap() };
     let change = |east: &mut Cluster, update: Update<v1::Record>, second: u64| {
         take(east, update, at(second)).unwrap();
         east.core.publish(at(second));
