@@ -28,6 +28,10 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// HTTP/2 windows: a snapshot of a large cluster must not wait for round trips (256 KB per 50 ms would be 5 MB/s).
 const HTTP2_WINDOW_BYTES: u32 = 2 * 1024 * 1024;
 
+/// Metadata of a refusal that is no verdict: there were too many at this moment; the caller may ask again after so many
+/// seconds (as HTTP's Retry-After, RFC 9110 section 10.2.3).
+pub const RETRY_AFTER: &str = "retry-after";
+
 /// Who is calling: put into every request's extensions.
 #[derive(Clone, Debug)]
 pub struct PeerInfo {

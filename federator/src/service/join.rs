@@ -8,9 +8,11 @@ use std::sync::Arc;
 
 use tombolo_identity::{SvidHandle, rotation};
 use tombolo_model::audit::{Action, Event};
+use tombolo_overlay::grpc;
 use tombolo_proto::v1;
 use tombolo_proto::v1::join_server::Join;
 use tombolo_runtime::clock;
+use tonic::metadata::MetadataValue;
 use tonic::{Request, Response, Status};
 use zeroize::Zeroizing;
 
@@ -45,7 +47,11 @@ impl JoinService {
     /// Lets a request in; how many were turned away before it.
     fn admit(&self) -> Result<u64, Status> {
         let turned_away = self.pace.admit();
-        turned_away.ok_or_else(|| Status::resource_exhausted("too many join requests: try again in a second"))
+        turned_away.ok_or_else(|| {
+            let mut status = Status::resource_exhausted("too many join requests: try again in a second");
+            status.metadata_mut().insert(grpc::RETRY_AFTER, MetadataValue::from_static("1"));
+            status
+        })
     }
 }
 

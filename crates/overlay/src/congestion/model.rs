@@ -16,7 +16,7 @@
 //!   1.35 x the minimum RTT the queue is somebody else's, and Cruise holds as many BDP as that RTT is longer, up to 2.
 //!   Flows of our own kind that find each other so come down together: each sees less than all hold.
 //! - **LAN.** Below 2 ms the bandwidth is the CPU's: the product counts with at least 250 us, and the window has a
-//!   floor, which losses lower to a quarter (a socket buffer overflows before any queue shows).
+//!   floor of up to 4 ms, which losses lower to a quarter (a socket buffer overflows before any queue shows).
 //!
 //! All in bytes; time is passed in.
 
@@ -57,6 +57,10 @@ const CAP_RISE_UP: f64 = 1.04;
 const CAP_RISE_EVERY: Duration = Duration::from_millis(20);
 /// Below this minimum RTT a path is a LAN.
 const LAN_RTT: Duration = Duration::from_millis(2);
+/// The floor on a LAN makes no longer queue than this: at 100 Mbit/s, 512 KB would be 40 ms, and whoever comes to that path
+/// later, and takes a part of the queue for its length, would starve beside it. Twice [`LAN_RTT`] is what a crowd is
+/// answered up to.
+const LAN_QUEUE: Duration = Duration::from_millis(4);
 /// Queues shorter than this are not worth limiting: the scheduler's noise is as large. At 4 Gbit/s this is 125 KB, what a
 /// default socket buffer holds.
 const SHORTEST_RTT: Duration = Duration::from_micros(250);
@@ -458,6 +462,10 @@ impl Model {
     }
 
     fn lan_floor(&self) -> u64 {
-        if self.is_lan() { self.config.lan_floor_bytes.max(16 * self.mtu) } else { 0 }
+        if !self.is_lan() {
+            return 0;
+        }
+        let short = (self.bandwidth.max() * LAN_QUEUE.as_secs_f64()) as u64;
+        self.config.lan_floor_bytes.min(short).max(16 * self.mtu)
     }
 }

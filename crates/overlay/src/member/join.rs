@@ -385,7 +385,8 @@ async fn answered<T, F: Future<Output = Result<tonic::Response<T>, tonic::Status
         match answer.map_err(|_| JoinError::Late { cluster: plan.cluster.clone() })? {
             Ok(answer) => return Ok(answer.into_inner()),
             Err(status)
-                if status.code() == tonic::Code::ResourceExhausted && tokio::time::Instant::now() < until =>
+                if status.metadata().contains_key(grpc::RETRY_AFTER)
+                    && tokio::time::Instant::now() < until =>
             {
                 tokio::time::sleep(TURNED_AWAY_PAUSE.mul_f64(0.5 + rand::random::<f64>())).await;
             }
