@@ -29,7 +29,7 @@ if ! cargo test --workspace --no-fail-fast 2>&1 | tee "$log"; then
     [ -n "$again" ] || exit 1
     printf 'RETRIED %s\n' $again
     # shellcheck disable=SC2086
-    cargo test --workspace -- --exact $again
+    cargo test --workspace --no-fail-fast -- --exact $again
 fi
 
 step "summary"
