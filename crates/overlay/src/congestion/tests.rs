@@ -184,6 +184,21 @@ fn on_a_lan_it_does_not_limit_and_keeps_the_queue_short() {
     assert!(link.elapsed() > Duration::from_millis(600));
 }
 
+/// 100 Mbit/s with 50 ms of buffer: what the one that comes first queues is no part of the path for the one that comes later.
+#[test]
+fn on_a_slow_lan_whoever_comes_later_does_not_starve() {
+    for later in [2, 5, 10, 20, 50, 200] {
+        let mut link = Link::new(100.0, Duration::from_micros(200), 250.0, 0.0);
+        link.ours();
+        link.run(Duration::from_millis(later));
+        link.ours();
+        link.run(seconds(2));
+        let shares = link.run(seconds(4));
+        println!("{later} ms later: {shares:.1?}, queue p95 {:?}", link.queue_at(0.95));
+        assert!(shares.iter().all(|share| share.megabits >= 100.0 / 6.0), "{later} ms later: {shares:?}");
+    }
+}
+
 #[test]
 fn the_window_is_never_below_four_packets_and_follows_the_mtu() {
     let now = Instant::now();

@@ -388,6 +388,7 @@ async fn answered<T, F: Future<Output = Result<tonic::Response<T>, tonic::Status
                 if status.metadata().contains_key(grpc::RETRY_AFTER)
                     && tokio::time::Instant::now() < until =>
             {
+                tracing::info!(cluster = %plan.cluster, "too many join at once; asking again");
                 tokio::time::sleep(TURNED_AWAY_PAUSE.mul_f64(0.5 + rand::random::<f64>())).await;
             }
             Err(status) => {
