@@ -208,7 +208,15 @@ pub struct UnexpectedPeer {
     pub found: SpiffeId,
 }
 
-fn chain<'a>(leaf: &CertificateDer<'a>, intermediates: &[CertificateDer<'a>]) -> Vec<CertificateDer<'a>> {
+/// A chain that holds, of somebody else than is asked for.
+pub(crate) fn unexpected(found: SpiffeId) -> Error {
+    Error::InvalidCertificate(CertificateError::Other(OtherError(Arc::new(UnexpectedPeer { found }))))
+}
+
+pub(crate) fn chain<'a>(
+    leaf: &CertificateDer<'a>,
+    intermediates: &[CertificateDer<'a>],
+) -> Vec<CertificateDer<'a>> {
     std::iter::once(leaf).chain(intermediates).cloned().collect()
 }
 
@@ -229,8 +237,7 @@ impl MeshVerifier {
         if self.expected.accepts(&peer) {
             return Ok(());
         }
-        let error = UnexpectedPeer { found: peer.spiffe_id };
-        Err(Error::InvalidCertificate(CertificateError::Other(OtherError(Arc::new(error)))))
+        Err(unexpected(peer.spiffe_id))
     }
 }
 

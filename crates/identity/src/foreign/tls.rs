@@ -6,14 +6,12 @@ use std::sync::Arc;
 use rustls::client::Resumption;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::WebPkiSupportedAlgorithms;
-use rustls::{
-    CertificateError, ClientConfig, DigitallySignedStruct, Error, OtherError, RootCertStore, SignatureScheme,
-};
+use rustls::{ClientConfig, DigitallySignedStruct, Error, RootCertStore, SignatureScheme};
 use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
 
 use super::ForeignBundle;
 use crate::spiffe_id::SpiffeId;
-use crate::tls::{UnexpectedPeer, provider, refused, tls13_signatures};
+use crate::tls::{chain, provider, refused, tls13_signatures, unexpected};
 use crate::verify::Usage;
 
 #[derive(Debug)]
@@ -32,13 +30,12 @@ impl ServerCertVerifier for EndpointVerifier {
         _: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
-        let chain: Vec<_> = std::iter::once(leaf).chain(intermediates).cloned().collect();
+        let chain = chain(leaf, intermediates);
         let peer = self.bundle.authenticate(&chain, Usage::Server, now).map_err(refused)?;
         if peer.spiffe_id == self.expected {
             return Ok(ServerCertVerified::assertion());
         }
-        let error = UnexpectedPeer { found: peer.spiffe_id };
-        Err(Error::InvalidCertificate(CertificateError::Other(OtherError(Arc::new(error)))))
+        Err(unexpected(peer.spiffe_id))
     }
     tls13_signatures!();
 }

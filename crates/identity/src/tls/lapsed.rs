@@ -5,15 +5,11 @@ use std::sync::Arc;
 use rustls::client::danger::HandshakeSignatureValid;
 use rustls::crypto::{WebPkiSupportedAlgorithms, aws_lc_rs};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
-use rustls::{
-    CertificateError, ClientConfig, DigitallySignedStruct, DistinguishedName, Error, OtherError,
-    ServerConfig, SignatureScheme,
-};
+use rustls::{ClientConfig, DigitallySignedStruct, DistinguishedName, Error, ServerConfig, SignatureScheme};
 use rustls_pki_types::{CertificateDer, UnixTime};
 
 use super::{
-    ExpectedPeer, Resolver, SvidHandle, UnexpectedPeer, chain, client_config, finish_server, provider,
-    refused,
+    ExpectedPeer, Resolver, SvidHandle, chain, client_config, finish_server, provider, refused, unexpected,
 };
 use crate::verify::{self, Usage};
 
@@ -46,8 +42,7 @@ impl ClientCertVerifier for LapsedVerifier {
         if own.as_ref() == Some(&peer.cluster) {
             return Ok(ClientCertVerified::assertion());
         }
-        let error = UnexpectedPeer { found: peer.spiffe_id };
-        Err(Error::InvalidCertificate(CertificateError::Other(OtherError(Arc::new(error)))))
+        Err(unexpected(peer.spiffe_id))
     }
     tls13_signatures!();
 }
