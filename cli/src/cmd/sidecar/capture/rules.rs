@@ -24,7 +24,7 @@ use super::plan::{Allow, Away, Exclude, Inbound, Outbound, Plan};
 
 pub const TABLE: &str = "tombolo_capture";
 /// Bumped when the meaning of the table changes.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// Before docker's and kube-proxy's chains at -100 (`dstnat`): the first that translates a connection wins. After
 /// connection tracking (-200), without which there is nothing to translate.
 const OUTPUT_PRIORITY: i32 = -110;
@@ -215,8 +215,12 @@ impl Plan {
     fn listening(&self) -> Vec<String> {
         let forget =
             ["missed", "grace", "away"].map(|set| format!("delete @{set} {{ meta nfproto }}")).join(" ");
-        // `socket` matches nothing where no socket is found.
-        let mut rules = vec![format!("socket wildcard {{ 0, 1 }} {forget} accept")];
+        // `socket` matches nothing where no socket is found. Its `wildcard` is for whole sockets; `transparent` finds the
+        // remainder of a connection from the same port, too, which says nothing about who listens: the kernel then sees.
+        let mut rules = vec![
+            format!("socket wildcard {{ 0, 1 }} {forget} accept"),
+            "socket transparent { 0, 1 } accept".to_owned(),
+        ];
         let milliseconds = self.grace.as_millis();
         if milliseconds > 0 {
             rules.extend([
