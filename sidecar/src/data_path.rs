@@ -29,13 +29,13 @@ use crate::listening::Listening;
 use crate::metrics::Metrics;
 use crate::outbound::{OutboundContext, UpstreamTask};
 use crate::pool::PoolContext;
+use crate::shared::CallsTask;
 use crate::tables::Tables;
 
 /// What captured connections need on every thread.
 #[derive(Clone, Debug)]
 pub(crate) struct Capture {
     pub targets: watch::Receiver<Arc<Targets>>,
-    pub wanted: Wanted,
     pub pass_slots: Arc<Semaphore>,
 }
 
@@ -52,6 +52,8 @@ pub(crate) struct DataPath {
     pub inbound_slots: Arc<Semaphore>,
     pub outbound_slots: Arc<Semaphore>,
     pub dialler: Dialler,
+    /// Services that are asked for when somebody calls them.
+    pub wanted: Wanted,
     pub capture: Option<Capture>,
     pub tasks: TaskGroup,
 }
@@ -69,6 +71,7 @@ impl DataPath {
             inbound_slots,
             outbound_slots,
             dialler,
+            wanted,
             capture,
             tasks,
         } = self.clone();
@@ -114,13 +117,16 @@ impl DataPath {
             drain,
             tasks: tasks.clone(),
         };
-        let Listening { upstreams, captured, plain: plain_listeners } = listening;
+        let Listening { upstreams, captured, plain: plain_listeners, calls } = listening;
         for (upstream, listener) in config.upstreams.iter().zip(upstreams) {
             let listener = TcpListener::from_std(listener)?;
             let task = UpstreamTask::new(listener, upstream.service.clone(), upstream.port, outbound.clone());
             tasks.spawn("upstream", task.run());
         }
-        if let Some(Capture { targets, wanted, pass_slots }) = capture {
+        if let Some(calls) = calls {
+            tasks.spawn("calls", CallsTask::new(calls, outbound.clone(), wanted.clone()).run());
+        }
+        if let Some(Capture { targets, pass_slots }) = capture {
             let metrics = outbound.metrics.capture.direction("outbound");
             let context = CapturedContext { outbound, targets, tables, wanted, dialler, pass_slots, metrics };
             for listener in captured {

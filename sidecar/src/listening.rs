@@ -7,10 +7,12 @@ use std::time::Duration;
 
 use socket2::{Domain, Protocol, SockFilter, SockRef, Socket, Type};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::mpsc;
 use tombolo_runtime::drain::Drain;
 
 use crate::capture::listener;
 use crate::config::SidecarConfig;
+use crate::shared::Call;
 
 /// tokio's; the kernel caps it at net.core.somaxconn.
 const BACKLOG: i32 = 1024;
@@ -72,6 +74,8 @@ pub(crate) struct Listening {
     pub upstreams: Vec<std::net::TcpListener>,
     pub captured: Vec<std::net::TcpListener>,
     pub plain: Vec<std::net::TcpListener>,
+    /// What a front hands over that is shared with others.
+    pub calls: Option<mpsc::Receiver<Call>>,
 }
 
 /// Why a listener can't be had.

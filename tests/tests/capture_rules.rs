@@ -329,7 +329,10 @@ fn callers_whose_port_is_remembered_from_a_connection_before_are_captured_as_eve
                 (String::new(), std::net::TcpStream::from(socket.with_context(|| format!("turn {turn}"))?));
             stream.read_to_string(&mut who)?;
             let took = begun.elapsed();
-            ensure!(who == "sidecar\n" && took < Duration::from_millis(900), "turn {turn}: {who} after {took:?}");
+            ensure!(
+                who == "sidecar\n" && took < Duration::from_millis(900),
+                "turn {turn}: {who} after {took:?}"
+            );
         }
     }
     ensure!(counter(machine, "waiting")? == 0 && counter(machine, "past")? == 0);

@@ -18,8 +18,8 @@ use super::pass::{self, Dialler};
 use super::settings::InboundMode;
 use crate::config::ServiceConfig;
 use crate::copy::{self, IdleLimits};
-use crate::metrics::Held;
 use crate::listening::accept_until_drained;
+use crate::metrics::Held;
 
 /// As long as a stream of the mesh waits for the same application.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
