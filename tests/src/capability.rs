@@ -94,3 +94,10 @@ pub fn skipped(test: &str, reason: &str) {
         let _ = file.write_all(line.as_bytes());
     }
 }
+/// Where a tool that the tests build themselves is kept, by its name and version.
+pub fn tool_dir(name: &str) -> std::path::PathBuf {
+    #[allow(clippy::disallowed_methods)] // the harness's own settings
+    let variable = |name: &str| std::env::var_os(name).map(std::path::PathBuf::from);
+    let cache = variable("XDG_CACHE_HOME").or_else(|| Some(variable("HOME")?.join(".cache")));
+    cache.unwrap_or_default().join("tombolo-test").join(name)
+}

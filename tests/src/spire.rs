@@ -11,7 +11,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 
-use crate::capability::skipped;
+use crate::capability::{skipped, tool_dir};
 use crate::mesh::Mesh;
 use crate::process::ProcessSpec;
 
@@ -25,10 +25,7 @@ pub struct Binaries(PathBuf);
 
 /// `None` after listing `test` as skipped where they have not been built.
 pub fn require_spire(test: &str) -> Option<Binaries> {
-    #[allow(clippy::disallowed_methods)] // the harness's own settings
-    let variable = |name: &str| std::env::var_os(name).map(PathBuf::from);
-    let cache = variable("XDG_CACHE_HOME").or_else(|| Some(variable("HOME")?.join(".cache")));
-    let dir = cache.unwrap_or_default().join(format!("tombolo-test/spire-{VERSION}"));
+    let dir = tool_dir(&format!("spire-{VERSION}"));
     if ["spire-server", "spire-agent", "spire-downstream"].iter().all(|program| dir.join(program).is_file()) {
         return Some(Binaries(dir));
     }

@@ -12,6 +12,7 @@ mod issuance;
 mod load;
 mod measure;
 mod mesh;
+mod names;
 mod origin;
 mod plan;
 mod quic_hop;
@@ -57,6 +58,11 @@ enum Command {
     Issuance(issuance::IssuanceArgs),
     /// Lets a thousand members that have just started renew at once, over sockets.
     Storm(storm::StormArgs),
+    /// Measures answers per second of the mesh's name server against CoreDNS, with the same names and questions.
+    Names(names::NamesArgs),
+    /// (internal) The mesh's name server, with names made up.
+    #[command(hide = true)]
+    NamesServer(names::ServerArgs),
     /// (internal) One load generator; prints its report as JSON.
     #[command(hide = true)]
     Load(load::LoadArgs),
@@ -99,6 +105,8 @@ fn main() -> ExitCode {
         Command::Scale(args) => scale::run(&args),
         Command::Issuance(args) => issuance::run(&args),
         Command::Storm(args) => storm::run(&args),
+        Command::Names(args) => names::run(&args),
+        Command::NamesServer(args) => names::serve(&args),
         Command::Load(args) => load::run(&args),
         Command::Origin(args) => origin::run(&args),
         Command::QuicHop(args) => quic_hop::run(args),
