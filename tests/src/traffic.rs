@@ -161,8 +161,10 @@ pub struct Answer {
     pub body: Result<String, String>,
 }
 
-/// Requests that may be open at a time: a service that is silent for 3 s at 100 per second.
-const WORKERS: u32 = 32;
+/// Requests that may be open at a time: a third of a second's, and enough for a service that stalls under a small load.
+fn workers(per_second: u32) -> u32 {
+    (per_second / 3).clamp(32, 256)
+}
 /// A moment that nobody was free for is let go after this: a burst afterwards would measure itself.
 const LATE: Duration = Duration::from_millis(200);
 
@@ -192,7 +194,7 @@ impl RequestLoad {
                 answers
             };
             std::thread::scope(|scope| {
-                let workers: Vec<_> = (0..WORKERS).map(|_| scope.spawn(worker)).collect();
+                let workers: Vec<_> = (0..workers(per_second)).map(|_| scope.spawn(worker)).collect();
                 let mut answers: Vec<Answer> =
                     workers.into_iter().flat_map(|worker| worker.join().unwrap_or_default()).collect();
                 answers.sort_by_key(|answer| answer.at);

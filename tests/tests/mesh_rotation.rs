@@ -136,6 +136,7 @@ fn roots_intermediates_and_leaves_rotate_under_load_and_whatever_is_killed() -> 
         StreamReader::start(north, north_stream)?,
     ];
     let per_second = amount("TOMBOLO_REQUESTS_PER_SECOND", PER_SECOND);
+    let loaded = Instant::now();
     let loads = [
         RequestLoad::start(east, world.web, "/", per_second),
         RequestLoad::start(north, north_web, "/", per_second),
@@ -210,7 +211,8 @@ fn roots_intermediates_and_leaves_rotate_under_load_and_whatever_is_killed() -> 
     let elsewhere =
         answers.iter().filter(|a| a.body.as_ref().is_ok_and(|body| !body.contains("west"))).count();
     println!(
-        "{} requests, {} failed, {elsewhere} not answered by west; 3 streams, {bytes} bytes, longest stalls {stalls:?}",
+        "{:.0} requests a second: {} requests, {} failed, {elsewhere} not answered by west; 3 streams, {bytes} bytes, longest stalls {stalls:?}",
+        answers.len() as f64 / loaded.elapsed().as_secs_f64(),
         answers.len(),
         failed(&answers).len()
     );
