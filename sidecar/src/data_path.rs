@@ -25,11 +25,14 @@ use crate::capture::{CapturedContext, CapturedTask, PlainContext, PlainTask};
 use crate::config::{ServiceConfig, SidecarConfig};
 use crate::failover::{Router, Routes, ShiftLog};
 use crate::inbound::{InboundContext, InboundTask, LocalTarget};
-use crate::listening::Listening;
+use crate::listening::{Listening, UpstreamListener};
 use crate::metrics::Metrics;
-use crate::outbound::{OutboundContext, UpstreamTask};
+use crate::outbound::{OutboundContext, UpstreamPort, UpstreamTask};
 use crate::pool::PoolContext;
 use crate::tables::Tables;
+use crate::udp::UdpContext;
+use crate::udp::listener::{DatagramTask, Way};
+use crate::udp::socket::Socket;
 
 /// What captured connections need on every thread.
 #[derive(Clone, Debug)]
@@ -51,6 +54,7 @@ pub(crate) struct DataPath {
     /// One held per open inbound stream, and per application's connection: all free means that nothing is open.
     pub inbound_slots: Arc<Semaphore>,
     pub outbound_slots: Arc<Semaphore>,
+    pub udp: UdpContext,
     pub dialler: Dialler,
     pub capture: Option<Capture>,
     pub tasks: TaskGroup,
@@ -68,6 +72,7 @@ impl DataPath {
             drain,
             inbound_slots,
             outbound_slots,
+            udp,
             dialler,
             capture,
             tasks,
@@ -87,6 +92,7 @@ impl DataPath {
             limits: config.inbound,
             slots: inbound_slots,
             dialler: dialler.clone(),
+            udp: udp.clone(),
             metrics: metrics.clone(),
             drain: drain.clone(),
             tasks: tasks.clone(),
@@ -110,15 +116,26 @@ impl DataPath {
             routes: routes.clone(),
             idle: config.inbound.idle,
             slots: outbound_slots,
+            udp,
             metrics,
             drain,
             tasks: tasks.clone(),
         };
-        let Listening { upstreams, captured, plain: plain_listeners } = listening;
+        let Listening { upstreams, captured, captured_udp, plain: plain_listeners } = listening;
         for (upstream, listener) in config.upstreams.iter().zip(upstreams) {
-            let listener = TcpListener::from_std(listener)?;
-            let task = UpstreamTask::new(listener, upstream.service.clone(), upstream.port, outbound.clone());
-            tasks.spawn("upstream", task.run());
+            let (service, port) = (upstream.service.clone(), upstream.port);
+            match listener {
+                UpstreamListener::Tcp(listener) => {
+                    let listener = TcpListener::from_std(listener)?;
+                    let task = UpstreamTask::new(listener, service, port, outbound.clone());
+                    tasks.spawn("upstream", task.run());
+                }
+                UpstreamListener::Udp(socket) => {
+                    let way = Way::Upstream(Arc::new(UpstreamPort::new(service, port, &outbound.metrics)));
+                    let task = DatagramTask::new(Socket::listening(socket)?, way, outbound.clone());
+                    tasks.spawn("upstream datagrams", task.run());
+                }
+            }
         }
         if let Some(Capture { targets, wanted, pass_slots }) = capture {
             let metrics = outbound.metrics.capture.direction("outbound");
@@ -126,6 +143,11 @@ impl DataPath {
             for listener in captured {
                 let task = CapturedTask::new(TcpListener::from_std(listener)?, context.clone());
                 tasks.spawn("captured", task.run());
+            }
+            for socket in captured_udp {
+                let way = Way::Captured(context.clone());
+                let task = DatagramTask::new(Socket::capturing(socket)?, way, context.outbound.clone());
+                tasks.spawn("captured datagrams", task.run());
             }
         }
         for (listener, context) in plain_listeners.into_iter().zip(std::iter::repeat(plain)) {
@@ -143,10 +165,11 @@ fn targets(
 ) -> std::collections::HashMap<Arc<str>, Arc<LocalTarget>> {
     let target = |service: &ServiceConfig| {
         let name = service.service.to_string();
-        let ports = service.ports.iter().map(|port| (port.port, port.target)).collect();
+        let ports = service.ports.iter().map(|port| ((port.protocol, port.port), port.target)).collect();
+        let flows = metrics.udp.service("inbound", &name);
         let metrics = metrics.service("inbound", &name);
         let service = service.service.clone();
-        (Arc::from(name), Arc::new(LocalTarget { service, ports, metrics }))
+        (Arc::from(name), Arc::new(LocalTarget { service, ports, metrics, flows }))
     };
     services.iter().map(target).collect()
 }
