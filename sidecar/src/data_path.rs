@@ -145,7 +145,7 @@ impl DataPath {
                 tasks.spawn("captured", task.run());
             }
             for socket in captured_udp {
-                let way = Way::Captured(context.clone());
+                let way = Way::Captured(Arc::new(context.clone()));
                 let task = DatagramTask::new(Socket::capturing(socket)?, way, context.outbound.clone());
                 tasks.spawn("captured datagrams", task.run());
             }

@@ -31,12 +31,16 @@ use crate::access::Admission;
 use crate::capture::pass::Dialler;
 use crate::codes;
 use crate::copy::{self, BiStream, End, IdleLimits, Meter};
-use crate::header::{self, HeaderError, Opened};
+use crate::header::{self, HeaderError};
 use crate::metrics::{self, Held, Metrics, ServiceMetrics};
+use crate::udp::UdpContext;
 use crate::udp::demux::Demux;
-use crate::udp::inbound::Served;
 use crate::udp::metrics::FlowMetrics;
-use crate::udp::{self, UdpContext};
+
+mod caller;
+mod flow;
+
+use self::caller::{Caller, identity};
 
 /// A local application answers a connect at once; a second covers a full accept queue's retransmitted SYN.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
@@ -213,38 +217,6 @@ async fn sleep_until(at: Option<tokio::time::Instant>) {
     }
 }
 
-fn identity(connection: &PeerConnection) -> String {
-    connection.identity().map(|id| id.spiffe_id.to_string()).unwrap_or_default()
-}
-
-/// Who opened a stream, and what they may.
-struct Caller {
-    connection: PeerConnection,
-    admitted: watch::Receiver<Arc<Admission>>,
-    /// Where the datagrams of its flows are received.
-    demux: Demux,
-}
-
-impl Caller {
-    /// What the newest configuration says; `None`: it does not know the connection's handle any more.
-    fn verdict(&mut self, service: &ServiceKey, port: u16) -> Option<Verdict> {
-        let admission = Arc::clone(&self.admitted.borrow_and_update());
-        let caller = self.connection.identity().filter(|_| admission.admits(&self.connection))?;
-        Some(admission.access.decide(&caller, service, port))
-    }
-
-    /// Ends when a change no longer admits an admitted stream.
-    async fn revoked(&mut self, service: &ServiceKey, port: u16) -> Verdict {
-        while self.admitted.changed().await.is_ok() {
-            // Without its handle the whole connection is closed, by its own task.
-            if let Some(verdict) = self.verdict(service, port).filter(|verdict| !verdict.allowed) {
-                return verdict;
-            }
-        }
-        std::future::pending().await
-    }
-}
-
 /// Counts a stream as open on its connection for as long as it is held.
 struct OpenStream(Arc<AtomicU32>);
 
@@ -368,7 +340,7 @@ async fn carry(
         return refuse(stream, codes::UNKNOWN_PORT);
     };
     if carried.protocol == Protocol::Udp {
-        return carry_flow(shared, caller, target, *address, stream, opened, meter, carried).await;
+        return flow::carry(shared, caller, target, *address, stream, opened, meter, carried).await;
     }
     let Ok(_slot) = Arc::clone(&shared.context.slots).try_acquire_owned() else {
         return refuse(stream, codes::OVERLOADED);
@@ -403,47 +375,4 @@ async fn carry(
             refuse(stream, codes::CUT_BY_POLICY)
         }
     }
-}
-
-/// Serves one UDP flow to its end, and says how it ended.
-#[allow(clippy::too_many_arguments)] // the rest of `carry`
-async fn carry_flow(
-    shared: &Shared,
-    caller: &mut Caller,
-    target: &LocalTarget,
-    application: SocketAddr,
-    stream: &mut BiStream,
-    opened: Opened,
-    meter: &Arc<Meter>,
-    carried: &mut Carried,
-) -> &'static str {
-    let peer = identity(&caller.connection);
-    let (connection, demux) = (caller.connection.quic().clone(), caller.demux.clone());
-    let context = &shared.context;
-    let served = Served {
-        context: &context.udp,
-        connection: &connection,
-        demux: &demux,
-        application,
-        mark: context.dialler.mark(),
-        peer: &peer,
-        metrics: target.flows.clone(),
-        meter,
-        drain: &context.drain,
-    };
-    let code = tokio::select! {
-        biased;
-        verdict = caller.revoked(&target.service, opened.port) => {
-            let policy = verdict.decided_by.policy();
-            context.metrics.count_access(&target.service.to_string(), metrics::CUT, policy);
-            carried.verdict = Some(verdict);
-            codes::CUT_BY_POLICY
-        }
-        ended = udp::inbound::serve(stream, opened.early, served) => match ended {
-            Ok(reason) => return reason,
-            Err(code) => code,
-        },
-    };
-    stream.abort(code);
-    codes::name(VarInt::from_u32(code))
 }

@@ -13,7 +13,6 @@ use tombolo_sidecar::config::{
 };
 use tombolo_sidecar::inbound::InboundLimits;
 use tombolo_sidecar::pool::PoolLimits;
-use tombolo_sidecar::udp::UdpLimits;
 use tombolo_sidecar::workload_api::WorkloadApiConfig;
 
 use super::names;
@@ -29,6 +28,7 @@ mod capture;
 mod captured;
 mod dns;
 mod threads;
+mod udp;
 mod workload;
 
 /// Run the data plane of one workload
@@ -360,7 +360,7 @@ impl Settings {
             drain: drain.map_or(config::DEFAULT_DRAIN, |Span(drain)| drain),
             inbound,
             pool,
-            udp: udp_limits(udp_idle, max_udp_flows, max_udp_flows_per_peer)?,
+            udp: udp::limits(udp_idle, max_udp_flows, max_udp_flows_per_peer)?,
             workload_api: workload_api_config(workload_api, workload_api_uids)?,
             capture: captured::Captured {
                 listen: capture_listen,
@@ -376,23 +376,6 @@ impl Settings {
         config.check().map_err(Failure::usage)?;
         Ok(config)
     }
-}
-
-fn udp_limits(
-    idle: Option<Span>,
-    most: Option<NonZeroUsize>,
-    per_peer: Option<NonZeroUsize>,
-) -> Result<UdpLimits, Failure> {
-    let standard = UdpLimits::default();
-    let idle = idle.map_or(standard.idle, |Span(idle)| idle);
-    if idle.is_zero() {
-        return Err(Failure::usage("--udp-idle 0s: every flow would end at once").remedy("give e.g. 60s"));
-    }
-    Ok(UdpLimits {
-        max_flows: most.map_or(standard.max_flows, NonZeroUsize::get),
-        max_flows_per_peer: per_peer.map_or(standard.max_flows_per_peer, NonZeroUsize::get),
-        idle,
-    })
 }
 
 /// Names with a port; resolved when they are needed.

@@ -113,7 +113,8 @@ pub async fn serve(stream: &mut BiStream, early: Bytes, served: Served<'_>) -> R
         code = answers => Err(code),
         () = sink.refused.notified() => Err(codes::CONNECT_REFUSED),
         () = on_stream => return Ok(End::ConnectionLost.reason()),
-        () = activity.idle(context.limits.idle, drain) => Ok(End::Idle),
+        // A little later than at the caller: who ends a flow should be who would use it next.
+        () = activity.idle(context.limits.idle.mul_f64(1.1), drain) => Ok(End::Idle),
         () = async { drain.started().await; tokio::time::sleep(LAST_ANSWERS).await } => Err(codes::DRAINING),
     };
     match ended? {

@@ -38,7 +38,7 @@ pub(crate) enum Way {
     /// To a listener of its own.
     Upstream(Arc<UpstreamPort>),
     /// By the machine's rules.
-    Captured(CapturedContext),
+    Captured(Arc<CapturedContext>),
 }
 
 /// Serves one socket.
@@ -46,7 +46,7 @@ pub(crate) enum Way {
 pub(crate) struct DatagramTask {
     socket: Arc<Socket>,
     way: Way,
-    context: OutboundContext,
+    context: Arc<OutboundContext>,
     flows: Table,
     drops: Drops,
     pressed: Option<Instant>,
@@ -55,7 +55,14 @@ pub(crate) struct DatagramTask {
 impl DatagramTask {
     pub fn new(socket: Socket, way: Way, context: OutboundContext) -> Self {
         let drops = context.udp.metrics.direction("outbound");
-        Self { socket: Arc::new(socket), way, context, flows: Table::default(), drops, pressed: None }
+        Self {
+            socket: Arc::new(socket),
+            way,
+            context: Arc::new(context),
+            flows: Table::default(),
+            drops,
+            pressed: None,
+        }
     }
 
     /// Until the drain starts; flows that are open go on until they are silent.
@@ -130,7 +137,7 @@ impl DatagramTask {
             sink: Arc::new(sink),
             upstream,
             way: self.way.clone(),
-            context: self.context.clone(),
+            context: Arc::clone(&self.context),
             client: ends.0,
         };
         let entry = Entry { flows: Arc::clone(&self.flows), ends };
@@ -198,7 +205,7 @@ struct Run {
     sink: Arc<LocalSink>,
     upstream: Arc<UpstreamPort>,
     way: Way,
-    context: OutboundContext,
+    context: Arc<OutboundContext>,
     client: SocketAddr,
 }
 

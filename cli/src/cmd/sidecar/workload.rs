@@ -33,7 +33,11 @@ pub fn health_flag(text: &str, services: &mut [ServiceConfig]) -> Result<(), Fai
         },
     };
     let known = services.iter_mut().find(|known| known.service == service);
-    known.ok_or_else(|| wrong("no --service has this name"))?.health.probe = probe;
+    let known = known.ok_or_else(|| wrong("no --service has this name"))?;
+    if probe != Probe::None && known.ports.iter().all(|port| port.protocol == Protocol::Udp) {
+        return Err(wrong("the service has UDP ports alone, which are not checked"));
+    }
+    known.health.probe = probe;
     Ok(())
 }
 
@@ -159,7 +163,10 @@ mod tests {
         let mut services = services_from([mapping]);
         health_flag("shop/web=http:/healthz", &mut services).unwrap();
         assert_eq!(services[0].health.probe, Probe::Http { path: "/healthz".into() });
+        services.extend(services_from(["shop/dns:53/udp=127.0.0.1:53".parse::<Mapping>().unwrap()]));
+        health_flag("shop/dns=none", &mut services).unwrap();
         for bad in [
+            "shop/dns=tcp",
             "shop/web",
             "shop/web=ping",
             "web=tcp",
