@@ -33,7 +33,7 @@ fn mesh() -> Result<Mesh> {
 /// A sidecar of a cluster with an application behind it that answers with its name.
 fn serve(mesh: &mut Mesh, cluster: &str, sidecar: &str, host: u8, name: &'static str) -> Result<Echo> {
     let address = mesh.cluster(cluster)?.address(host, 5353);
-    let echo = Echo::start(&mesh.cluster(cluster)?.namespace, address, name)?;
+    let _echo = Echo::start(&mesh.cluster(cluster)?.namespace, address, name)?;
     mesh.sidecar(cluster, sidecar, &udp("--service", "dns", address))?;
     Ok(echo)
 }
@@ -184,12 +184,20 @@ fn a_policy_denies_a_flow_at_once_and_a_flood_grows_no_memory_and_stops_no_conne
     let app = mesh.cluster("west")?.address(21, 8080);
     application(&mut mesh, "west", "app", app, "west")?;
     let serves = [udp("--service", "dns", dns), flag("--service", "web", 80, app)].concat();
-    mesh.sidecar("west", "server", &[serves, owned(&["--max-udp-flows-per-peer", "100"])].concat())?;
+    mesh.sidecar(
+        "west",
+        "server",
+        &[serves, owned(&["--max-udp-flows-per-peer", "100", "--udp-idle", "3s"])].concat(),
+    )?;
     mesh.apply("west", &(export("dns") + &export("web")))?;
     let (listen, web) =
         (mesh.cluster("east")?.address(CLIENT, 9053), mesh.cluster("east")?.address(CLIENT, 9080));
     let calls = [udp("--upstream", "dns", listen), flag("--upstream", "web", 80, web)].concat();
-    mesh.sidecar("east", "client", &[calls, owned(&["--max-udp-flows", "300"])].concat())?;
+    mesh.sidecar(
+        "east",
+        "client",
+        &[calls, owned(&["--max-udp-flows", "300", "--udp-idle", "3s"])].concat(),
+    )?;
     let caller = Caller::new(&mesh.cluster("east")?.namespace, listen)?;
     caller.ask_until(b"hello", FIRST_ANSWER)?;
 
@@ -247,8 +255,6 @@ fn a_policy_denies_a_flow_at_once_and_a_flood_grows_no_memory_and_stops_no_conne
     let refused = metric(&mesh.metrics("west", 21)?, "tombolo_sidecar_streams_ended_total", &["overloaded"]);
     ensure!(refused >= 100.0, "no caller has more than its share: {refused}");
     // Once it is over there is room again.
-    drop(echo);
-    let _echo = Echo::start(&mesh.cluster("west")?.namespace, dns, "west")?;
     let took = mesh.eventually("there is room again", Duration::from_secs(10), |mesh| {
         let caller = Caller::new(&mesh.cluster("east")?.namespace, listen)?;
         caller.ask(b"room?", Duration::from_secs(1)).map(drop)

@@ -104,8 +104,8 @@ fn dig_asks_another_clusters_name_server_by_name_and_at_its_old_address_and_noth
         ensure!(answer == "192.0.2.80", "{answer}");
     }
     // Another port of the same machine is not ours, and neither is what has no name.
-    let (seen, taken) = (counter(east, "udp")?, Caller::new(east, other)?.ask(b"whose?", SOON)?);
-    ensure!(taken == "other" && counter(east, "udp")? == seen, "{taken}");
+    let (seen, taken) = (counter(east, "datagrams")?, Caller::new(east, other)?.ask(b"whose?", SOON)?);
+    ensure!(taken == "other" && counter(east, "datagrams")? == seen, "{taken}");
     ensure!(seen >= 23, "{seen} datagrams were handed over");
     let nobody: SocketAddr = "241.64.200.1:53".parse()?;
     ensure!(Caller::new(east, nobody)?.ask(b"anybody?", SOON).is_err());
@@ -123,7 +123,7 @@ fn dig_asks_another_clusters_name_server_by_name_and_at_its_old_address_and_noth
     println!("killed: the old address answers by itself after {after:?}");
     let refused = run(east, "dig", &["@241.64.0.1", "+tries=1", "+time=2", "www.example"], "")?;
     ensure!(refused.code != 0, "{}", refused.out);
-    ensure!(counter(east, "udp_past")? >= 1 && counter(east, "udp_refused")? >= 1);
+    ensure!(counter(east, "datagrams_past")? >= 1 && counter(east, "datagrams_refused")? >= 1);
     mesh.restart("east/client")?;
     mesh.ready("east", CLIENT, "client")?;
     let back = mesh.eventually("captured again", FIRST_ANSWER, |mesh| {

@@ -52,9 +52,9 @@ pub const COUNTERS: [(&str, &str); 11] = [
     ("inbound", "packets from outside handed to the sidecar"),
     ("inbound_past", "connections from outside handed to the application while nobody listened"),
     ("inbound_refused", "connections from outside refused while nobody listened"),
-    ("udp", "datagrams handed to the sidecar"),
-    ("udp_past", "datagrams let past the sidecar while nobody listened"),
-    ("udp_refused", "datagrams refused or lost because nobody listened"),
+    ("datagrams", "datagrams handed to the sidecar"),
+    ("datagrams_past", "datagrams let past the sidecar while nobody listened"),
+    ("datagrams_refused", "datagrams refused or lost because nobody listened"),
 ];
 
 /// Removes the table, whether or not and however much of it is there.

@@ -48,7 +48,7 @@ impl Plan {
         let mut rules = vec!["meta l4proto != udp accept".to_owned()];
         rules.extend(self.excluded("udp"));
         let sets: BTreeSet<&str> = self.sets().into_iter().map(|set| set.name).collect();
-        let refused = format!("meta nfproto @{AWAY} counter name \"udp_refused\" reject");
+        let refused = format!("meta nfproto @{AWAY} counter name \"datagrams_refused\" reject");
         let then = [
             ("excluded4", "ip daddr @excluded4 accept".to_owned()),
             ("excluded6", "ip6 daddr @excluded6 accept".to_owned()),
@@ -65,15 +65,15 @@ impl Plan {
 
     fn datagrams_taken(&self) -> Vec<String> {
         let away = match self.away {
-            Away::Pass => format!("meta nfproto @{AWAY} counter name \"udp_past\" accept"),
-            Away::Refuse => format!("meta nfproto @{AWAY} counter name \"udp_refused\" reject"),
+            Away::Pass => format!("meta nfproto @{AWAY} counter name \"datagrams_past\" accept"),
+            Away::Refuse => format!("meta nfproto @{AWAY} counter name \"datagrams_refused\" reject"),
         };
         vec![away, handed_over()]
     }
 
     fn datagrams_in(&self) -> Vec<String> {
         let port = self.port;
-        let found = format!("delete @{AWAY} {{ meta nfproto }} counter name \"udp\" accept");
+        let found = format!("delete @{AWAY} {{ meta nfproto }} counter name \"datagrams\" accept");
         vec![
             "meta l4proto != udp accept".to_owned(),
             format!("meta mark != {DATAGRAM_MARK:#x} accept"),
@@ -85,7 +85,7 @@ impl Plan {
                 Ipv6Addr::LOCALHOST
             ),
             format!(
-                "update @{AWAY} {{ meta nfproto timeout {KNOWN_AWAY} }} counter name \"udp_refused\" drop"
+                "update @{AWAY} {{ meta nfproto timeout {KNOWN_AWAY} }} counter name \"datagrams_refused\" drop"
             ),
         ]
     }

@@ -153,7 +153,7 @@ fn datagrams_to_ours_are_marked_before_any_translation_and_nobody_elses_are_touc
             "type route hook output priority -300; policy accept;",
             "meta l4proto != udp accept",
             "meta mark { 0x7462 } accept",
-            "ip daddr @virtual4 meta nfproto @udp_away counter name \"udp_refused\" reject",
+            "ip daddr @virtual4 meta nfproto @udp_away counter name \"datagrams_refused\" reject",
             "ip daddr @virtual4 meta mark set 0x7463 notrack accept",
             "ip daddr . udp dport @udp_taken4 goto udp_ours",
         ]
@@ -167,7 +167,7 @@ fn datagrams_to_ours_are_marked_before_any_translation_and_nobody_elses_are_touc
 
 #[test]
 fn datagrams_to_a_taken_over_address_go_past_a_sidecar_that_is_away_unless_told_otherwise() {
-    assert!(chain(&plan().rules(), "udp_ours")[0].ends_with("counter name \"udp_past\" accept"));
+    assert!(chain(&plan().rules(), "udp_ours")[0].ends_with("counter name \"datagrams_past\" accept"));
     let refuse = Plan { away: Away::Refuse, ..plan() }.rules();
-    assert!(chain(&refuse, "udp_ours")[0].ends_with("counter name \"udp_refused\" reject"));
+    assert!(chain(&refuse, "udp_ours")[0].ends_with("counter name \"datagrams_refused\" reject"));
 }
