@@ -141,8 +141,8 @@ impl DataPath {
             let metrics = outbound.metrics.capture.direction("outbound");
             let context = CapturedContext { outbound, targets, tables, wanted, dialler, pass_slots, metrics };
             for listener in captured {
-                let task = CapturedTask::new(TcpListener::from_std(listener)?, context.clone());
-                tasks.spawn("captured", task.run());
+                let task = CapturedTask::new(context.clone());
+                tasks.spawn("captured", task.run(TcpListener::from_std(listener)?));
             }
             for socket in captured_udp {
                 let way = Way::Captured(Arc::new(context.clone()));

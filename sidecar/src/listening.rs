@@ -1,10 +1,14 @@
-//! The sidecar's listeners for applications: bound before anything else, so that a taken port fails the start and uses up no join token.
+//! The sidecar's listeners for applications: bound before anything else, so that a taken port fails the start and uses up no join
+//! token; closed last, so that nobody is reset whose connection stands.
 
 use std::io;
 use std::net::SocketAddr;
+use std::time::Duration;
 
-use socket2::{Domain, Socket, Type};
+use socket2::{Domain, SockFilter, SockRef, Socket, Type};
+use tokio::net::{TcpListener, TcpStream};
 use tombolo_model::protocol::Protocol;
+use tombolo_runtime::drain::Drain;
 
 use crate::capture::listener;
 use crate::config::SidecarConfig;
@@ -12,6 +16,19 @@ use crate::udp::socket as udp;
 
 /// tokio's; the kernel caps it at net.core.somaxconn.
 const BACKLOG: i32 = 1024;
+/// `accept` fails when file descriptors run out: trying again at once would only burn CPU.
+pub(crate) const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+/// For handshakes that are half done when a listener closes: a round trip within the site.
+const LAST_HANDSHAKES: Duration = Duration::from_millis(50);
+
+/// Drops SYNs, lets everything else in. The kernel shows a filter of a TCP socket the segment from its header on.
+const NO_MORE_SYNS: [SockFilter; 4] = [
+    // BPF_LD | BPF_B | BPF_ABS, BPF_JMP | BPF_JSET | BPF_K, BPF_RET | BPF_K.
+    SockFilter::new(0x30, 0, 0, 13),
+    SockFilter::new(0x45, 0, 1, 0x02),
+    SockFilter::new(0x06, 0, 0, 0),
+    SockFilter::new(0x06, 0, 0, u32::MAX),
+];
 
 /// Where applications call one upstream, once per thread.
 pub(crate) type Listeners = Vec<std::net::TcpListener>;
@@ -146,6 +163,38 @@ impl Listening {
     }
 }
 
+/// Gives connections to `take` until the drain starts; closes the listener then.
+///
+/// A listener that just closes resets whoever the kernel has let in and nobody has accepted yet. So it first stops to hear
+/// new connections, whose senders try again by themselves, and the last ones are taken before it goes.
+pub(crate) async fn accept_until_drained(
+    listener: TcpListener,
+    drain: &Drain,
+    mut take: impl FnMut(TcpStream, SocketAddr),
+) {
+    tokio::select! {
+        () = accept(&listener, &mut take) => {}
+        () = drain.started() => {}
+    }
+    if let Err(error) = SockRef::from(&listener).attach_filter(&NO_MORE_SYNS) {
+        tracing::debug!(%error, "a listener closes without a filter: connections of this moment may be reset");
+    }
+    let _ = tokio::time::timeout(LAST_HANDSHAKES, accept(&listener, &mut take)).await;
+}
+
+async fn accept(listener: &TcpListener, take: &mut impl FnMut(TcpStream, SocketAddr)) {
+    loop {
+        match listener.accept().await {
+            Ok((tcp, from)) => take(tcp, from),
+            Err(error) => {
+                let listener = listener.local_addr().map_or_else(|_| String::new(), |here| here.to_string());
+                tracing::warn!(%listener, %error, "a connection can't be accepted");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -159,6 +208,34 @@ mod tests {
             assert!(listeners.iter().all(|l| l.local_addr().unwrap() == address));
             let error = listen(address, count).unwrap_err();
             assert_eq!(error.kind(), io::ErrorKind::AddrInUse, "{count}");
+        }
+    }
+
+    #[tokio::test]
+    async fn whoever_was_let_in_when_a_listener_closes_is_taken_and_later_ones_wait_for_the_next() {
+        let listener = listen(([127, 0, 0, 1], 0).into(), 1).unwrap().remove(0);
+        let address = listener.local_addr().unwrap();
+        let (trigger, drain) = tombolo_runtime::drain::channel();
+        let mut early: Vec<_> = (0..20).map(|_| std::net::TcpStream::connect(address).unwrap()).collect();
+        trigger.start();
+        let taken = std::cell::RefCell::new(Vec::new());
+        let listener = TcpListener::from_std(listener).unwrap();
+        let closing = accept_until_drained(listener, &drain, |tcp, _| taken.borrow_mut().push(tcp));
+        let late = async {
+            while taken.borrow().len() < early.len() {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+            TcpStream::connect(address).await
+        };
+        let next = async {
+            tokio::time::sleep(LAST_HANDSHAKES * 4).await;
+            TcpListener::from_std(listen(address, 1).unwrap().remove(0)).unwrap().accept().await.unwrap()
+        };
+        let ((), late, next) = tokio::join!(closing, late, next);
+        assert_eq!(late.unwrap().local_addr().unwrap(), next.1);
+        drop(taken);
+        for stream in &mut early {
+            assert_eq!(std::io::Read::read(stream, &mut [0]).unwrap(), 0, "an end, not a reset");
         }
     }
 }

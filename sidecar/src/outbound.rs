@@ -22,6 +22,7 @@ use crate::codes;
 use crate::copy::{self, BiStream, End, IdleLimits, Meter, Replay};
 use crate::failover::{Route, Routes};
 use crate::header;
+use crate::listening::accept_until_drained;
 use crate::metrics::{Held, Metrics, ServiceMetrics, UpstreamLabels};
 use crate::pool::{Pool, PoolError, StreamLease};
 use crate::udp::UdpContext;
@@ -32,8 +33,6 @@ const MAX_ATTEMPTS: u32 = 6;
 const MAX_PER_CLUSTER: u32 = 3;
 /// An application that waits longer than this for its connection has given up.
 const PATIENCE: Duration = Duration::from_secs(8);
-/// `accept` fails when file descriptors run out: trying again at once would only burn CPU.
-pub(crate) const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 /// What every outbound connection needs.
 #[derive(Clone, Debug)]
@@ -89,22 +88,8 @@ impl UpstreamTask {
     /// Until the drain starts: then the listener closes, and what is open goes on.
     pub async fn run(self) {
         let Self { listener, upstream, context } = self;
-        let drain = context.drain.clone();
-        let accept = async {
-            loop {
-                match listener.accept().await {
-                    Ok((tcp, from)) => start(tcp, from, &upstream, &context, ()),
-                    Err(error) => {
-                        tracing::warn!(service = %upstream.service, %error, "an application's connection can't be accepted");
-                        tokio::time::sleep(ACCEPT_PAUSE).await;
-                    }
-                }
-            }
-        };
-        tokio::select! {
-            () = accept => {}
-            () = drain.started() => {}
-        }
+        accept_until_drained(listener, &context.drain, |tcp, from| start(tcp, from, &upstream, &context, ()))
+            .await;
     }
 }
 

@@ -1,9 +1,11 @@
 //! The rules of `tombolo sidecar capture`, without a mesh: they come and go whole, leave other tools' rules and open
 //! connections alone, and cut nobody off while no sidecar listens.
 
+use std::io::{Read as _, Write as _};
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
+use socket2::{Domain, Socket, Type};
 use tombolo_tests::capability::{require_netns, require_programs};
 use tombolo_tests::captured::{
     Greeter, HERE, HERE6, THERE, THERE6, Talk, at, capture, counter, greeted, neighbour, other_tools,
@@ -286,4 +288,53 @@ fn while_no_sidecar_listens_connections_wait_then_go_past_it_and_are_captured_as
     }
     ensure!(counter(machine, "past")? == 6 && counter(machine, "waiting")? > 1);
     capture(machine, &["remove"])?.ok().map(drop)
+}
+
+/// One line to each who connects, and an end before the caller's: the kernel remembers the connection here.
+fn hangs_up_first(machine: &Namespace, address: std::net::SocketAddr, callers: usize) -> Result<()> {
+    let listener = machine.run(|| std::net::TcpListener::bind(address))??;
+    std::thread::spawn(move || -> std::io::Result<()> {
+        for stream in listener.incoming().take(callers) {
+            let mut stream = stream?;
+            stream.write_all(b"sidecar\n")?;
+            stream.shutdown(std::net::Shutdown::Write)?;
+            let _ = stream.read_to_end(&mut Vec::new())?;
+        }
+        Ok(())
+    });
+    Ok(())
+}
+
+#[test]
+fn callers_whose_port_is_remembered_from_a_connection_before_are_captured_as_ever() -> Result<()> {
+    let test = "callers_whose_port_is_remembered_from_a_connection_before_are_captured_as_ever";
+    let Some(_) = require_netns(test) else { return Ok(()) };
+    const AGAIN: usize = 5;
+    let site = Site::start()?;
+    let machine = &site.machine;
+    capture(machine, &["apply", "--address", "10.98.0.2:5432,[fd98::2]:5432", "--grace", "4s"])?.ok()?;
+    for (loopback, here, taken) in [("127.0.0.1", HERE, THERE), ("::1", HERE6, THERE6)] {
+        let (from, taken) = (at(here, 40_000)?, at(taken, 5432)?);
+        hangs_up_first(machine, at(loopback, 7447)?, AGAIN)?;
+        for turn in 0..AGAIN {
+            let begun = std::time::Instant::now();
+            let socket = machine.run(|| -> std::io::Result<Socket> {
+                let socket = Socket::new(Domain::for_address(taken), Type::STREAM, None)?;
+                socket.set_reuse_address(true)?;
+                socket.bind(&from.into())?;
+                socket.connect_timeout(&taken.into(), Duration::from_secs(10))?;
+                Ok(socket)
+            })?;
+            let (mut who, mut stream) =
+                (String::new(), std::net::TcpStream::from(socket.with_context(|| format!("turn {turn}"))?));
+            stream.read_to_string(&mut who)?;
+            let took = begun.elapsed();
+            ensure!(
+                who == "sidecar\n" && took < Duration::from_millis(900),
+                "turn {turn}: {who} after {took:?}"
+            );
+        }
+    }
+    ensure!(counter(machine, "waiting")? == 0 && counter(machine, "past")? == 0);
+    Ok(())
 }

@@ -18,8 +18,8 @@ use super::pass::{self, Dialler};
 use super::settings::InboundMode;
 use crate::config::ServiceConfig;
 use crate::copy::{self, IdleLimits};
+use crate::listening::accept_until_drained;
 use crate::metrics::Held;
-use crate::outbound::ACCEPT_PAUSE;
 
 /// As long as a stream of the mesh waits for the same application.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
@@ -54,21 +54,7 @@ impl PlainTask {
     pub async fn run(self) {
         let Self { listener, context } = self;
         let here = listener.local_addr().ok();
-        let accept = async {
-            loop {
-                match listener.accept().await {
-                    Ok((tcp, from)) => take(&context, here, tcp, from),
-                    Err(error) => {
-                        tracing::warn!(%error, "a plain connection can't be accepted");
-                        tokio::time::sleep(ACCEPT_PAUSE).await;
-                    }
-                }
-            }
-        };
-        tokio::select! {
-            () = accept => {}
-            () = context.drain.started() => {}
-        }
+        accept_until_drained(listener, &context.drain, |tcp, from| take(&context, here, tcp, from)).await;
     }
 }
 

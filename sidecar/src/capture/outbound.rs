@@ -20,8 +20,9 @@ use super::pass::{self, Dialler};
 use super::targets::{Target, Targets};
 use super::wanted::{InUse, Wanted};
 use crate::copy;
+use crate::listening::accept_until_drained;
 use crate::metrics::Held;
-use crate::outbound::{self, ACCEPT_PAUSE, OutboundContext, UpstreamPort};
+use crate::outbound::{self, OutboundContext, UpstreamPort};
 use crate::tables::Tables;
 
 /// A federator answers in milliseconds; one that is away may take this long to be back, or another to be found.
@@ -49,37 +50,22 @@ pub struct CapturedContext {
 /// Accepts what the rules redirect to one address.
 #[derive(Debug)]
 pub struct CapturedTask {
-    listener: TcpListener,
     context: CapturedContext,
     remembered: HashMap<(ServiceKey, u16), Arc<UpstreamPort>>,
 }
 
 impl CapturedTask {
-    pub fn new(listener: TcpListener, context: CapturedContext) -> Self {
-        Self { listener, context, remembered: HashMap::new() }
+    pub fn new(context: CapturedContext) -> Self {
+        Self { context, remembered: HashMap::new() }
     }
 
     /// Until the drain starts: then the listener closes, and the rules have new connections wait.
-    pub async fn run(mut self) {
+    pub async fn run(mut self, listener: TcpListener) {
         let (drain, tasks) = (self.context.outbound.drain.clone(), self.context.outbound.tasks.clone());
-        if let Ok(here) = self.listener.local_addr() {
+        if let Ok(here) = listener.local_addr() {
             tasks.spawn("capture announcement", announce(self.context.dialler.clone(), here));
         }
-        let accept = async {
-            loop {
-                match self.listener.accept().await {
-                    Ok((tcp, from)) => self.take(tcp, from),
-                    Err(error) => {
-                        tracing::warn!(%error, "a captured connection can't be accepted");
-                        tokio::time::sleep(ACCEPT_PAUSE).await;
-                    }
-                }
-            }
-        };
-        tokio::select! {
-            () = accept => {}
-            () = drain.started() => {}
-        }
+        accept_until_drained(listener, &drain, |tcp, from| self.take(tcp, from)).await;
     }
 
     fn take(&mut self, tcp: TcpStream, from: SocketAddr) {

@@ -21,8 +21,9 @@ use super::socket::{Received, Socket};
 use crate::capture::CapturedContext;
 use crate::capture::metrics::Outcome;
 use crate::copy::Meter;
+use crate::listening::ACCEPT_PAUSE;
 use crate::metrics::Held;
-use crate::outbound::{ACCEPT_PAUSE, OutboundContext, UpstreamPort};
+use crate::outbound::{OutboundContext, UpstreamPort};
 
 /// Batches before others of the thread get their turn: 128 datagrams.
 const TURN: u32 = 4;

@@ -238,8 +238,12 @@ impl Plan {
     fn listening(&self) -> Vec<String> {
         let forget =
             ["missed", "grace", "away"].map(|set| format!("delete @{set} {{ meta nfproto }}")).join(" ");
-        // `socket` matches nothing where no socket is found.
-        let mut rules = vec![format!("socket wildcard {{ 0, 1 }} {forget} accept")];
+        // `socket` matches nothing where no socket is found. Its `wildcard` is for whole sockets; `transparent` finds the
+        // remainder of a connection from the same port, too, which says nothing about who listens: the kernel then sees.
+        let mut rules = vec![
+            format!("socket wildcard {{ 0, 1 }} {forget} accept"),
+            "socket transparent { 0, 1 } accept".to_owned(),
+        ];
         let milliseconds = self.grace.as_millis();
         if milliseconds > 0 {
             rules.extend([
