@@ -39,6 +39,15 @@ fn policy_routes(namespace: &Namespace) -> Result<String> {
     Ok(all)
 }
 
+/// What the rules and the sidecar say of datagrams.
+fn seen(mesh: &Mesh) -> Result<String> {
+    let shown = capture(&mesh.cluster("east")?.namespace, &["show"])?.out;
+    let metrics = mesh.metrics("east", CLIENT)?;
+    let ours =
+        |line: &&str| line.contains("_udp_") || line.contains("captured_total") || line.contains("shop/dns");
+    Ok(metrics.lines().filter(ours).fold(shown, |seen, line| seen + line + "\n"))
+}
+
 #[test]
 fn dig_asks_another_clusters_name_server_by_name_and_at_its_old_address_and_nothing_else_is_touched()
 -> Result<()> {
@@ -93,7 +102,8 @@ fn dig_asks_another_clusters_name_server_by_name_and_at_its_old_address_and_noth
     addresses.push(old);
     for address in &addresses {
         mesh.eventually(&format!("{address} answers"), FIRST_ANSWER, |mesh| {
-            let answer = dig(&mesh.cluster("east")?.namespace, *address, &["www.example", "A"])?;
+            let answer = dig(&mesh.cluster("east")?.namespace, *address, &["www.example", "A"]);
+            let answer = answer.with_context(|| seen(mesh).unwrap_or_default())?;
             ensure!(answer == "192.0.2.80", "{answer}");
             Ok(())
         })?;

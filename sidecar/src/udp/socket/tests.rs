@@ -68,3 +68,41 @@ fn listeners_share_an_address_and_a_taken_one_is_refused() {
         assert_eq!(listen(address, count).unwrap_err().kind(), io::ErrorKind::AddrInUse, "{count}");
     }
 }
+
+#[tokio::test]
+async fn a_captured_datagram_says_where_it_was_sent_and_answers_may_come_from_anywhere() {
+    // It takes CAP_NET_RAW, as the sidecar does; the rules are the scenarios'.
+    for host in ["127.0.0.1", "::1"] {
+        let here = SocketAddr::new(host.parse().unwrap(), 0);
+        let bound = match capture(here, 1) {
+            Err(error)
+                if error.kind() == io::ErrorKind::PermissionDenied && !nix::unistd::geteuid().is_root() =>
+            {
+                return;
+            }
+            bound => bound.unwrap().remove(0),
+        };
+        let listener = Socket::capturing(bound).unwrap();
+        let to = listener.local_addr().unwrap();
+        let caller = Socket::connected(to, None).unwrap();
+        let sizes = [3, 3, 0, 1200, 60_000];
+        assert_eq!(caller.send(to, None, &payloads(&sizes)).0, sizes.len());
+        let mut got = Vec::new();
+        while got.len() < sizes.len() {
+            listener.readable().await.unwrap();
+            let _ = listener.receive(|received| {
+                assert_eq!((received.from, received.to), (caller.local_addr().unwrap(), to));
+                got.push(received.payload.len());
+            });
+        }
+        assert_eq!(got, sizes);
+    }
+    let from: SocketAddr = "241.64.1.1:5353".parse().unwrap();
+    let hears = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+    let answers = Socket::answering_as(from, None).unwrap();
+    assert_eq!(answers.send(hears.local_addr().unwrap(), None, &payloads(&[4])).0, 1);
+    hears.set_read_timeout(Some(std::time::Duration::from_secs(2))).unwrap();
+    assert_eq!(hears.recv_from(&mut [0; 8]).unwrap(), (4, from));
+    // A flow of another caller's to the same address has a socket of its own.
+    Socket::answering_as(from, None).unwrap();
+}
