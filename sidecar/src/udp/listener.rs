@@ -163,7 +163,7 @@ impl DatagramTask {
             context.metrics.count(outcome);
             Dropped::Unknown
         })?;
-        let socket = Socket::answering_as(to, context.dialler.mark()).map_err(|error| {
+        let socket = Socket::answering_as(to).map_err(|error| {
             tracing::debug!(%error, %to, "no socket to answer from");
             Dropped::Application
         })?;

@@ -26,6 +26,8 @@ const MAX_SEND_BYTES: usize = 65_000;
 /// A burst of a moment in which the thread is busy; the kernel clamps it to net.core.rmem_max.
 const KERNEL_BUFFER_BYTES: usize = 1024 * 1024;
 
+const RECEIVES: Interest = Interest::READABLE.add(Interest::ERROR);
+
 thread_local! {
     /// Written by the kernel, and copied from at once. Pages that no datagram needed are never touched.
     static RECEIVED: RefCell<Vec<u8>> = RefCell::new(vec![0; BATCH_SIZE * BUFFER_BYTES]);
@@ -122,16 +124,14 @@ impl Socket {
         Self::new(socket.into(), false)
     }
 
-    /// Sends as `address`, which is not this machine's. Needs CAP_NET_RAW.
-    pub fn answering_as(address: SocketAddr, mark: Option<u32>) -> io::Result<Self> {
+    /// Sends as `address`, which is not this machine's. Needs CAP_NET_RAW. Without a mark: what it sends goes to local callers,
+    /// which no rule captures, and other tools translate by marks of theirs (kube-proxy by a bit of ours).
+    pub fn answering_as(address: SocketAddr) -> io::Result<Self> {
         let socket = raw(address)?;
         transparent(&socket, address)?;
         // Each flow to this address has one of its own; nothing is received by any of them.
         socket.set_reuse_address(true)?;
         let _ = socket.set_recv_buffer_size(0);
-        if let Some(mark) = mark {
-            socket.set_mark(mark)?;
-        }
         socket.bind(&address.into())?;
         Self::new(socket.into(), false)
     }
@@ -149,8 +149,9 @@ impl Socket {
         self.io.peer_addr()
     }
 
+    /// Also when there is an error to be taken: a closed port makes no socket readable.
     pub async fn readable(&self) -> io::Result<()> {
-        self.io.readable().await
+        self.io.ready(RECEIVES).await.map(drop)
     }
 
     /// Up to one batch; `WouldBlock`: there is none. `each` must not receive.
@@ -170,7 +171,7 @@ impl Socket {
     ) -> io::Result<()> {
         let mut metas = [RecvMeta::default(); BATCH_SIZE];
         let receive = || self.state.recv((&self.io).into(), &mut slices, &mut metas);
-        let count = self.io.try_io(Interest::READABLE, receive)?;
+        let count = self.io.try_io(RECEIVES, receive)?;
         for (meta, slice) in metas.iter().zip(&slices).take(count) {
             let to = SocketAddr::new(meta.dst_ip.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED)), 0);
             let bytes = slice.get(..meta.len).unwrap_or_default();
@@ -192,7 +193,7 @@ impl Socket {
         let control = nix::cmsg_space!(nix::libc::sockaddr_in6, nix::libc::in6_pktinfo, [u8; 64]);
         let mut headers = MultiHeaders::<SockaddrStorage>::preallocate(BATCH_SIZE, Some(control));
         let mut arrays = slices.each_mut().map(|slice| [IoSliceMut::new(slice)]);
-        let results = self.io.try_io(Interest::READABLE, || {
+        let results = self.io.try_io(RECEIVES, || {
             let fd = self.io.as_raw_fd();
             recvmmsg(fd, &mut headers, arrays.iter_mut(), MsgFlags::MSG_DONTWAIT, None)
                 .map_err(io::Error::from)

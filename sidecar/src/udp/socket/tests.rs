@@ -99,10 +99,10 @@ async fn a_captured_datagram_says_where_it_was_sent_and_answers_may_come_from_an
     }
     let from: SocketAddr = "241.64.1.1:5353".parse().unwrap();
     let hears = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
-    let answers = Socket::answering_as(from, None).unwrap();
+    let answers = Socket::answering_as(from).unwrap();
     assert_eq!(answers.send(hears.local_addr().unwrap(), None, &payloads(&[4])).0, 1);
     hears.set_read_timeout(Some(std::time::Duration::from_secs(2))).unwrap();
     assert_eq!(hears.recv_from(&mut [0; 8]).unwrap(), (4, from));
     // A flow of another caller's to the same address has a socket of its own.
-    Socket::answering_as(from, None).unwrap();
+    Socket::answering_as(from).unwrap();
 }
