@@ -26,8 +26,6 @@ const MAX_SEND_BYTES: usize = 65_000;
 /// A burst of a moment in which the thread is busy; the kernel clamps it to net.core.rmem_max.
 const KERNEL_BUFFER_BYTES: usize = 1024 * 1024;
 
-const RECEIVES: Interest = Interest::READABLE.add(Interest::ERROR);
-
 thread_local! {
     /// Written by the kernel, and copied from at once. Pages that no datagram needed are never touched.
     static RECEIVED: RefCell<Vec<u8>> = RefCell::new(vec![0; BATCH_SIZE * BUFFER_BYTES]);
@@ -151,17 +149,27 @@ impl Socket {
 
     /// Also when there is an error to be taken: a closed port makes no socket readable.
     pub async fn readable(&self) -> io::Result<()> {
-        self.io.ready(RECEIVES).await.map(drop)
+        self.io.ready(Interest::READABLE | Interest::ERROR).await.map(drop)
     }
 
     /// Up to one batch; `WouldBlock`: there is none. `each` must not receive.
     pub fn receive(&self, each: impl FnMut(Received<'_>)) -> io::Result<()> {
-        RECEIVED.with_borrow_mut(|buffer| {
+        let received = RECEIVED.with_borrow_mut(|buffer| {
             let mut buffers = buffer.chunks_exact_mut(BUFFER_BYTES);
             let slices: [IoSliceMut<'_>; BATCH_SIZE] =
                 std::array::from_fn(|_| IoSliceMut::new(buffers.next().unwrap_or_default()));
             if self.captures { self.receive_captured(slices, each) } else { self.receive_sent(slices, each) }
-        })
+        });
+        match received {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.error(error),
+            received => received,
+        }
+    }
+
+    /// What the kernel has heard of the other side, where there is nothing to read.
+    fn error(&self, nothing: io::Error) -> io::Result<()> {
+        let pending = || Err(self.io.take_error()?.unwrap_or(nothing));
+        self.io.try_io(Interest::ERROR, pending)
     }
 
     fn receive_sent(
@@ -171,7 +179,7 @@ impl Socket {
     ) -> io::Result<()> {
         let mut metas = [RecvMeta::default(); BATCH_SIZE];
         let receive = || self.state.recv((&self.io).into(), &mut slices, &mut metas);
-        let count = self.io.try_io(RECEIVES, receive)?;
+        let count = self.io.try_io(Interest::READABLE, receive)?;
         for (meta, slice) in metas.iter().zip(&slices).take(count) {
             let to = SocketAddr::new(meta.dst_ip.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED)), 0);
             let bytes = slice.get(..meta.len).unwrap_or_default();
@@ -193,7 +201,7 @@ impl Socket {
         let control = nix::cmsg_space!(nix::libc::sockaddr_in6, nix::libc::in6_pktinfo, [u8; 64]);
         let mut headers = MultiHeaders::<SockaddrStorage>::preallocate(BATCH_SIZE, Some(control));
         let mut arrays = slices.each_mut().map(|slice| [IoSliceMut::new(slice)]);
-        let results = self.io.try_io(RECEIVES, || {
+        let results = self.io.try_io(Interest::READABLE, || {
             let fd = self.io.as_raw_fd();
             recvmmsg(fd, &mut headers, arrays.iter_mut(), MsgFlags::MSG_DONTWAIT, None)
                 .map_err(io::Error::from)
