@@ -29,6 +29,7 @@ use crate::listening::{Listening, UpstreamListener};
 use crate::metrics::Metrics;
 use crate::outbound::{OutboundContext, UpstreamPort, UpstreamTask};
 use crate::pool::PoolContext;
+use crate::shared::CallsTask;
 use crate::tables::Tables;
 use crate::udp::UdpContext;
 use crate::udp::listener::{DatagramTask, Way};
@@ -38,7 +39,6 @@ use crate::udp::socket::Socket;
 #[derive(Clone, Debug)]
 pub(crate) struct Capture {
     pub targets: watch::Receiver<Arc<Targets>>,
-    pub wanted: Wanted,
     pub pass_slots: Arc<Semaphore>,
 }
 
@@ -56,6 +56,8 @@ pub(crate) struct DataPath {
     pub outbound_slots: Arc<Semaphore>,
     pub udp: UdpContext,
     pub dialler: Dialler,
+    /// Services that are asked for when somebody calls them.
+    pub wanted: Wanted,
     pub capture: Option<Capture>,
     pub tasks: TaskGroup,
 }
@@ -74,6 +76,7 @@ impl DataPath {
             outbound_slots,
             udp,
             dialler,
+            wanted,
             capture,
             tasks,
         } = self.clone();
@@ -121,7 +124,7 @@ impl DataPath {
             drain,
             tasks: tasks.clone(),
         };
-        let Listening { upstreams, captured, captured_udp, plain: plain_listeners } = listening;
+        let Listening { upstreams, captured, captured_udp, plain: plain_listeners, calls } = listening;
         for (upstream, listener) in config.upstreams.iter().zip(upstreams) {
             let (service, port) = (upstream.service.clone(), upstream.port);
             match listener {
@@ -137,7 +140,10 @@ impl DataPath {
                 }
             }
         }
-        if let Some(Capture { targets, wanted, pass_slots }) = capture {
+        if let Some(calls) = calls {
+            tasks.spawn("calls", CallsTask::new(calls, outbound.clone(), wanted.clone()).run());
+        }
+        if let Some(Capture { targets, pass_slots }) = capture {
             let metrics = outbound.metrics.capture.direction("outbound");
             let context = CapturedContext { outbound, targets, tables, wanted, dialler, pass_slots, metrics };
             for listener in captured {

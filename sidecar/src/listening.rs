@@ -7,11 +7,13 @@ use std::time::Duration;
 
 use socket2::{Domain, SockFilter, SockRef, Socket, Type};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::mpsc;
 use tombolo_model::protocol::Protocol;
 use tombolo_runtime::drain::Drain;
 
 use crate::capture::listener;
 use crate::config::SidecarConfig;
+use crate::shared::Call;
 use crate::udp::socket as udp;
 
 /// tokio's; the kernel caps it at net.core.somaxconn.
@@ -91,6 +93,8 @@ pub(crate) struct Listening {
     pub captured: Vec<std::net::TcpListener>,
     pub captured_udp: Vec<std::net::UdpSocket>,
     pub plain: Vec<std::net::TcpListener>,
+    /// What a front hands over that is shared with others.
+    pub calls: Option<mpsc::Receiver<Call>>,
 }
 
 /// Why a listener can't be had.

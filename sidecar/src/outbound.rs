@@ -33,6 +33,8 @@ const MAX_ATTEMPTS: u32 = 6;
 const MAX_PER_CLUSTER: u32 = 3;
 /// An application that waits longer than this for its connection has given up.
 const PATIENCE: Duration = Duration::from_secs(8);
+/// Routes are made from a configuration within the same turn of the runtime.
+const ROUTE_STEP: Duration = Duration::from_millis(5);
 
 /// What every outbound connection needs.
 #[derive(Clone, Debug)]
@@ -45,6 +47,15 @@ pub struct OutboundContext {
     pub metrics: Metrics,
     pub drain: Drain,
     pub tasks: TaskGroup,
+}
+
+impl OutboundContext {
+    /// Waits until there is a route to the service.
+    pub(crate) async fn routed(&self, service: &ServiceKey) {
+        while self.routes.of(service).is_none() {
+            tokio::time::sleep(ROUTE_STEP).await;
+        }
+    }
 }
 
 /// Accepts applications' connections to one port of one upstream.
@@ -102,8 +113,7 @@ pub(crate) fn start(
     held: impl Send + 'static,
 ) {
     let Ok(slot) = Arc::clone(&context.slots).try_acquire_owned() else {
-        upstream.metrics.ended("overloaded");
-        return copy::abort(tcp);
+        return refuse(tcp, upstream, "overloaded");
     };
     let (upstream, context) = (Arc::clone(upstream), context.clone());
     let tasks = context.tasks.clone();
@@ -111,6 +121,12 @@ pub(crate) fn start(
         serve(tcp, from, &upstream, context).await;
         drop((slot, held));
     });
+}
+
+/// Resets one application's connection.
+pub(crate) fn refuse(tcp: TcpStream, upstream: &UpstreamPort, reason: &'static str) {
+    upstream.metrics.ended(reason);
+    copy::abort(tcp);
 }
 
 async fn serve(tcp: TcpStream, from: SocketAddr, upstream: &UpstreamPort, context: OutboundContext) {

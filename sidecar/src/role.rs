@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use prometheus_client::registry::Registry;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{Semaphore, mpsc, watch};
 use tombolo_identity::tls;
 use tombolo_model::names::ServiceKey;
 use tombolo_names::metrics as names_metrics;
@@ -43,6 +43,7 @@ use crate::health;
 use crate::listening::{ListenError, Listening};
 use crate::metrics::Metrics;
 use crate::names::NamesTask;
+use crate::shared::Call;
 use crate::tables::Tables;
 use crate::udp::UdpContext;
 use crate::workload_api::{self, WorkloadApi};
@@ -112,23 +113,28 @@ pub struct Bound {
     listening: Vec<Listening>,
     /// What the threads after the first serve.
     parts: Vec<Part>,
-    admin: Admin,
+    /// What it has to itself in a process of its own.
+    around: Around,
     metrics: Metrics,
+    tasks: TaskGroup,
+}
+
+/// What a sidecar has around its data path.
+#[derive(Debug, Default)]
+struct Around {
+    admin: Option<Admin>,
     workload_api: Option<WorkloadApi>,
     /// Followed for the name server, and for captured connections.
     names: Option<(Option<names_server::Bound>, names_metrics::Metrics)>,
-    configured: BlockReady,
-    tasks: TaskGroup,
+    configured: Option<BlockReady>,
 }
 
 impl Sidecar {
     /// Joins if need be, burns an incarnation, binds every socket. Needs a one-thread runtime, which then runs it.
     pub async fn build(config: SidecarConfig) -> Result<Bound, BuildError> {
         config.check()?;
-        let dir = config.state_dir.clone();
         // Cheap and local first: a taken port must not use up a join token.
-        let threads = config.threads.get();
-        let listening = Listening::bind(&config, threads)?;
+        let listening = Listening::bind(&config, config.threads.get())?;
         let readiness = Readiness::new();
         let configured = readiness.block("configuration");
         let mut registry = Registry::default();
@@ -145,8 +151,32 @@ impl Sidecar {
                 Some((served.transpose()?, metrics))
             }
         };
-        let admin = Admin::bind(config.admin, registry, readiness).await?;
+        let admin = Some(Admin::bind(config.admin, registry, readiness).await?);
+        let around = Around { admin, workload_api, names, configured: Some(configured) };
+        Self::join(config, listening, around, metrics).await
+    }
 
+    /// One of the sidecars of a process that shows metrics and readiness for all of them, and hands it its calls.
+    pub(crate) async fn build_among(
+        config: SidecarConfig,
+        metrics: Metrics,
+        calls: mpsc::Receiver<Call>,
+        configured: Option<BlockReady>,
+    ) -> Result<Bound, BuildError> {
+        let mut listening = Listening::bind(&config, 1)?;
+        if let Some(first) = listening.first_mut() {
+            first.calls = Some(calls);
+        }
+        Self::join(config, listening, Around { configured, ..Around::default() }, metrics).await
+    }
+
+    async fn join(
+        config: SidecarConfig,
+        listening: Vec<Listening>,
+        around: Around,
+        metrics: Metrics,
+    ) -> Result<Bound, BuildError> {
+        let dir = config.state_dir.clone();
         let member = match (Member::load(&dir)?, &config.token, &config.service_account_token) {
             (Some(member), _, _) => member,
             (None, Some(token), Some(file)) => {
@@ -166,7 +196,7 @@ impl Sidecar {
         member.check_renewable(clock::since_unix_epoch())?;
         let tasks = TaskGroup::new();
         let endpoint = member.burn_endpoint()?;
-        let mut parts = Part::bind(config.bind, threads)
+        let mut parts = Part::bind(config.bind, listening.len())
             .map_err(|source| BindError::Socket { address: config.bind, source })?;
         let first = parts.remove(0);
         let overlay = Overlay::bind_first(
@@ -187,20 +217,9 @@ impl Sidecar {
         )?;
         overlay.set_routes(Routes { zone: config.zone.clone(), ..member.first_routes() });
         tracing::info!(spiffe_id = %member.spiffe_id(), endpoint = %overlay.endpoint_id(),
-            overlay = %overlay.local_addr(), admin = %admin.local_addr(), "sidecar bound");
-        Ok(Bound {
-            config,
-            member,
-            overlay,
-            listening,
-            parts,
-            admin,
-            metrics,
-            workload_api,
-            names,
-            configured,
-            tasks,
-        })
+            overlay = %overlay.local_addr(), admin = around.admin.as_ref().map(|admin| admin.local_addr().to_string()),
+            "sidecar bound");
+        Ok(Bound { config, member, overlay, listening, parts, around, metrics, tasks })
     }
 }
 
@@ -208,12 +227,9 @@ impl Bound {
     pub fn overlay_addr(&self) -> SocketAddr {
         self.overlay.local_addr()
     }
-    pub fn admin_addr(&self) -> SocketAddr {
-        self.admin.local_addr()
-    }
     /// Where names are served.
     pub fn names_addr(&self) -> Option<SocketAddr> {
-        self.names.as_ref().and_then(|(bound, _)| bound.as_ref()).map(names_server::Bound::listen_addr)
+        self.around.names.as_ref().and_then(|(bound, _)| bound.as_ref()).map(names_server::Bound::listen_addr)
     }
     /// Where the upstreams listen, in the order of the configuration.
     pub fn upstream_addrs(&self) -> Vec<SocketAddr> {
@@ -229,11 +245,8 @@ impl Bound {
             overlay,
             listening,
             parts,
-            admin,
+            around: Around { admin, workload_api, names, configured },
             metrics,
-            workload_api,
-            names,
-            configured,
             tasks,
         } = self;
         let (trigger, watcher) = drain::channel();
@@ -286,7 +299,7 @@ impl Bound {
                 let follow = capture::names::follow(received.clone(), table, whole, sender);
                 tasks.spawn("captured addresses", follow);
                 let pass_slots = Arc::new(Semaphore::new(config.pool.max_app_connections));
-                (Dialler::marking(capture.mark), Some(Capture { targets, wanted, pass_slots }))
+                (Dialler::marking(capture.mark), Some(Capture { targets, pass_slots }))
             }
             _ => (Dialler::plain(), None),
         };
@@ -302,6 +315,7 @@ impl Bound {
             outbound_slots: Arc::new(Semaphore::new(config.pool.max_app_connections)),
             udp: udp.clone(),
             dialler,
+            wanted,
             capture,
             tasks: tasks.clone(),
         };
@@ -345,7 +359,15 @@ impl Bound {
         let report = tasks.spawn("report", report.run());
         drop(watcher);
 
-        let serve = admin.run(shutdown.clone());
+        let serve = async {
+            match admin {
+                Some(admin) => admin.run(shutdown.clone()).await,
+                None => {
+                    shutdown.started().await;
+                    Ok(())
+                }
+            }
+        };
         let drained = async {
             shutdown.started().await;
             finish(&shutdown, trigger, report, &overlay, slots, config.drain).await;
@@ -395,7 +417,10 @@ async fn finish(
     overlay.close().await;
 }
 
-async fn ready_once_configured(mut tables: watch::Receiver<Option<Arc<Tables>>>, configured: BlockReady) {
+async fn ready_once_configured(
+    mut tables: watch::Receiver<Option<Arc<Tables>>>,
+    configured: Option<BlockReady>,
+) {
     let _ = tables.wait_for(Option::is_some).await;
     drop(configured);
 }

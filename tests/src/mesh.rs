@@ -8,13 +8,14 @@
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
-use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::Value;
+use socket2::{Domain, Socket, Type};
 
 use crate::link::{Link, LinkEnd, Shape};
 use crate::netns::Namespace;
@@ -24,6 +25,7 @@ const TRUST_DOMAIN: &str = "acme.example";
 /// Directory of the other federation's root.
 const FOREIGN: &str = "foreign-trust";
 const READY: Duration = Duration::from_secs(30);
+const CONNECT: Duration = Duration::from_secs(2);
 
 mod roles;
 
@@ -352,15 +354,31 @@ impl Drop for Mesh {
 
 /// One HTTP/1.1 request from inside a namespace; the whole answer as text.
 pub fn http_get(namespace: &Namespace, address: SocketAddr, path: &str) -> Result<String> {
+    namespace.run(|| get(TcpStream::connect_timeout(&address, CONNECT)?, path))?
+}
+
+/// The same from one of the namespace's addresses.
+pub fn http_get_from(namespace: &Namespace, from: IpAddr, address: SocketAddr, path: &str) -> Result<String> {
+    get(connect_from(namespace, from, address)?, path)
+}
+
+/// A connection from one of the namespace's addresses.
+pub fn connect_from(namespace: &Namespace, from: IpAddr, to: SocketAddr) -> Result<TcpStream> {
     namespace.run(|| {
-        let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(2))?;
-        // Shorter than what callers wait: one that hangs is tried again.
-        stream.set_read_timeout(Some(Duration::from_secs(3)))?;
-        write!(stream, "GET {path} HTTP/1.1\r\nHost: mesh\r\nConnection: close\r\n\r\n")?;
-        let mut answer = Vec::new();
-        stream.read_to_end(&mut answer)?;
-        Ok(String::from_utf8_lossy(&answer).into_owned())
+        let socket = Socket::new(Domain::for_address(to), Type::STREAM, None)?;
+        socket.bind(&SocketAddr::new(from, 0).into())?;
+        socket.connect_timeout(&to.into(), CONNECT)?;
+        Ok(socket.into())
     })?
+}
+
+fn get(mut stream: TcpStream, path: &str) -> Result<String> {
+    // Shorter than what callers wait: one that hangs is tried again.
+    stream.set_read_timeout(Some(Duration::from_secs(3)))?;
+    write!(stream, "GET {path} HTTP/1.1\r\nHost: mesh\r\nConnection: close\r\n\r\n")?;
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer)?;
+    Ok(String::from_utf8_lossy(&answer).into_owned())
 }
 
 fn text(path: &Path) -> String {

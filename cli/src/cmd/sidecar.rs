@@ -27,6 +27,7 @@ use crate::failure::{Exit, Failure};
 mod capture;
 mod captured;
 mod dns;
+mod shared;
 mod threads;
 mod udp;
 mod workload;
@@ -75,6 +76,7 @@ pub struct SidecarArgs {
 enum Verb {
     Capture(capture::CaptureArgs),
     Dns(dns::DnsArgs),
+    Shared(shared::SharedArgs),
 }
 
 #[derive(Debug, Default, Args, Deserialize)]
@@ -277,11 +279,12 @@ pub fn run(args: SidecarArgs) -> Result<Exit, Failure> {
     match verb {
         Some(Verb::Capture(args)) => return capture::run(args),
         Some(Verb::Dns(args)) => return dns::run(args),
+        Some(Verb::Shared(args)) => return shared::run(args),
         None => {}
     }
     let mut settings = settings.over(role::file(config.as_deref())?);
     role::logging(settings.log_format.take(), settings.log_level.take())?;
-    let config = settings.config()?;
+    let config = settings.config(true)?;
     role::run("sidecar", async move {
         let tasks = TaskGroup::new();
         let drain = signals::process_drain(&tasks)?;
@@ -291,7 +294,18 @@ pub fn run(args: SidecarArgs) -> Result<Exit, Failure> {
 }
 
 impl Settings {
-    fn config(self) -> Result<SidecarConfig, Failure> {
+    /// A setting that is given and has no meaning for one of the sidecars of a process.
+    fn of_the_process(&self) -> Option<&'static str> {
+        let given = [
+            ("admin", self.admin.is_some()),
+            ("logLevel", self.log_level.is_some()),
+            ("logFormat", self.log_format.is_some()),
+        ];
+        given.into_iter().find(|(_, given)| *given).map(|(setting, _)| setting)
+    }
+
+    /// `alone`: in a process of its own, where a sidecar must have something to do.
+    fn config(self, alone: bool) -> Result<SidecarConfig, Failure> {
         let Self {
             name,
             join_token_file,
@@ -373,7 +387,9 @@ impl Settings {
             .config()?,
             names: names::config(dns_listen, dns_upstreams)?,
         };
-        config.check().map_err(Failure::usage)?;
+        if alone {
+            config.check().map_err(Failure::usage)?;
+        }
         Ok(config)
     }
 }

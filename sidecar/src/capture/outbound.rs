@@ -27,8 +27,6 @@ use crate::tables::Tables;
 
 /// A federator answers in milliseconds; one that is away may take this long to be back, or another to be found.
 const ROUTE_PATIENCE: Duration = Duration::from_secs(5);
-/// Routes are made from a configuration within the same turn of the runtime.
-const ROUTE_STEP: Duration = Duration::from_millis(5);
 /// Ports of services that are remembered with their metrics' handles; more are looked up again.
 const MAX_REMEMBERED: usize = 1024;
 /// To tell the rules that somebody listens again: within the machine.
@@ -147,12 +145,7 @@ impl CapturedContext {
     /// Until a service has a route; keeps it asked for.
     pub(crate) async fn datagrams_routed(&self, service: &ServiceKey, port: u16) -> Result<InUse, Outcome> {
         let held = self.hold(service)?;
-        let routed = async {
-            while !self.routed(service) {
-                tokio::time::sleep(ROUTE_STEP).await;
-            }
-        };
-        let routed = tokio::time::timeout(ROUTE_PATIENCE, routed).await;
+        let routed = tokio::time::timeout(ROUTE_PATIENCE, self.outbound.routed(service)).await;
         if routed.is_ok() && self.serves(service, Protocol::Udp, port) {
             Ok(held)
         } else {
@@ -235,9 +228,7 @@ impl CapturedContext {
             }
         };
         let held = self.hold(&service)?;
-        while !self.routed(&service) {
-            tokio::time::sleep(ROUTE_STEP).await;
-        }
+        self.outbound.routed(&service).await;
         if self.serves(&service, Protocol::Tcp, port) {
             Ok((service, port, held))
         } else {

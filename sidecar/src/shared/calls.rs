@@ -1,0 +1,75 @@
+//! An application's connections, as the front hands them to its sidecar.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::sync::mpsc;
+use tombolo_model::names::ServiceKey;
+
+use super::front::Call;
+use crate::capture::wanted::Wanted;
+use crate::outbound::{self, OutboundContext, UpstreamPort};
+
+/// A federator answers in milliseconds; one that is away may take this long to be back.
+const ROUTE_PATIENCE: Duration = Duration::from_secs(5);
+
+/// Carries what the front hands over.
+#[derive(Debug)]
+pub(crate) struct CallsTask {
+    calls: mpsc::Receiver<Call>,
+    outbound: OutboundContext,
+    /// Services are asked for when they are first called.
+    wanted: Wanted,
+    /// As many as the front has upstreams.
+    ports: HashMap<(ServiceKey, u16), Arc<UpstreamPort>>,
+}
+
+impl CallsTask {
+    pub fn new(calls: mpsc::Receiver<Call>, outbound: OutboundContext, wanted: Wanted) -> Self {
+        Self { calls, outbound, wanted, ports: HashMap::new() }
+    }
+
+    /// Until the drain starts; what was handed over by then is carried.
+    pub async fn run(mut self) {
+        let drain = self.outbound.drain.clone();
+        loop {
+            let call = tokio::select! {
+                () = drain.started() => break,
+                call = self.calls.recv() => call,
+            };
+            let Some(call) = call else { return };
+            self.take(call);
+        }
+        self.calls.close();
+        while let Some(call) = self.calls.recv().await {
+            self.take(call);
+        }
+    }
+
+    fn take(&mut self, call: Call) {
+        let Call { tcp, from, service, port } = call;
+        let metrics = &self.outbound.metrics;
+        let new = || Arc::new(UpstreamPort::new(service.clone(), port, metrics));
+        let upstream = Arc::clone(self.ports.entry((service.clone(), port)).or_insert_with(new));
+        let Some(held) = self.wanted.want(&service, Instant::now()) else {
+            return outbound::refuse(tcp, &upstream, "too_many_services");
+        };
+        if self.outbound.routes.of(&service).is_some() {
+            return outbound::start(tcp, from, &upstream, &self.outbound, held);
+        }
+        let context = self.outbound.clone();
+        self.outbound.tasks.spawn("first call", async move {
+            let routed = tokio::select! {
+                () = context.drain.forced() => false,
+                routed = tokio::time::timeout(ROUTE_PATIENCE, context.routed(&service)) => routed.is_ok(),
+            };
+            if routed {
+                outbound::start(tcp, from, &upstream, &context, held);
+            } else {
+                tracing::info!(client = %from, %service, "a call is refused: no such service is known here");
+                outbound::refuse(tcp, &upstream, "unknown_service");
+            }
+        });
+    }
+}
