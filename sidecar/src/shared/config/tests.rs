@@ -22,6 +22,7 @@ fn application(name: &str, bind: &str, sources: &[&str]) -> Application {
         drain: DEFAULT_DRAIN,
         inbound: Default::default(),
         pool: Default::default(),
+        udp: Default::default(),
         workload_api: None,
         capture: None,
         names: None,
