@@ -4,6 +4,7 @@
 //! and rejects bad records one by one with an error that names the field.
 
 pub mod convert;
+pub mod flow;
 pub mod stream_header;
 pub mod token;
 

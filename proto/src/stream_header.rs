@@ -58,7 +58,8 @@ mod tests {
 
     #[test]
     fn a_header_is_read_from_split_input_and_leaves_the_data_behind() {
-        let header = StreamHeader { port: 8080, traceparent: "00-ab".into(), tracestate: String::new() };
+        let header =
+            StreamHeader { port: 8080, traceparent: "00-ab".into(), tracestate: String::new(), transport: 0 };
         let mut wire = BytesMut::from(&encode(&header)[..]);
         wire.extend_from_slice(b"GET /");
         for cut in 0..wire.len() - 5 {
@@ -72,6 +73,8 @@ mod tests {
     fn the_bytes_of_a_header_are_fixed() {
         let header = StreamHeader { port: 80, ..Default::default() };
         assert_eq!(&encode(&header)[..], &[0, 2, 0x08, 80]);
+        let flow = StreamHeader { port: 53, transport: 1, ..Default::default() };
+        assert_eq!(&encode(&flow)[..], &[0, 4, 0x08, 53, 0x20, 1]);
     }
 
     #[test]
@@ -91,9 +94,10 @@ mod tests {
     proptest::proptest! {
         #[test]
         fn any_header_comes_back_as_it_was_and_any_bytes_are_read_or_refused(
-            port in 0u32..=65_535, parent in "[ -~]{0,80}", state in "[ -~]{0,80}", noise: Vec<u8>,
+            port in 0u32..=65_535, parent in "[ -~]{0,80}", state in "[ -~]{0,80}", transport in 0i32..2,
+            noise: Vec<u8>,
         ) {
-            let header = StreamHeader { port, traceparent: parent, tracestate: state };
+            let header = StreamHeader { port, traceparent: parent, tracestate: state, transport };
             let mut wire = BytesMut::from(&encode(&header)[..]);
             wire.extend_from_slice(&noise);
             proptest::prop_assert_eq!(decode::<StreamHeader>(&mut wire, MAX_HEADER_BYTES), Ok(Some(header)));

@@ -301,8 +301,10 @@ impl ReportTask {
         let upstreams = self.routes.first().map(Routes::all).unwrap_or_default();
         let upstreams = upstreams.into_iter().map(|route| {
             let on_threads = self.routes.iter().filter_map(|routes| routes.of(&route.service));
-            let usage =
-                on_threads.map(|route| route.pools.values().map(|pool| pool.usage()).fold((0, 0), add));
+            let usage = on_threads.map(|route| {
+                let pools = route.pools.values().chain(route.datagrams.values());
+                pools.map(|pool| pool.usage()).fold((0, 0), add)
+            });
             let (connections, streams) = usage.fold((0, 0), add);
             v1::UpstreamStatus {
                 service: route.service.to_string(),

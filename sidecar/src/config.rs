@@ -8,15 +8,17 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use tombolo_model::names::{NameError, ServiceKey};
+use tombolo_model::protocol::Protocol;
 use tombolo_names::server::NamesConfig;
 use tombolo_overlay::MAX_PARTS;
 use tombolo_overlay::member::EntryPoints;
 
 use crate::capture::CaptureConfig;
 use crate::capture::settings::MAX_ADDRESSES;
-use crate::health::HealthCheck;
+use crate::health::{HealthCheck, Probe};
 use crate::inbound::InboundLimits;
 use crate::pool::PoolLimits;
+use crate::udp::UdpLimits;
 use crate::workload_api::WorkloadApiConfig;
 
 /// Where the overlay listens unless told otherwise (design section 3).
@@ -34,6 +36,7 @@ pub struct LocalPort {
     pub name: String,
     /// As callers name it.
     pub port: u16,
+    pub protocol: Protocol,
     /// Where the application listens.
     pub target: SocketAddr,
     pub app_protocol: String,
@@ -50,11 +53,25 @@ pub struct ServiceConfig {
     pub weight: u32,
 }
 
+impl ServiceConfig {
+    /// How and where the application is checked: at the address that the check names, else at its first TCP port. One that
+    /// has UDP ports alone is taken for healthy.
+    pub fn checked(&self) -> Option<(HealthCheck, SocketAddr)> {
+        let first = self.ports.first()?;
+        let tcp = self.ports.iter().find(|port| port.protocol == Protocol::Tcp).map(|port| port.target);
+        match self.health.target.or(tcp) {
+            Some(target) => Some((self.health.clone(), target)),
+            None => Some((HealthCheck { probe: Probe::None, ..self.health.clone() }, first.target)),
+        }
+    }
+}
+
 /// A service that the local application calls, at a local address.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct UpstreamConfig {
     pub service: ServiceKey,
     pub port: u16,
+    pub protocol: Protocol,
     /// Where the application connects to.
     pub listen: SocketAddr,
     /// Connections kept open although nothing uses them.
@@ -89,6 +106,7 @@ pub struct SidecarConfig {
     pub drain: Duration,
     pub inbound: InboundLimits,
     pub pool: PoolLimits,
+    pub udp: UdpLimits,
     /// Where the application gets its own identity; `None`: nowhere.
     pub workload_api: Option<WorkloadApiConfig>,
     /// Connections that the machine's rules hand over; `None`: none are taken.
@@ -101,11 +119,11 @@ pub struct SidecarConfig {
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ConfigError {
     #[error(
-        "{flag} {value:?}: {reason}: write NAMESPACE/NAME:PORT=ADDRESS:PORT, e.g. shop/web:80=127.0.0.1:8080"
+        "{flag} {value:?}: {reason}: write NAMESPACE/NAME:PORT=ADDRESS:PORT, e.g. shop/web:80=127.0.0.1:8080, or shop/dns:53/udp=127.0.0.1:5353"
     )]
     Mapping { flag: &'static str, value: String, reason: String },
-    #[error("service {service} names port {port} twice: each port has one target")]
-    PortTwice { service: ServiceKey, port: u16 },
+    #[error("service {service} names port {port}/{protocol} twice: each port has one target")]
+    PortTwice { service: ServiceKey, port: u16, protocol: Protocol },
     #[error("service {service} is given twice: list its ports under one entry")]
     ServiceTwice { service: ServiceKey },
     #[error("service {service} has no port: give at least one")]
@@ -179,15 +197,15 @@ impl SidecarConfig {
             }
             let mut ports = HashMap::new();
             for port in &service.ports {
-                if ports.insert(port.port, ()).is_some() {
+                if ports.insert((port.protocol, port.port), ()).is_some() {
                     let service = service.service.clone();
-                    return Err(ConfigError::PortTwice { service, port: port.port });
+                    return Err(ConfigError::PortTwice { service, port: port.port, protocol: port.protocol });
                 }
             }
         }
-        let mut listening: HashMap<SocketAddr, &ServiceKey> = HashMap::new();
+        let mut listening: HashMap<(Protocol, SocketAddr), &ServiceKey> = HashMap::new();
         for upstream in self.upstreams.iter().filter(|u| u.listen.port() != 0) {
-            if let Some(first) = listening.insert(upstream.listen, &upstream.service) {
+            if let Some(first) = listening.insert((upstream.protocol, upstream.listen), &upstream.service) {
                 return Err(ConfigError::ListenTwice {
                     first: first.clone(),
                     second: upstream.service.clone(),
@@ -204,11 +222,12 @@ impl SidecarConfig {
     }
 }
 
-/// `NAMESPACE/NAME:PORT=ADDRESS:PORT`, as given by `--service` and `--upstream`.
+/// `NAMESPACE/NAME:PORT[/udp]=ADDRESS:PORT`, as given by `--service` and `--upstream`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mapping {
     pub service: ServiceKey,
     pub port: u16,
+    pub protocol: Protocol,
     pub address: SocketAddr,
 }
 
@@ -220,12 +239,14 @@ impl Mapping {
             ConfigError::Mapping { flag, value, reason }
         };
         let (left, address) = text.split_once('=').ok_or_else(|| failed("there is no '='".into()))?;
+        let (left, protocol) = Protocol::suffix(left);
         let (service, port) =
             left.rsplit_once(':').ok_or_else(|| failed("the service has no port".into()))?;
         let port = port.parse::<u16>().ok().filter(|p| *p != 0);
         Ok(Self {
             service: service.parse().map_err(|e: NameError| failed(e.to_string()))?,
             port: port.ok_or_else(|| failed("the service's port is not in 1..=65535".into()))?,
+            protocol,
             address: address
                 .parse()
                 .map_err(|_| failed(format!("{address:?} is not an IP address with a port")))?,
@@ -243,8 +264,9 @@ impl FromStr for Mapping {
 /// Services from `--service` flags: the ports of one service are gathered.
 pub fn services_from(mappings: impl IntoIterator<Item = Mapping>) -> Vec<ServiceConfig> {
     let mut services: Vec<ServiceConfig> = Vec::new();
-    for Mapping { service, port, address } in mappings {
-        let local = LocalPort { name: String::new(), port, target: address, app_protocol: String::new() };
+    for Mapping { service, port, protocol, address } in mappings {
+        let (name, app_protocol) = Default::default();
+        let local = LocalPort { name, port, protocol, target: address, app_protocol };
         match services.iter_mut().find(|s| s.service == service) {
             Some(known) => known.ports.push(local),
             None => services.push(ServiceConfig {
@@ -260,93 +282,15 @@ pub fn services_from(mappings: impl IntoIterator<Item = Mapping>) -> Vec<Service
 
 /// Upstreams from `--upstream` flags.
 pub fn upstreams_from(mappings: impl IntoIterator<Item = Mapping>) -> Vec<UpstreamConfig> {
-    let upstream =
-        |Mapping { service, port, address }| UpstreamConfig { service, port, listen: address, warm: 0 };
+    let upstream = |Mapping { service, port, protocol, address }| UpstreamConfig {
+        service,
+        port,
+        protocol,
+        listen: address,
+        warm: 0,
+    };
     mappings.into_iter().map(upstream).collect()
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn config(services: &[&str], upstreams: &[&str]) -> SidecarConfig {
-        let parse = |flags: &[&str]| flags.iter().map(|f| f.parse().unwrap()).collect::<Vec<Mapping>>();
-        SidecarConfig {
-            name: "web".into(),
-            state_dir: "/var/lib/tombolo/web".into(),
-            token: None,
-            bind: SocketAddr::from(([0, 0, 0, 0], DEFAULT_PORT)),
-            announce: None,
-            service_account_token: None,
-            gateways: EntryPoints::default(),
-            zone: String::new(),
-            max_udp_payload_bytes: DEFAULT_UDP_PAYLOAD,
-            services: services_from(parse(services)),
-            upstreams: upstreams_from(parse(upstreams)),
-            admin: SocketAddr::from(([127, 0, 0, 1], 0)),
-            threads: NonZeroUsize::MIN,
-            drain: DEFAULT_DRAIN,
-            inbound: InboundLimits::default(),
-            pool: PoolLimits::default(),
-            workload_api: None,
-            capture: None,
-            names: None,
-        }
-    }
-
-    #[test]
-    fn a_mapping_names_service_port_and_address() {
-        let mapping: Mapping = "shop/web:80=127.0.0.1:8080".parse().unwrap();
-        assert_eq!((mapping.service.to_string().as_str(), mapping.port), ("shop/web", 80));
-        assert_eq!(mapping.address, "127.0.0.1:8080".parse().unwrap());
-        assert_eq!(
-            "shop/web:80=[::1]:8080".parse::<Mapping>().unwrap().address,
-            "[::1]:8080".parse().unwrap()
-        );
-    }
-
-    #[test]
-    fn a_wrong_mapping_names_the_flag_the_value_and_what_would_be_right() {
-        let wrong = [
-            "shop/web:80",
-            "shop/web=127.0.0.1:1",
-            "web:80=127.0.0.1:1",
-            "shop/web:0=127.0.0.1:1",
-            "shop/web:80=local:1",
-        ];
-        for text in wrong {
-            let error = Mapping::parse("--service", text).unwrap_err().to_string();
-            assert!(
-                error.contains("--service") && error.contains(text) && error.contains("shop/web:80="),
-                "{error}"
-            );
-        }
-    }
-
-    #[test]
-    fn contradictions_are_found_before_anything_is_bound() {
-        let web = "shop/web:80=127.0.0.1:8080";
-        assert_eq!(config(&[web], &[]).check(), Ok(()));
-        assert_eq!(config(&[], &[]).check(), Err(ConfigError::Nothing));
-        assert!(matches!(config(&[web, web], &[]).check(), Err(ConfigError::PortTwice { port: 80, .. })));
-        let two = ["shop/a:80=127.0.0.1:9000", "shop/b:80=127.0.0.1:9000"];
-        assert!(matches!(config(&[], &two).check(), Err(ConfigError::ListenTwice { .. })));
-        let mut twice = config(&[web], &[]);
-        twice.services.push(twice.services[0].clone());
-        assert!(matches!(twice.check(), Err(ConfigError::ServiceTwice { .. })));
-        let mut nowhere = config(&[web], &[]);
-        nowhere.announce = Some("0.0.0.0:7442".parse().unwrap());
-        assert!(matches!(nowhere.check(), Err(ConfigError::Announce { .. })));
-        let mut giant = config(&[web], &[]);
-        giant.max_udp_payload_bytes = 65_000;
-        assert_eq!(giant.check(), Err(ConfigError::Payload { bytes: 65_000 }));
-    }
-
-    #[test]
-    fn a_sidecar_without_an_address_registers() {
-        let mut config = config(&["shop/web:80=127.0.0.1:8080"], &[]);
-        assert!(config.registers());
-        config.announce = Some("10.0.0.7:7442".parse().unwrap());
-        assert!(!config.registers());
-    }
-}
+mod tests;

@@ -25,12 +25,15 @@ use crate::capture::{CapturedContext, CapturedTask, PlainContext, PlainTask};
 use crate::config::{ServiceConfig, SidecarConfig};
 use crate::failover::{Router, Routes, ShiftLog};
 use crate::inbound::{InboundContext, InboundTask, LocalTarget};
-use crate::listening::Listening;
+use crate::listening::{Listening, UpstreamListener};
 use crate::metrics::Metrics;
-use crate::outbound::{OutboundContext, UpstreamTask};
+use crate::outbound::{OutboundContext, UpstreamPort, UpstreamTask};
 use crate::pool::PoolContext;
 use crate::shared::CallsTask;
 use crate::tables::Tables;
+use crate::udp::UdpContext;
+use crate::udp::listener::{DatagramTask, Way};
+use crate::udp::socket::Socket;
 
 /// What captured connections need on every thread.
 #[derive(Clone, Debug)]
@@ -51,6 +54,7 @@ pub(crate) struct DataPath {
     /// One held per open inbound stream, and per application's connection: all free means that nothing is open.
     pub inbound_slots: Arc<Semaphore>,
     pub outbound_slots: Arc<Semaphore>,
+    pub udp: UdpContext,
     pub dialler: Dialler,
     /// Services that are asked for when somebody calls them.
     pub wanted: Wanted,
@@ -70,6 +74,7 @@ impl DataPath {
             drain,
             inbound_slots,
             outbound_slots,
+            udp,
             dialler,
             wanted,
             capture,
@@ -90,6 +95,7 @@ impl DataPath {
             limits: config.inbound,
             slots: inbound_slots,
             dialler: dialler.clone(),
+            udp: udp.clone(),
             metrics: metrics.clone(),
             drain: drain.clone(),
             tasks: tasks.clone(),
@@ -113,15 +119,26 @@ impl DataPath {
             routes: routes.clone(),
             idle: config.inbound.idle,
             slots: outbound_slots,
+            udp,
             metrics,
             drain,
             tasks: tasks.clone(),
         };
-        let Listening { upstreams, captured, plain: plain_listeners, calls } = listening;
+        let Listening { upstreams, captured, captured_udp, plain: plain_listeners, calls } = listening;
         for (upstream, listener) in config.upstreams.iter().zip(upstreams) {
-            let listener = TcpListener::from_std(listener)?;
-            let task = UpstreamTask::new(listener, upstream.service.clone(), upstream.port, outbound.clone());
-            tasks.spawn("upstream", task.run());
+            let (service, port) = (upstream.service.clone(), upstream.port);
+            match listener {
+                UpstreamListener::Tcp(listener) => {
+                    let listener = TcpListener::from_std(listener)?;
+                    let task = UpstreamTask::new(listener, service, port, outbound.clone());
+                    tasks.spawn("upstream", task.run());
+                }
+                UpstreamListener::Udp(socket) => {
+                    let way = Way::Upstream(Arc::new(UpstreamPort::new(service, port, &outbound.metrics)));
+                    let task = DatagramTask::new(Socket::listening(socket)?, way, outbound.clone());
+                    tasks.spawn("upstream datagrams", task.run());
+                }
+            }
         }
         if let Some(calls) = calls {
             tasks.spawn("calls", CallsTask::new(calls, outbound.clone(), wanted.clone()).run());
@@ -132,6 +149,11 @@ impl DataPath {
             for listener in captured {
                 let task = CapturedTask::new(context.clone());
                 tasks.spawn("captured", task.run(TcpListener::from_std(listener)?));
+            }
+            for socket in captured_udp {
+                let way = Way::Captured(Arc::new(context.clone()));
+                let task = DatagramTask::new(Socket::capturing(socket)?, way, context.outbound.clone());
+                tasks.spawn("captured datagrams", task.run());
             }
         }
         for (listener, context) in plain_listeners.into_iter().zip(std::iter::repeat(plain)) {
@@ -149,10 +171,11 @@ fn targets(
 ) -> std::collections::HashMap<Arc<str>, Arc<LocalTarget>> {
     let target = |service: &ServiceConfig| {
         let name = service.service.to_string();
-        let ports = service.ports.iter().map(|port| (port.port, port.target)).collect();
+        let ports = service.ports.iter().map(|port| ((port.protocol, port.port), port.target)).collect();
+        let flows = metrics.udp.service("inbound", &name);
         let metrics = metrics.service("inbound", &name);
         let service = service.service.clone();
-        (Arc::from(name), Arc::new(LocalTarget { service, ports, metrics }))
+        (Arc::from(name), Arc::new(LocalTarget { service, ports, metrics, flows }))
     };
     services.iter().map(target).collect()
 }

@@ -18,6 +18,7 @@ use tokio::sync::watch;
 use tombolo_model::failover::{ClusterHealth, FailoverMachine};
 use tombolo_model::ids::ClusterTag;
 use tombolo_model::names::{ClusterName, ServiceKey};
+use tombolo_model::protocol::Protocol;
 use tombolo_model::resource::FailoverPolicySpec;
 use tombolo_runtime::clock;
 
@@ -42,6 +43,8 @@ pub struct Route {
     /// Seen as unreachable right now: tried last.
     pub down: HashSet<ClusterName>,
     pub pools: HashMap<ClusterName, Pool>,
+    /// For UDP flows: on connections of their own, because datagrams would starve streams.
+    pub datagrams: HashMap<ClusterName, Pool>,
     pub reason: String,
 }
 
@@ -89,7 +92,7 @@ pub struct Router {
     context: PoolContext,
     warm: HashMap<ServiceKey, usize>,
     machines: HashMap<ServiceKey, FailoverMachine>,
-    pools: HashMap<(ServiceKey, ClusterName), Pool>,
+    pools: HashMap<(ServiceKey, ClusterName, Protocol), Pool>,
     routes: Routes,
     log: ShiftLog,
 }
@@ -139,9 +142,10 @@ impl Router {
         }
         // What is gone from the snapshot is no longer to be called.
         self.machines.retain(|service, _| tables.upstreams.contains_key(service));
-        self.pools.retain(|(service, cluster), pool| {
+        self.pools.retain(|(service, cluster, protocol), pool| {
             let upstream = tables.upstreams.get(service);
-            let kept = upstream.is_some_and(|u| u.backends.iter().any(|b| b.cluster == *cluster));
+            let kept = upstream
+                .is_some_and(|u| u.may_have(*protocol) && u.backends.iter().any(|b| b.cluster == *cluster));
             if !kept {
                 pool.close();
             }
@@ -152,32 +156,40 @@ impl Router {
 
     fn keep_pools(&mut self, upstream: &Upstream) {
         let warm = self.warm.get(&upstream.service).copied().unwrap_or(0);
-        for backend in &upstream.backends {
-            let key = (upstream.service.clone(), backend.cluster.clone());
-            let kept = match self.pools.get(&key) {
-                Some(pool) => pool.update(Arc::clone(backend)),
-                None => Pool::new(upstream.service.clone(), Arc::clone(backend), warm, self.context.clone())
-                    .map(|pool| drop(self.pools.insert(key, pool))),
-            };
-            if let Err(error) = kept {
-                tracing::error!(service = %upstream.service, cluster = %backend.cluster, %error, "the backend can't be used");
+        let protocols = [(Protocol::Tcp, warm), (Protocol::Udp, 0)];
+        for (protocol, warm) in protocols.into_iter().filter(|(protocol, _)| upstream.may_have(*protocol)) {
+            for backend in &upstream.backends {
+                let key = (upstream.service.clone(), backend.cluster.clone(), protocol);
+                let kept = match self.pools.get(&key) {
+                    Some(pool) => pool.update(Arc::clone(backend)),
+                    None => {
+                        Pool::new(upstream.service.clone(), Arc::clone(backend), warm, self.context.clone())
+                            .map(|pool| drop(self.pools.insert(key, pool)))
+                    }
+                };
+                if let Err(error) = kept {
+                    tracing::error!(service = %upstream.service, cluster = %backend.cluster, %error, "the backend can't be used");
+                }
             }
         }
     }
 
     fn route(&mut self, upstream: &Upstream, unreachable: &HashSet<ClusterTag>, now: Duration) -> Route {
         let service = &upstream.service;
-        let mut pools = HashMap::new();
+        let (mut pools, mut datagrams) = (HashMap::new(), HashMap::new());
         let mut down = HashSet::new();
         let mut seen = Vec::with_capacity(upstream.backends.len());
         for backend in &upstream.backends {
-            let pool = self.pools.get(&(service.clone(), backend.cluster.clone()));
-            let failing = pool.is_some_and(|p| p.is_failing(FAILED_DIALS));
+            let [pool, of_datagrams] = [Protocol::Tcp, Protocol::Udp]
+                .map(|protocol| self.pools.get(&(service.clone(), backend.cluster.clone(), protocol)));
+            // Whichever of the two is in use says it.
+            let failing = [pool, of_datagrams].into_iter().flatten().any(|p| p.is_failing(FAILED_DIALS));
             let reachable = !failing && !unreachable.contains(&backend.tag);
             if !reachable {
                 down.insert(backend.cluster.clone());
             }
             pools.extend(pool.map(|pool| (backend.cluster.clone(), pool.clone())));
+            datagrams.extend(of_datagrams.map(|pool| (backend.cluster.clone(), pool.clone())));
             seen.push(ClusterHealth {
                 cluster: backend.cluster.clone(),
                 healthy: backend.healthy,
@@ -213,7 +225,8 @@ impl Router {
         let mut tiers = vec![outcome.active];
         let others = machine.fallback_order().into_iter().filter(|t| *t != outcome.tier);
         tiers.extend(others.map(|tier| machine.tier_clusters(tier, &seen)));
-        Route { service: service.clone(), tier: outcome.tier, tiers, down, pools, reason: outcome.reason }
+        let (service, tier, reason) = (service.clone(), outcome.tier, outcome.reason);
+        Route { service, tier, tiers, down, pools, datagrams, reason }
     }
 }
 

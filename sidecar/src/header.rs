@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use tombolo_proto::stream_header::{self, FrameError, MAX_HEADER_BYTES};
-use tombolo_proto::v1::StreamHeader;
+use tombolo_proto::v1::{StreamHeader, Transport};
 
 use crate::copy::{End, RecvHalf, read_failed};
 
@@ -23,6 +23,8 @@ pub enum HeaderError {
     Frame(#[from] FrameError),
     #[error("port {port} is not one of 1..=65535")]
     Port { port: u32 },
+    #[error("transport {transport} is neither TCP (0) nor UDP (1)")]
+    Transport { transport: i32 },
     #[error("the stream ended: {}", .0.reason())]
     Stream(End),
 }
@@ -31,6 +33,7 @@ pub enum HeaderError {
 #[derive(Debug)]
 pub struct Opened {
     pub port: u16,
+    pub transport: Transport,
     pub traceparent: String,
     pub early: Bytes,
 }
@@ -50,6 +53,8 @@ async fn read_frame(recv: &mut RecvHalf) -> Result<Opened, HeaderError> {
             let port = u16::try_from(header.port).ok().filter(|port| *port != 0);
             return Ok(Opened {
                 port: port.ok_or(HeaderError::Port { port: header.port })?,
+                transport: Transport::try_from(header.transport)
+                    .map_err(|_| HeaderError::Transport { transport: header.transport })?,
                 traceparent: header.traceparent,
                 early: buffer.freeze(),
             });
@@ -57,7 +62,13 @@ async fn read_frame(recv: &mut RecvHalf) -> Result<Opened, HeaderError> {
     }
 }
 
-/// The bytes of a header.
+/// The bytes of a TCP connection's header.
 pub fn encode(port: u16) -> Bytes {
-    stream_header::encode(&StreamHeader { port: port.into(), ..Default::default() })
+    encode_for(port, Transport::Tcp)
+}
+
+/// The bytes of a header.
+pub fn encode_for(port: u16, transport: Transport) -> Bytes {
+    let transport = transport.into();
+    stream_header::encode(&StreamHeader { port: port.into(), transport, ..Default::default() })
 }

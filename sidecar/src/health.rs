@@ -27,6 +27,8 @@ pub enum Probe {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HealthCheck {
     pub probe: Probe,
+    /// Another address than that of the service's first TCP port.
+    pub target: Option<SocketAddr>,
     pub interval: Duration,
     pub timeout: Duration,
     /// Successes in a row before it is healthy again.
@@ -39,6 +41,7 @@ impl Default for HealthCheck {
     fn default() -> Self {
         Self {
             probe: Probe::Tcp,
+            target: None,
             // Two failures half a second apart and a report: out of rotation within the promised 3 s.
             interval: Duration::from_millis(500),
             timeout: Duration::from_secs(1),

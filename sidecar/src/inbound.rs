@@ -21,7 +21,9 @@ use quinn::VarInt;
 use tokio::sync::{Semaphore, watch};
 use tombolo_model::access::Verdict;
 use tombolo_model::names::ServiceKey;
+use tombolo_model::protocol::Protocol;
 use tombolo_overlay::{HandleClass, Overlay, PeerConnection, close_code};
+use tombolo_proto::v1::Transport;
 use tombolo_runtime::drain::Drain;
 use tombolo_runtime::tasks::TaskGroup;
 
@@ -31,6 +33,14 @@ use crate::codes;
 use crate::copy::{self, BiStream, End, IdleLimits, Meter};
 use crate::header::{self, HeaderError};
 use crate::metrics::{self, Held, Metrics, ServiceMetrics};
+use crate::udp::UdpContext;
+use crate::udp::demux::Demux;
+use crate::udp::metrics::FlowMetrics;
+
+mod caller;
+mod flow;
+
+use self::caller::{Caller, identity};
 
 /// A local application answers a connect at once; a second covers a full accept queue's retransmitted SYN.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
@@ -65,8 +75,9 @@ impl Default for InboundLimits {
 #[derive(Clone, Debug)]
 pub struct LocalTarget {
     pub service: ServiceKey,
-    pub ports: HashMap<u16, SocketAddr>,
+    pub ports: HashMap<(Protocol, u16), SocketAddr>,
     pub metrics: ServiceMetrics,
+    pub flows: FlowMetrics,
 }
 
 /// What every inbound stream needs of the process.
@@ -77,6 +88,7 @@ pub struct InboundContext {
     pub slots: Arc<Semaphore>,
     /// Past the rules that capture connections.
     pub dialler: Dialler,
+    pub udp: UdpContext,
     pub metrics: Metrics,
     pub drain: Drain,
     pub tasks: TaskGroup,
@@ -141,8 +153,12 @@ async fn serve_connection(
     let open = Arc::new(AtomicU32::new(0));
     let mut limit = shared.context.limits.initial_streams;
     let mut close_at = None;
+    let demux = Demux::new(connection.quic().clone(), target.flows.drops.clone());
+    let datagrams = demux.run();
+    tokio::pin!(datagrams);
     loop {
         tokio::select! {
+            () = &mut datagrams => return,
             stream = connection.quic().accept_bi() => {
                 let Ok((send, recv)) = stream else { return };
                 let now_open = open.fetch_add(1, Relaxed) + 1;
@@ -152,7 +168,7 @@ async fn serve_connection(
                 }
                 let serve = serve_stream(
                     Arc::clone(&shared),
-                    Caller { connection: connection.clone(), admitted: admitted.clone() },
+                    Caller { connection: connection.clone(), admitted: admitted.clone(), demux: demux.clone() },
                     Arc::clone(&target),
                     BiStream::new(send, recv),
                     OpenStream(Arc::clone(&open)),
@@ -190,7 +206,7 @@ fn gone(connection: &PeerConnection) {
 /// Whether a caller may use any port of what its connection is for.
 fn any_port_admits(admission: &Admission, connection: &PeerConnection, target: &LocalTarget) -> bool {
     connection.identity().is_some_and(|caller| {
-        target.ports.keys().any(|port| admission.access.decide(&caller, &target.service, *port).allowed)
+        target.ports.keys().any(|(_, port)| admission.access.decide(&caller, &target.service, *port).allowed)
     })
 }
 
@@ -198,36 +214,6 @@ async fn sleep_until(at: Option<tokio::time::Instant>) {
     match at {
         Some(at) => tokio::time::sleep_until(at).await,
         None => std::future::pending().await,
-    }
-}
-
-fn identity(connection: &PeerConnection) -> String {
-    connection.identity().map(|id| id.spiffe_id.to_string()).unwrap_or_default()
-}
-
-/// Who opened a stream, and what they may.
-struct Caller {
-    connection: PeerConnection,
-    admitted: watch::Receiver<Arc<Admission>>,
-}
-
-impl Caller {
-    /// What the newest configuration says; `None`: it does not know the connection's handle any more.
-    fn verdict(&mut self, service: &ServiceKey, port: u16) -> Option<Verdict> {
-        let admission = Arc::clone(&self.admitted.borrow_and_update());
-        let caller = self.connection.identity().filter(|_| admission.admits(&self.connection))?;
-        Some(admission.access.decide(&caller, service, port))
-    }
-
-    /// Ends when a change no longer admits an admitted stream.
-    async fn revoked(&mut self, service: &ServiceKey, port: u16) -> Verdict {
-        while self.admitted.changed().await.is_ok() {
-            // Without its handle the whole connection is closed, by its own task.
-            if let Some(verdict) = self.verdict(service, port).filter(|verdict| !verdict.allowed) {
-                return verdict;
-            }
-        }
-        std::future::pending().await
     }
 }
 
@@ -244,6 +230,7 @@ impl Drop for OpenStream {
 #[derive(Default)]
 struct Carried {
     port: u16,
+    protocol: Protocol,
     verdict: Option<Verdict>,
 }
 
@@ -256,7 +243,7 @@ async fn serve_stream(
 ) {
     let started = Instant::now();
     let metrics = &target.metrics;
-    let meter = Meter::new(metrics.sent.clone(), metrics.received.clone(), None);
+    let meter = Arc::new(Meter::new(metrics.sent.clone(), metrics.received.clone(), None));
     let _counted = Held::new(&metrics.open);
     let mut carried = Carried::default();
     let reason = tokio::select! {
@@ -268,11 +255,12 @@ async fn serve_stream(
         reason = carry(&shared, &mut caller, &target, &mut stream, &meter, &mut carried) => reason,
     };
     metrics.ended(reason);
-    let Carried { port, verdict } = carried;
+    let Carried { port, protocol, verdict } = carried;
     let peer = caller.connection.identity();
     tracing::info!(
         target: "access",
         direction = "inbound",
+        protocol = (protocol == Protocol::Udp).then_some("udp"),
         service = caller.connection.service().map_or("", |s| s),
         port,
         peer = peer.as_ref().map_or("", |id| id.spiffe_id.as_str()),
@@ -314,7 +302,7 @@ async fn carry(
     caller: &mut Caller,
     target: &LocalTarget,
     stream: &mut BiStream,
-    meter: &Meter,
+    meter: &Arc<Meter>,
     carried: &mut Carried,
 ) -> &'static str {
     let refuse = |stream: &mut BiStream, code| {
@@ -340,13 +328,20 @@ async fn carry(
         }
     };
     carried.port = opened.port;
+    carried.protocol = match opened.transport {
+        Transport::Tcp => Protocol::Tcp,
+        Transport::Udp => Protocol::Udp,
+    };
     // First: who is not admitted is told nothing about ports and applications.
     if let Some(code) = authorise(shared, caller, target, carried) {
         return refuse(stream, code);
     }
-    let Some(address) = target.ports.get(&opened.port) else {
+    let Some(address) = target.ports.get(&(carried.protocol, opened.port)) else {
         return refuse(stream, codes::UNKNOWN_PORT);
     };
+    if carried.protocol == Protocol::Udp {
+        return flow::carry(shared, caller, target, *address, stream, opened, meter, carried).await;
+    }
     let Ok(_slot) = Arc::clone(&shared.context.slots).try_acquire_owned() else {
         return refuse(stream, codes::OVERLOADED);
     };

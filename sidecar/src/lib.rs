@@ -4,8 +4,9 @@
 //!  application --TCP--> outbound --> failover --> pool ==overlay==> peer's inbound --TCP--> application
 //! ```
 //! [`role`] builds and runs a sidecar from a [`config`]; [`client`] keeps the configuration coming; [`tables`] is that
-//! configuration, parsed once; [`access`] says who may open streams here; [`copy`] is the byte path. [`capture`] takes what
-//! applications connect to without knowing of the mesh; [`shared`] is many sidecars in one process; [`workload_api`] hands the application its own identity.
+//! configuration, parsed once; [`access`] says who may open streams here; [`copy`] is the byte path, [`udp`] that of
+//! datagrams. [`capture`] takes what applications connect to without knowing of the mesh; [`shared`] is many sidecars in one
+//! process; [`workload_api`] hands the application its own identity.
 
 pub mod access;
 pub mod capture;
@@ -27,4 +28,5 @@ pub mod pool;
 pub mod role;
 pub mod shared;
 pub mod tables;
+pub mod udp;
 pub mod workload_api;

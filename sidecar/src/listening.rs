@@ -1,23 +1,25 @@
-//! The sidecar's TCP listeners: bound before anything else, so that a taken port fails the start and uses up no join
+//! The sidecar's listeners for applications: bound before anything else, so that a taken port fails the start and uses up no join
 //! token; closed last, so that nobody is reset whose connection stands.
 
 use std::io;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use socket2::{Domain, Protocol, SockFilter, SockRef, Socket, Type};
+use socket2::{Domain, SockFilter, SockRef, Socket, Type};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
+use tombolo_model::protocol::Protocol;
 use tombolo_runtime::drain::Drain;
 
 use crate::capture::listener;
 use crate::config::SidecarConfig;
 use crate::shared::Call;
+use crate::udp::socket as udp;
 
 /// tokio's; the kernel caps it at net.core.somaxconn.
 const BACKLOG: i32 = 1024;
 /// `accept` fails when file descriptors run out: trying again at once would only burn CPU.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+pub(crate) const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// For handshakes that are half done when a listener closes: a round trip within the site.
 const LAST_HANDSHAKES: Duration = Duration::from_millis(50);
 
@@ -45,7 +47,7 @@ pub(crate) fn listen_with(
     prepare: impl Fn(&Socket) -> io::Result<()>,
 ) -> io::Result<Listeners> {
     let bind = |address: SocketAddr, shared| -> io::Result<Socket> {
-        let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+        let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(socket2::Protocol::TCP))?;
         prepare(&socket)?;
         socket.set_nonblocking(true)?;
         socket.set_reuse_address(true)?;
@@ -67,12 +69,29 @@ pub(crate) fn listen_with(
     (0..count).map(|_| started(bind(address, true)?)).collect()
 }
 
+/// Where applications call one upstream, on one thread.
+#[derive(Debug)]
+pub(crate) enum UpstreamListener {
+    Tcp(std::net::TcpListener),
+    Udp(std::net::UdpSocket),
+}
+
+impl UpstreamListener {
+    pub fn local_addr(&self) -> io::Result<SocketAddr> {
+        match self {
+            Self::Tcp(listener) => listener.local_addr(),
+            Self::Udp(socket) => socket.local_addr(),
+        }
+    }
+}
+
 /// The listeners of one thread.
 #[derive(Debug, Default)]
 pub(crate) struct Listening {
     /// In the order of the configuration's upstreams.
-    pub upstreams: Vec<std::net::TcpListener>,
+    pub upstreams: Vec<UpstreamListener>,
     pub captured: Vec<std::net::TcpListener>,
+    pub captured_udp: Vec<std::net::UdpSocket>,
     pub plain: Vec<std::net::TcpListener>,
     /// What a front hands over that is shared with others.
     pub calls: Option<mpsc::Receiver<Call>>,
@@ -90,6 +109,10 @@ pub enum ListenError {
     )]
     Capture { listen: SocketAddr, source: std::io::Error },
     #[error(
+        "captured datagrams: cannot listen on {listen}/udp ({source}): choose another address with --capture-listen, and give its port to `tombolo sidecar capture apply --port`"
+    )]
+    CaptureUdp { listen: SocketAddr, source: std::io::Error },
+    #[error(
         "plain connections from outside: cannot listen on {listen} ({source}): it takes CAP_NET_RAW, and a free port (--inbound-listen, with the same `tombolo sidecar capture apply --inbound-listen-port`)"
     )]
     Plain { listen: SocketAddr, source: std::io::Error },
@@ -99,16 +122,22 @@ impl Listening {
     /// Every listener of the configuration, once per thread.
     pub fn bind(config: &SidecarConfig, threads: usize) -> Result<Vec<Self>, ListenError> {
         let mut listening: Vec<Self> = (0..threads).map(|_| Self::default()).collect();
-        let mut give = |bound: Listeners, to: fn(&mut Listening) -> &mut Listeners| {
-            listening.iter_mut().zip(bound).for_each(|(of_thread, listener)| to(of_thread).push(listener));
-        };
         for upstream in &config.upstreams {
-            let bound = listen(upstream.listen, threads).map_err(|source| {
+            let bound: io::Result<Vec<_>> = match upstream.protocol {
+                Protocol::Tcp => listen(upstream.listen, threads)
+                    .map(|bound| bound.into_iter().map(UpstreamListener::Tcp).collect()),
+                Protocol::Udp => udp::listen(upstream.listen, threads)
+                    .map(|bound| bound.into_iter().map(UpstreamListener::Udp).collect()),
+            };
+            let bound = bound.map_err(|source| {
                 let service = upstream.service.to_string();
                 ListenError::Upstream { service, listen: upstream.listen, source }
             })?;
-            give(bound, |listening| &mut listening.upstreams);
+            listening.iter_mut().zip(bound).for_each(|(of_thread, one)| of_thread.upstreams.push(one));
         }
+        let mut give = |bound: Listeners, to: fn(&mut Listening) -> &mut Listeners| {
+            listening.iter_mut().zip(bound).for_each(|(of_thread, listener)| to(of_thread).push(listener));
+        };
         let capture = config.capture.iter();
         for &address in capture.clone().flat_map(|capture| &capture.listen) {
             let bound = listener::redirected(address, threads);
@@ -121,6 +150,18 @@ impl Listening {
             let bound = listener::transparent(address, threads);
             let bound = bound.map_err(|source| ListenError::Plain { listen: address, source })?;
             give(bound, |listening| &mut listening.plain);
+        }
+        for &address in config.capture.iter().flat_map(|capture| &capture.listen) {
+            let failed = |source| ListenError::CaptureUdp { listen: address, source };
+            match udp::capture(address, threads) {
+                Ok(bound) => listening.iter_mut().zip(bound).for_each(|(of_thread, socket)| {
+                    of_thread.captured_udp.push(socket);
+                }),
+                Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                    tracing::warn!(%address, "UDP is not captured: it takes CAP_NET_RAW (systemd: AmbientCapabilities=CAP_NET_RAW)");
+                }
+                Err(error) => return Err(failed(error)),
+            }
         }
         Ok(listening)
     }

@@ -11,6 +11,7 @@ use prometheus_client::registry::{Registry, Unit};
 use tombolo_overlay::OverlayStats;
 
 use crate::capture::metrics::CaptureMetrics;
+use crate::udp::metrics::UdpMetrics;
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct ServiceLabels {
@@ -100,6 +101,7 @@ pub struct Metrics {
     revoked_connections: Counter,
     dropped_packets: Family<PacketLabels, Counter>,
     pub capture: CaptureMetrics,
+    pub udp: UdpMetrics,
 }
 
 impl Metrics {
@@ -129,6 +131,7 @@ impl Metrics {
             revoked_connections: Counter::default(),
             dropped_packets: Family::default(),
             capture: CaptureMetrics::register(registry),
+            udp: UdpMetrics::register(registry),
         };
         let m = &metrics;
         registry.register_with_unit(

@@ -25,6 +25,7 @@ use crate::header;
 use crate::listening::accept_until_drained;
 use crate::metrics::{Held, Metrics, ServiceMetrics, UpstreamLabels};
 use crate::pool::{Pool, PoolError, StreamLease};
+use crate::udp::UdpContext;
 
 /// Endpoints tried for one connection: a rolling restart refuses at two of them at most.
 const MAX_ATTEMPTS: u32 = 6;
@@ -42,6 +43,7 @@ pub struct OutboundContext {
     pub idle: IdleLimits,
     /// Bounds application connections, all upstreams together.
     pub slots: Arc<Semaphore>,
+    pub udp: UdpContext,
     pub metrics: Metrics,
     pub drain: Drain,
     pub tasks: TaskGroup,
@@ -76,6 +78,15 @@ impl UpstreamPort {
     pub fn new(service: ServiceKey, port: u16, metrics: &Metrics) -> Self {
         let metrics = metrics.service("outbound", &service.to_string());
         Self { service, port, metrics }
+    }
+    pub fn service(&self) -> &ServiceKey {
+        &self.service
+    }
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+    pub fn metrics(&self) -> &ServiceMetrics {
+        &self.metrics
     }
 }
 

@@ -42,7 +42,7 @@ const LONGEST_WAIT: Duration = Duration::from_secs(3);
 const RECENT: Duration = Duration::from_secs(60);
 
 /// Kicks follow each other every 200 ms or two round trips.
-const STALLED_KICKS: u32 = 5;
+pub(crate) const STALLED_KICKS: u32 = 5;
 
 /// Bounds of one pool.
 #[derive(Clone, Copy, Debug)]

@@ -45,6 +45,7 @@ use crate::metrics::Metrics;
 use crate::names::NamesTask;
 use crate::shared::Call;
 use crate::tables::Tables;
+use crate::udp::UdpContext;
 use crate::workload_api::{self, WorkloadApi};
 
 /// The last report and the closing frames.
@@ -302,6 +303,7 @@ impl Bound {
             }
             _ => (Dialler::plain(), None),
         };
+        let udp = UdpContext::new(config.udp, metrics.udp.clone());
         let path = DataPath {
             config: Arc::clone(&config),
             member: member.clone(),
@@ -311,6 +313,7 @@ impl Bound {
             drain: watcher.clone(),
             inbound_slots: Arc::new(Semaphore::new(config.inbound.max_app_connections)),
             outbound_slots: Arc::new(Semaphore::new(config.pool.max_app_connections)),
+            udp: udp.clone(),
             dialler,
             wanted,
             capture,
@@ -328,16 +331,18 @@ impl Bound {
         let mut slots = vec![
             (Arc::clone(&path.inbound_slots), config.inbound.max_app_connections),
             (Arc::clone(&path.outbound_slots), config.pool.max_app_connections),
+            (udp.inbound, config.udp.max_flows),
+            (udp.outbound, config.udp.max_flows),
         ];
         let passed = path.capture.as_ref().map(|capture| Arc::clone(&capture.pass_slots));
         slots.extend(passed.map(|slots| (slots, config.pool.max_app_connections)));
         drop(path);
         let mut verdicts = Vec::new();
         for service in &config.services {
-            let Some(port) = service.ports.first() else { continue };
+            let Some((check, target)) = service.checked() else { continue };
             let (verdict, seen) = watch::channel(None);
             verdicts.push((service.service.clone(), seen));
-            let check = health::watch_service(service.health.clone(), port.target, verdict, watcher.clone());
+            let check = health::watch_service(check, target, verdict, watcher.clone());
             tasks.spawn("health", check);
         }
         let report = ReportTask {
@@ -483,7 +488,7 @@ fn hello(config: &SidecarConfig, overlay: &Overlay) -> v1::SidecarHello {
                 name: port.name.clone(),
                 port: port.port.into(),
                 app_protocol: port.app_protocol.clone(),
-                protocol: "TCP".to_owned(),
+                protocol: port.protocol.to_string(),
             })
             .collect(),
         weight: service.weight,

@@ -15,6 +15,7 @@ use tombolo_identity::jwt::{JwtAuthorities, JwtAuthority};
 use tombolo_identity::{ForeignBundle, SpiffeId, TrustDomain};
 use tombolo_model::ids::{ClusterTag, EndpointId, Handle};
 use tombolo_model::names::{ClusterName, ServiceKey};
+use tombolo_model::protocol::Protocol;
 use tombolo_overlay::keys::KeyRing;
 use tombolo_overlay::lease::EndpointLease;
 use tombolo_overlay::member::{control_targets, gateway_hops};
@@ -46,13 +47,25 @@ pub struct Backend {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Upstream {
     pub service: ServiceKey,
-    pub ports: Vec<u16>,
+    /// None: nobody has said yet.
+    pub ports: Vec<(Protocol, u16)>,
     /// Virtual: what its names resolve to in this cluster.
     pub addresses: Vec<IpAddr>,
     pub backends: Vec<Arc<Backend>>,
     /// Spec of the policy; empty for the default.
     pub policy_json: String,
     pub policy_name: String,
+}
+
+impl Upstream {
+    /// Whether any port is called over this, as far as that is known.
+    pub fn may_have(&self, protocol: Protocol) -> bool {
+        self.ports.is_empty() || self.ports.iter().any(|(known, _)| *known == protocol)
+    }
+    /// Whether it has this port, as far as that is known.
+    pub fn may_serve(&self, protocol: Protocol, port: u16) -> bool {
+        self.ports.is_empty() || self.ports.contains(&(protocol, port))
+    }
 }
 
 /// A record that was left out.
@@ -214,7 +227,10 @@ fn upstream(
     let mut sieve = Sieve(Vec::new());
     let port = |port: &v1::ServicePort| {
         let number = u16::try_from(port.port).ok().filter(|p| *p != 0);
-        number.ok_or_else(|| FieldError::new("upstreams.ports.port", port.port, "1..=65535"))
+        let number = number.ok_or_else(|| FieldError::new("upstreams.ports.port", port.port, "1..=65535"))?;
+        let protocol = Protocol::parse(&port.protocol)
+            .ok_or_else(|| FieldError::new("upstreams.ports.protocol", &port.protocol, "TCP or UDP"))?;
+        Ok((protocol, number))
     };
     let ports = wire.ports.iter().filter_map(|p| sieve.take("port", port(p))).collect();
     let mut backends: Vec<Arc<Backend>> = Vec::new();

@@ -19,6 +19,7 @@ use tombolo_identity::issuer::{KeyAndCsr, LEAF_LIFE, LeafIssuer};
 use tombolo_identity::{BundleSet, ExpectedPeer, SpiffeId, Svid, SvidHandle, tls};
 use tombolo_model::ids::{Block, ClusterTag, Handle, Incarnation};
 use tombolo_model::names::ClusterName;
+use tombolo_model::protocol::Protocol;
 use tombolo_overlay::cid::Kind;
 use tombolo_overlay::keys::{ClusterKey, HandleBinding, KeyRing, LinkKey};
 use tombolo_overlay::{
@@ -31,6 +32,7 @@ use tombolo_runtime::{clock, drain};
 use tombolo_sidecar::access::{Access, Admission};
 use tombolo_sidecar::inbound::{InboundContext, InboundLimits, InboundTask, LocalTarget};
 use tombolo_sidecar::metrics::{AccessLabels, Metrics};
+use tombolo_sidecar::udp::{UdpContext, UdpLimits};
 use tombolo_sidecar::{codes, header};
 
 const HANDLE: Handle = Handle::JOIN; // any number will do without a gateway in between
@@ -81,7 +83,8 @@ impl World {
         let app = world.application().await;
         let target = LocalTarget {
             service: SERVICE.parse().unwrap(),
-            ports: HashMap::from([(80, app), (81, app)]),
+            ports: HashMap::from([((Protocol::Tcp, 80), app), ((Protocol::Tcp, 81), app)]),
+            flows: world.metrics.udp.service("inbound", SERVICE),
             metrics: world.metrics.service("inbound", SERVICE),
         };
         let limits = InboundLimits::default();
@@ -89,6 +92,7 @@ impl World {
             limits,
             slots: Arc::new(Semaphore::new(limits.max_app_connections)),
             dialler: tombolo_sidecar::capture::pass::Dialler::plain(),
+            udp: UdpContext::new(UdpLimits::default(), world.metrics.udp.clone()),
             metrics: world.metrics.clone(),
             drain,
             tasks: world.tasks.clone(),

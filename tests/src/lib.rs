@@ -11,6 +11,7 @@
 pub mod balancer;
 pub mod capability;
 pub mod captured;
+pub mod datagrams;
 pub mod hostile;
 pub mod link;
 pub mod mesh;

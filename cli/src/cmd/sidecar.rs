@@ -29,6 +29,7 @@ mod captured;
 mod dns;
 mod shared;
 mod threads;
+mod udp;
 mod workload;
 
 /// Run the data plane of one workload
@@ -53,6 +54,10 @@ SPIFFE_ENDPOINT_SOCKET=unix:///run/tombolo/web/workload.sock:
 With callers that know nothing of the mesh; `tombolo sidecar capture` puts the rules in place:
   tombolo sidecar capture apply --address 10.0.0.7:5432
   tombolo sidecar --name client --capture-listen 127.0.0.1:7447 --capture-address 10.0.0.7:5432=shop/db
+
+A UDP service, and a caller's address for it:
+  tombolo sidecar --name dns --join-token-file dns.token --service shop/dns:53/udp=127.0.0.1:5353
+  tombolo sidecar --name client --join-token-file client.token --upstream shop/dns:53/udp=127.0.0.1:9053
 
 With names for local applications; `tombolo sidecar dns` points the machine's resolver at it:
   tombolo sidecar --name client --upstream shop/web:80=127.0.0.1:9080 --dns-listen 127.0.0.54:53
@@ -107,13 +112,15 @@ struct Settings {
     /// Largest UDP payload tried on a path, in bytes; 8952 on a network with 9000-byte frames [default: 1452]
     #[arg(long, env = "TOMBOLO_MAX_UDP_PAYLOAD", value_name = "BYTES")]
     max_udp_payload: Option<u16>,
-    /// Served here: NAMESPACE/NAME:PORT=ADDRESS:PORT; may be repeated
+    /// Served here: NAMESPACE/NAME:PORT=ADDRESS:PORT, of UDP NAMESPACE/NAME:PORT/udp=ADDRESS:PORT; may be repeated
     #[arg(long = "service", env = "TOMBOLO_SERVICES", value_delimiter = ',', value_name = "SERVICE")]
     services: Option<Vec<String>>,
-    /// How a service is checked: NAMESPACE/NAME=tcp, =http:/path or =none; may be repeated [default: tcp]
+    /// How a service is checked: NAMESPACE/NAME=tcp, =http:/path or =none; may be repeated [default: tcp, and none where it
+    /// has UDP ports alone]
     #[arg(long = "health", env = "TOMBOLO_HEALTH", value_delimiter = ',', value_name = "CHECK")]
     health: Option<Vec<String>>,
-    /// Called from here: NAMESPACE/NAME:PORT=ADDRESS:PORT to listen on; may be repeated
+    /// Called from here: NAMESPACE/NAME:PORT=ADDRESS:PORT to listen on, of UDP NAMESPACE/NAME:PORT/udp=ADDRESS:PORT; may be
+    /// repeated
     #[arg(long = "upstream", env = "TOMBOLO_UPSTREAMS", value_delimiter = ',', value_name = "UPSTREAM")]
     upstreams: Option<Vec<String>>,
     /// A `Workload` manifest with services, upstreams and health checks, beside the flags
@@ -145,7 +152,7 @@ struct Settings {
     )]
     capture_listen: Option<Vec<SocketAddr>>,
     /// An address that stands for a service: ADDRESS:PORT=NAMESPACE/NAME, with :PORT of the service behind it where that
-    /// is another; may be repeated
+    /// is another; of UDP ADDRESS:PORT/udp=NAMESPACE/NAME; may be repeated
     #[arg(
         long = "capture-address",
         env = "TOMBOLO_CAPTURE_ADDRESSES",
@@ -210,6 +217,15 @@ struct Settings {
     /// Connections of applications at a time, each way [default: 10000]
     #[arg(long, env = "TOMBOLO_MAX_APP_CONNECTIONS", value_name = "N")]
     max_app_connections: Option<NonZeroUsize>,
+    /// A UDP flow ends after this time without a datagram [default: 60s]
+    #[arg(long, env = "TOMBOLO_UDP_IDLE", value_name = "DURATION", help_heading = "UDP")]
+    udp_idle: Option<Span>,
+    /// UDP flows at a time, each way; datagrams of further ones are dropped and counted [default: 4096]
+    #[arg(long, env = "TOMBOLO_MAX_UDP_FLOWS", value_name = "N", help_heading = "UDP")]
+    max_udp_flows: Option<NonZeroUsize>,
+    /// UDP flows of one caller at a time, by its identity [default: 1024]
+    #[arg(long, env = "TOMBOLO_MAX_UDP_FLOWS_PER_PEER", value_name = "N", help_heading = "UDP")]
+    max_udp_flows_per_peer: Option<NonZeroUsize>,
     /// Metrics and readiness [default: 127.0.0.1:7445]
     #[arg(long, env = "TOMBOLO_ADMIN", value_name = "ADDRESS:PORT")]
     admin: Option<SocketAddr>,
@@ -250,6 +266,9 @@ layered!(Settings {
     connections,
     idle,
     max_app_connections,
+    udp_idle,
+    max_udp_flows,
+    max_udp_flows_per_peer,
     admin,
     log_level,
     log_format,
@@ -316,6 +335,9 @@ impl Settings {
             connections,
             idle,
             max_app_connections,
+            udp_idle,
+            max_udp_flows,
+            max_udp_flows_per_peer,
             admin,
             log_level: _,
             log_format: _,
@@ -352,6 +374,7 @@ impl Settings {
             drain: drain.map_or(config::DEFAULT_DRAIN, |Span(drain)| drain),
             inbound,
             pool,
+            udp: udp::limits(udp_idle, max_udp_flows, max_udp_flows_per_peer)?,
             workload_api: workload_api_config(workload_api, workload_api_uids)?,
             capture: captured::Captured {
                 listen: capture_listen,

@@ -11,6 +11,7 @@ pub mod expiry;
 pub mod failover;
 pub mod ids;
 pub mod names;
+pub mod protocol;
 pub mod ranges;
 pub mod resource;
 pub mod status;

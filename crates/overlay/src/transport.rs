@@ -63,8 +63,9 @@ impl Default for Limits {
 
 /// Keep-alives of whoever dialled; the pool closes what is idle, so this never holds a connection open for nothing.
 const KEEP_ALIVE: Duration = Duration::from_secs(20);
-/// Kicks are one-byte DATAGRAMs that nobody reads: bounded, and small.
-const DATAGRAM_BUFFER_BYTES: usize = 64 * 1024;
+/// DATAGRAMs of UDP flows, each way: what comes while the thread has other work (180 full ones), and what waits for the
+/// path. More would be answered too late. Kicks are datagrams, too; sidecars read them off.
+const DATAGRAM_BUFFER_BYTES: usize = 256 * 1024;
 /// A handshake that buffers more than this before it is accepted is not one of ours.
 const INCOMING_BUFFER_BYTES: u64 = 16 * 1024;
 

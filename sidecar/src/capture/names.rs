@@ -56,6 +56,7 @@ fn of_upstreams(tables: Option<&Tables>) -> Vec<(IpAddr, ServiceKey)> {
 
 #[cfg(test)]
 mod tests {
+    use tombolo_model::protocol::Protocol;
     use tombolo_proto::v1;
 
     use super::*;
@@ -88,16 +89,17 @@ mod tests {
         let follow = follow(tables, names.clone(), whole, sender);
         let look = async {
             let at = |n: u8| ([241, 64, 0, n], 80).into();
+            let tcp = Protocol::Tcp;
             targets.changed().await.unwrap();
             let last = targets.borrow_and_update().clone();
-            assert!(matches!(last.of(at(1)), Target::Service { .. }) && !last.complete());
+            assert!(matches!(last.of(tcp, at(1)), Target::Service { .. }) && !last.complete());
             names.store(table(&[("shop/new", "241.64.0.2")]));
             told.send_replace(true);
             targets.changed().await.unwrap();
             let now = targets.borrow_and_update().clone();
-            assert!(now.complete() && now.of(at(1)) == Target::Unknown);
+            assert!(now.complete() && now.of(tcp, at(1)) == Target::Unknown);
             assert!(
-                matches!(now.of(at(2)), Target::Service { service, .. } if service.name.as_str() == "new")
+                matches!(now.of(tcp, at(2)), Target::Service { service, .. } if service.name.as_str() == "new")
             );
             drop(told);
         };

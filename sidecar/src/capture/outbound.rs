@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, watch};
 use tombolo_model::names::ServiceKey;
+use tombolo_model::protocol::Protocol;
 
 use super::listener::original_destination;
 use super::metrics::{Captured, Outcome};
@@ -83,12 +84,12 @@ impl CapturedTask {
         if context.dialler.has_come_back(from) {
             return context.end(tcp, Outcome::Loop);
         }
-        let target = context.targets.borrow().of(to);
+        let target = context.targets.borrow().of(Protocol::Tcp, to);
         match target {
             Target::Other => context.pass(tcp, from, to),
             Target::Service { service, port } if context.routed(&service) => {
                 match context.hold(&service) {
-                    Ok(held) if context.serves(&service, port) => {
+                    Ok(held) if context.serves(&service, Protocol::Tcp, port) => {
                         context.metrics.count(Outcome::Service);
                         let upstream = self.upstream(service, port);
                         outbound::start(tcp, from, &upstream, &self.context.outbound, held);
@@ -125,10 +126,31 @@ impl CapturedContext {
     }
 
     /// Whether the service has this port, as far as that is known.
-    fn serves(&self, service: &ServiceKey, port: u16) -> bool {
+    fn serves(&self, service: &ServiceKey, protocol: Protocol, port: u16) -> bool {
         let tables = self.tables.borrow();
         let upstream = tables.as_ref().and_then(|tables| tables.upstreams.get(service));
-        upstream.is_none_or(|upstream| upstream.ports.is_empty() || upstream.ports.contains(&port))
+        upstream.is_none_or(|upstream| upstream.may_serve(protocol, port))
+    }
+
+    /// What an address stands for over UDP. Nothing waits for names that are not known yet: who asks asks again.
+    pub(crate) fn datagram_target(&self, to: SocketAddr) -> Result<(ServiceKey, u16), Outcome> {
+        match self.targets.borrow().of(Protocol::Udp, to) {
+            Target::Service { service, port } => Ok((service, port)),
+            Target::Unknown => Err(Outcome::Unknown),
+            // The rules hand over nothing else.
+            Target::Other => Err(Outcome::Direct),
+        }
+    }
+
+    /// Until a service has a route; keeps it asked for.
+    pub(crate) async fn datagrams_routed(&self, service: &ServiceKey, port: u16) -> Result<InUse, Outcome> {
+        let held = self.hold(service)?;
+        let routed = tokio::time::timeout(ROUTE_PATIENCE, self.outbound.routed(service)).await;
+        if routed.is_ok() && self.serves(service, Protocol::Udp, port) {
+            Ok(held)
+        } else {
+            Err(Outcome::Unknown)
+        }
     }
 
     /// Keeps the service asked for while the connection lasts.
@@ -194,7 +216,7 @@ impl CapturedContext {
         let (service, port) = loop {
             let (target, known) = {
                 let targets = targets.borrow_and_update();
-                (targets.of(to), targets.complete())
+                (targets.of(Protocol::Tcp, to), targets.complete())
             };
             match target {
                 Target::Service { service, port } => break (service, port),
@@ -207,7 +229,11 @@ impl CapturedContext {
         };
         let held = self.hold(&service)?;
         self.outbound.routed(&service).await;
-        if self.serves(&service, port) { Ok((service, port, held)) } else { Err(Outcome::Unknown) }
+        if self.serves(&service, Protocol::Tcp, port) {
+            Ok((service, port, held))
+        } else {
+            Err(Outcome::Unknown)
+        }
     }
 }
 

@@ -84,6 +84,11 @@ impl Dialler {
         Self(Arc::new(Inner { mark, remembers, own: Mutex::default(), loop_told: AtomicBool::new(false) }))
     }
 
+    /// What it puts on its sockets.
+    pub fn mark(&self) -> Option<u32> {
+        self.0.mark
+    }
+
     fn own(&self) -> std::sync::MutexGuard<'_, HashSet<SocketAddr>> {
         self.0.own.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -5,6 +5,7 @@ use std::str::FromStr;
 
 use ipnet::IpNet;
 use tombolo_model::names::{NameError, ServiceKey};
+use tombolo_model::protocol::Protocol;
 
 use crate::config::ConfigError;
 
@@ -21,6 +22,7 @@ pub const MAX_ADDRESSES: usize = 256;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CaptureAddress {
     pub address: SocketAddr,
+    pub protocol: Protocol,
     pub service: ServiceKey,
     /// Of the service; the address's own unless it was named.
     pub port: u16,
@@ -28,13 +30,14 @@ pub struct CaptureAddress {
 
 impl FromStr for CaptureAddress {
     type Err = ConfigError;
-    /// `10.0.0.7:5432=shop/db` or `10.0.0.7:5432=shop/db:5433`.
+    /// `10.0.0.7:5432=shop/db`, `10.0.0.7:5432=shop/db:5433` or `10.0.0.7:53/udp=shop/dns`.
     fn from_str(text: &str) -> Result<Self, ConfigError> {
         let failed = |reason: String| {
             let value = text.chars().take(200).collect();
             ConfigError::CaptureAddress { value, reason }
         };
         let (address, service) = text.split_once('=').ok_or_else(|| failed("there is no '='".into()))?;
+        let (address, protocol) = Protocol::suffix(address);
         let address = destination(address).map_err(&failed)?;
         let (service, port) = match service.rsplit_once(':') {
             None => (service, address.port()),
@@ -44,7 +47,7 @@ impl FromStr for CaptureAddress {
             },
         };
         let service = service.parse().map_err(|e: NameError| failed(e.to_string()))?;
-        Ok(Self { address, service, port })
+        Ok(Self { address, protocol, service, port })
     }
 }
 
@@ -120,7 +123,9 @@ impl CaptureConfig {
         }
         for (index, one) in self.addresses.iter().enumerate() {
             let before = self.addresses.iter().take(index);
-            if let Some(first) = before.clone().find(|first| first.address == one.address) {
+            if let Some(first) =
+                before.clone().find(|first| (first.address, first.protocol) == (one.address, one.protocol))
+            {
                 return Err(ConfigError::CaptureAddressTwice {
                     address: one.address,
                     first: first.service.clone(),
@@ -155,6 +160,8 @@ mod tests {
         assert_eq!((own.service.to_string().as_str(), own.port), ("shop/db", 5432));
         let other: CaptureAddress = "[fd00::7]:5432=shop/db:5433".parse().unwrap();
         assert_eq!((other.address.is_ipv6(), other.port), (true, 5433));
+        let udp: CaptureAddress = "10.0.0.7:53/udp=shop/dns".parse().unwrap();
+        assert_eq!((own.protocol, udp.protocol, udp.port), (Protocol::Tcp, Protocol::Udp, 53));
     }
 
     #[test]
@@ -183,6 +190,8 @@ mod tests {
         let db = "10.0.0.7:5432=shop/db";
         assert_eq!(config(&[here, "[::1]:7447"], &[db]).check(), Ok(()));
         assert!(matches!(config(&["10.0.0.1:7447"], &[]).check(), Err(ConfigError::CaptureListen { .. })));
+        let dns = ["10.0.0.7:53=shop/dns", "10.0.0.7:53/udp=shop/dns"];
+        assert_eq!(config(&[here], &dns).check(), Ok(()), "each protocol by itself");
         let twice = config(&[here], &[db, "10.0.0.7:5432=shop/other"]).check();
         assert!(matches!(twice, Err(ConfigError::CaptureAddressTwice { .. })), "{twice:?}");
         assert!(matches!(config(&[], &[db]).check(), Err(ConfigError::CaptureNowhere { .. })));

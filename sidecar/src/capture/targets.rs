@@ -5,6 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
 use tombolo_model::names::ServiceKey;
+use tombolo_model::protocol::Protocol;
 
 use super::settings::{CaptureAddress, CaptureConfig};
 
@@ -22,7 +23,7 @@ pub enum Target {
 /// Addresses by what they stand for.
 #[derive(Clone, Debug, Default)]
 pub struct Targets {
-    taken_over: HashMap<SocketAddr, (ServiceKey, u16)>,
+    taken_over: HashMap<(Protocol, SocketAddr), (ServiceKey, u16)>,
     ranges: Vec<IpNet>,
     virtual_addresses: HashMap<IpAddr, ServiceKey>,
     complete: bool,
@@ -30,10 +31,10 @@ pub struct Targets {
 
 impl Targets {
     pub fn new(config: &CaptureConfig) -> Self {
-        let taken_over = config
-            .addresses
-            .iter()
-            .map(|CaptureAddress { address, service, port }| (canonical(*address), (service.clone(), *port)));
+        let taken_over = config.addresses.iter().map(|one| {
+            let CaptureAddress { address, protocol, service, port } = one;
+            ((*protocol, canonical(*address)), (service.clone(), *port))
+        });
         Self {
             taken_over: taken_over.collect(),
             ranges: config.ranges.clone(),
@@ -60,9 +61,9 @@ impl Targets {
     }
 
     /// What the operator has said comes before what was allotted.
-    pub fn of(&self, destination: SocketAddr) -> Target {
+    pub fn of(&self, protocol: Protocol, destination: SocketAddr) -> Target {
         let destination = canonical(destination);
-        if let Some((service, port)) = self.taken_over.get(&destination) {
+        if let Some((service, port)) = self.taken_over.get(&(protocol, destination)) {
             return Target::Service { service: service.clone(), port: *port };
         }
         let ip = destination.ip();
@@ -89,6 +90,7 @@ mod tests {
             addresses: vec![
                 "10.0.0.7:5432=shop/db".parse().unwrap(),
                 "241.64.0.9:80=shop/legacy".parse().unwrap(),
+                "10.0.0.7:53/udp=shop/dns".parse().unwrap(),
             ],
             ranges: vec!["241.64.0.0/16".parse().unwrap(), "fd00:1::/64".parse().unwrap()],
             inbound: None,
@@ -105,7 +107,8 @@ mod tests {
     }
 
     fn of(text: &str) -> String {
-        match targets().of(text.parse().unwrap()) {
+        let (text, protocol) = Protocol::suffix(text);
+        match targets().of(protocol, text.parse().unwrap()) {
             Target::Service { service, port } => format!("{service}:{port}"),
             other => format!("{other:?}"),
         }
@@ -117,12 +120,15 @@ mod tests {
         assert_eq!(of("241.64.0.1:81"), "shop/web:81");
         assert_eq!(of("[fd00:1::1]:80"), "shop/web:80");
         assert_eq!(of("[::ffff:241.64.0.1]:80"), "shop/web:80");
+        assert_eq!(of("241.64.0.1:80/udp"), "shop/web:80");
     }
 
     #[test]
     fn an_address_taken_over_stands_for_its_service_at_that_port_only() {
         assert_eq!(of("10.0.0.7:5432"), "shop/db:5432");
         assert_eq!(of("10.0.0.7:22"), "Other");
+        assert_eq!((of("10.0.0.7:53/udp").as_str(), of("10.0.0.7:53").as_str()), ("shop/dns:53", "Other"));
+        assert_eq!(of("10.0.0.7:5432/udp"), "Other", "each protocol by itself");
         assert_eq!(of("241.64.0.9:80"), "shop/legacy:80", "what the operator says comes first");
     }
 

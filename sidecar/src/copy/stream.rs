@@ -32,6 +32,10 @@ impl BiStream {
     pub fn new(send: SendStream, recv: RecvStream) -> Self {
         Self { send: SendHalf { stream: send, over: false }, recv: RecvHalf { stream: recv, over: false } }
     }
+    /// As QUIC counts streams.
+    pub fn id(&self) -> u64 {
+        VarInt::from(self.send.stream.id()).into_inner()
+    }
     pub fn halves(&mut self) -> (&mut SendHalf, &mut RecvHalf) {
         (&mut self.send, &mut self.recv)
     }

@@ -12,6 +12,7 @@ fn route(tiers: &[&[(&str, u32)]], down: &[&str]) -> Route {
         tiers: tiers.iter().map(|tier| tier.iter().map(|(c, w)| (cluster(c), *w)).collect()).collect(),
         down: down.iter().map(|c| cluster(c)).collect(),
         pools: HashMap::new(),
+        datagrams: HashMap::new(),
         reason: String::new(),
     }
 }

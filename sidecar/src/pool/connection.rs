@@ -9,6 +9,8 @@ use tombolo_overlay::{PeerConnection, Stall};
 use tombolo_runtime::clock;
 
 use super::choice::View;
+use crate::udp::demux::Demux;
+use crate::udp::metrics::Drops;
 
 #[derive(Debug)]
 struct Timing {
@@ -25,14 +27,17 @@ pub struct Pooled {
     saturated: AtomicBool,
     retired: AtomicBool,
     timing: Mutex<Timing>,
+    demux: Demux,
 }
 
 impl Pooled {
-    pub fn new(connection: PeerConnection) -> Self {
+    /// `drops`: of datagrams from the peer.
+    pub fn new(connection: PeerConnection, drops: Drops) -> Self {
         let now = Instant::now();
         let mut ewma = PeakEwma::new(clock::since_unix_epoch());
         ewma.observe(connection.rtt(), clock::since_unix_epoch());
         Self {
+            demux: Demux::new(connection.quic().clone(), drops),
             connection,
             open: AtomicU32::new(0),
             bulk: Arc::default(),
@@ -44,6 +49,10 @@ impl Pooled {
 
     pub fn connection(&self) -> &PeerConnection {
         &self.connection
+    }
+    /// Of UDP flows.
+    pub fn demux(&self) -> &Demux {
+        &self.demux
     }
     /// Distinguishes connections of this process.
     pub fn id(&self) -> usize {

@@ -82,7 +82,8 @@ impl Pool {
     }
 
     fn adopt(&self, connection: PeerConnection) {
-        let pooled = Arc::new(Pooled::new(connection));
+        let drops = self.0.context.metrics.udp.direction("outbound");
+        let pooled = Arc::new(Pooled::new(connection, drops));
         let mut state = self.lock();
         if state.closed {
             pooled.connection().close(close_code::DONE, "no longer needed");
@@ -97,6 +98,7 @@ impl Pool {
         self.changed();
         let pool = self.clone();
         self.0.context.tasks.spawn("pooled connection", async move {
+            pooled.demux().run().await;
             let reason = pooled.connection().closed().await;
             pool.lost(&pooled, &reason);
         });

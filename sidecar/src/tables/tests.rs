@@ -63,7 +63,7 @@ fn a_whole_snapshot_parses_and_only_known_endpoints_are_dialled_directly() {
     let tables = parse(&snapshot());
     assert!(tables.rejected.is_empty(), "{:?}", tables.rejected);
     let upstream = &tables.upstreams[&"shop/web".parse().unwrap()];
-    assert_eq!((upstream.ports.as_slice(), upstream.backends.len()), ([80].as_slice(), 2));
+    assert_eq!((upstream.ports.as_slice(), upstream.backends.len()), ([(Protocol::Tcp, 80)].as_slice(), 2));
     assert_eq!(tables.routes.services[&Handle::from_u32(300)], vec![EndpointId::from_u32(5 << 4)]);
     assert_eq!(&*tables.inbound.handles[&Handle::from_u32(300)].service, "shop/web");
 }
@@ -71,13 +71,14 @@ fn a_whole_snapshot_parses_and_only_known_endpoints_are_dialled_directly() {
 #[test]
 fn each_bad_record_is_refused_by_name_and_the_rest_counts() {
     type Spoil = fn(&mut v1::SidecarSnapshot);
-    let cases: [(&str, &str, Spoil); 8] = [
+    let cases: [(&str, &str, Spoil); 9] = [
         ("backend", "spiffe_ids", |s| s.upstreams[0].backends[1].spiffe_ids.clear()),
         ("backend", "spiffe_ids", |s| s.upstreams[0].backends[1].spiffe_ids[0] = "http://x".into()),
         ("backend", "keys", |s| s.upstreams[0].backends[1].keys = None),
         ("backend", "tag", |s| s.upstreams[0].backends[1].tag = 1 << 24),
         ("backend", "cluster", |s| s.upstreams[0].backends[1].cluster = "east".into()),
         ("port", "port", |s| s.upstreams[0].ports[0].port = 70_000),
+        ("port", "protocol", |s| s.upstreams[0].ports[0].protocol = "SCTP".into()),
         ("inbound", "class", |s| s.inbound[0].class = 2),
         ("inbound", "handle", |s| s.inbound[0].binding.as_mut().unwrap().handle = 2),
     ];

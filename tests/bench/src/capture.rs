@@ -154,7 +154,8 @@ fn ours(args: &CaptureArgs, site: &Site) -> Result<Vec<Samples>> {
     let captured = Captured { listen: ([127, 0, 0, 1], 7447).into(), http: at(80), bulk: at(81) };
     // Addresses of the virtual range, which the rules route and capture.
     capture(machine, &["apply"])?;
-    let explicit = Tombolo { max_udp_payload: USUAL, captured: Some(captured) }.start(site)?;
+    let explicit =
+        Tombolo { max_udp_payload: USUAL, captured: Some(captured), datagrams: false }.start(site)?;
     let taken = Running { http: captured.http, bulk: captured.bulk, hops: Vec::new(), support: Vec::new() };
     sample(args, site, false, &[("explicit", &explicit), ("captured", &taken)], |_| Ok(()))
 }

@@ -23,6 +23,7 @@ mod site;
 mod storm;
 mod targets;
 mod topology;
+mod udp;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -52,6 +53,8 @@ enum Command {
     Forward(forward::ForwardArgs),
     /// Measures what captured connections cost against an explicit listener, and what the rules cost everything else.
     Capture(capture::CaptureArgs),
+    /// Measures packets per second of a UDP service against two hops of nginx.
+    Udp(udp::UdpArgs),
     /// Simulates many linked clusters on one federator's core: memory and time per cluster, export and change.
     Scale(scale::ScaleArgs),
     /// Measures what a federator issues against bare signing with openssl, and a thousand members that come at once.
@@ -69,6 +72,12 @@ enum Command {
     /// (internal) The far end of bulk transfers.
     #[command(hide = true)]
     Origin(origin::OriginArgs),
+    /// (internal) Echoes over UDP.
+    #[command(hide = true)]
+    UdpLoad(udp::UdpLoadArgs),
+    /// (internal) The far end of echoes over UDP.
+    #[command(hide = true)]
+    UdpOrigin(udp::UdpOriginArgs),
     /// (internal) One hop of the path whose gateways terminate QUIC.
     #[command(hide = true)]
     QuicHop(quic_hop::HopArgs),
@@ -102,6 +111,9 @@ fn main() -> ExitCode {
         Command::Footprint(args) => footprint::run(&args),
         Command::Forward(args) => forward::run(&args),
         Command::Capture(args) => capture::run(&args),
+        Command::Udp(args) => udp::run(&args),
+        Command::UdpLoad(args) => udp::generate(&args),
+        Command::UdpOrigin(args) => udp::origin(&args),
         Command::Scale(args) => scale::run(&args),
         Command::Issuance(args) => issuance::run(&args),
         Command::Storm(args) => storm::run(&args),

@@ -59,9 +59,9 @@ pub fn local() -> Vec<Box<dyn Topology>> {
         Box::new(haproxy::HaproxyChain { resumption: true, kernel_congestion: "cubic" }),
         Box::new(nginx::NginxStream),
         Box::new(quic::TerminatingQuic { congestion: QuicCongestion::Cubic }),
-        Box::new(tombolo::Tombolo { max_udp_payload: tombolo::USUAL, captured: None }),
+        Box::new(tombolo::Tombolo { max_udp_payload: tombolo::USUAL, captured: None, datagrams: false }),
         // Loopback carries 64 KB: packets are as large as the sidecar makes them.
-        Box::new(tombolo::Tombolo { max_udp_payload: tombolo::JUMBO, captured: None }),
+        Box::new(tombolo::Tombolo { max_udp_payload: tombolo::JUMBO, captured: None, datagrams: false }),
     ]
 }
 
@@ -72,7 +72,7 @@ pub fn wide_area() -> Vec<Box<dyn Topology>> {
         Box::new(haproxy::HaproxyChain { resumption: false, kernel_congestion: "cubic" }),
         Box::new(haproxy::HaproxyChain { resumption: false, kernel_congestion: "bbr" }),
         Box::new(quic::TerminatingQuic { congestion: QuicCongestion::Bbr }),
-        Box::new(tombolo::Tombolo { max_udp_payload: tombolo::USUAL, captured: None }),
+        Box::new(tombolo::Tombolo { max_udp_payload: tombolo::USUAL, captured: None, datagrams: false }),
     ]
 }
 

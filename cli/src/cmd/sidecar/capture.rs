@@ -27,6 +27,7 @@ Examples:
   tombolo sidecar capture apply --dry-run                  what would be done
   tombolo sidecar capture apply                            virtual addresses of the mesh's services
   tombolo sidecar capture apply --address 10.0.0.7:5432    and a database's old address
+  tombolo sidecar capture apply --address 10.0.0.7:53/udp  and a name server's, over UDP
   tombolo sidecar capture show
   tombolo sidecar capture remove")]
 pub struct CaptureArgs {
@@ -98,6 +99,7 @@ pub fn run(args: CaptureArgs) -> Result<Exit, Failure> {
             if kernel::route(ranges)? {
                 eprintln!("IPv6 is off on this machine: its virtual addresses are left out");
             }
+            kernel::route_datagrams(plan.outbound != Outbound::None)?;
             nft.apply(&plan.rules())?;
             println!("captured: {}", plan.comment());
             Ok(Exit::Done)
@@ -111,6 +113,7 @@ pub fn run(args: CaptureArgs) -> Result<Exit, Failure> {
             let there = nft.list(false)?.is_some();
             nft.apply(&rules::removal())?;
             kernel::route(&[])?;
+            kernel::route_datagrams(false)?;
             println!("{}", if there { "removed" } else { "nothing was there" });
             Ok(Exit::Done)
         }
@@ -138,7 +141,15 @@ struct Counted {
 
 fn show(nft: &Nft, format: Format) -> Result<Exit, Failure> {
     let shown = match (nft.list(false)?, nft.list(true)?) {
-        (Some(text), Some(json)) => read(&text, &json)?,
+        (Some(text), Some(json)) => {
+            let mut shown = read(&text, &json)?;
+            if shown.state == "in place" && text.contains("chain udp_output") && !kernel::routes_datagrams()?
+            {
+                shown.state = "damaged";
+                shown.reason = "the rule that routes captured datagrams is gone: `tombolo sidecar capture apply` repairs it".to_owned();
+            }
+            shown
+        }
         _ => Shown::new("absent", "nothing is captured: `tombolo sidecar capture apply`".to_owned()),
     };
     match format {
@@ -205,7 +216,7 @@ fn read(text: &str, json: &str) -> Result<Shown, Failure> {
 mod tests {
     use super::*;
 
-    const TEXT: &str = "table inet tombolo_capture {\n\tcomment \"tombolo 1: 1 rules, 2 addresses\"\n}\n";
+    const TEXT: &str = "table inet tombolo_capture {\n\tcomment \"tombolo 2: 1 rules, 2 addresses\"\n}\n";
 
     fn json(rules: usize, elements: &str) -> String {
         let rule = r#"{"rule": {"chain": "output"}}"#;

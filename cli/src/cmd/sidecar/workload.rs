@@ -4,6 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::Path;
 
 use tombolo_model::names::{Namespace, ServiceKey};
+use tombolo_model::protocol::Protocol;
 use tombolo_model::resource::workload::{
     HealthCheck as Check, HttpCheck, TcpCheck, WorkloadPort, WorkloadService, WorkloadSpec, WorkloadUpstream,
 };
@@ -32,7 +33,11 @@ pub fn health_flag(text: &str, services: &mut [ServiceConfig]) -> Result<(), Fai
         },
     };
     let known = services.iter_mut().find(|known| known.service == service);
-    known.ok_or_else(|| wrong("no --service has this name"))?.health.probe = probe;
+    let known = known.ok_or_else(|| wrong("no --service has this name"))?;
+    if probe != Probe::None && known.ports.iter().all(|port| port.protocol == Protocol::Udp) {
+        return Err(wrong("the service has UDP ports alone, which are not checked"));
+    }
+    known.health.probe = probe;
     Ok(())
 }
 
@@ -92,15 +97,22 @@ fn service(service: WorkloadService, namespace: &Namespace) -> Result<ServiceCon
             (Some(TcpCheck { port }), None) => Some(port),
             (None, None) => None,
         };
-        // The first port is the one that is checked.
+        // The first port is the one that is checked. A service of UDP ports alone is checked at another of its host.
         if let Some(checked) = checked {
-            let at = ports.iter().position(|port| port.target.port() == checked || port.port == checked);
-            let at = at.ok_or_else(|| {
-                Failure::usage(format_args!(
-                    "healthCheck names port {checked}, which {service} does not have"
-                ))
-            })?;
-            ports.swap(0, at);
+            let named = |port: &LocalPort| {
+                port.protocol == Protocol::Tcp && (port.target.port() == checked || port.port == checked)
+            };
+            match (ports.iter().position(named), ports.first()) {
+                (Some(at), _) => ports.swap(0, at),
+                (None, Some(first)) if ports.iter().all(|port| port.protocol == Protocol::Udp) => {
+                    health.target = Some(SocketAddr::new(first.target.ip(), checked));
+                }
+                _ => {
+                    return Err(Failure::usage(format_args!(
+                        "healthCheck names port {checked}, which {service} does not have over TCP"
+                    )));
+                }
+            }
         }
         health.interval = interval.map_or(health.interval, |text| text.0);
         health.timeout = timeout.map_or(health.timeout, |text| text.0);
@@ -111,6 +123,7 @@ fn service(service: WorkloadService, namespace: &Namespace) -> Result<ServiceCon
 }
 
 fn local_port(port: WorkloadPort) -> Result<LocalPort, Failure> {
+    let protocol = port.protocol();
     let WorkloadPort { name, port, target_port, target_host, protocol: _, app_protocol } = port;
     let host: IpAddr = match target_host {
         None => Ipv4Addr::LOCALHOST.into(),
@@ -121,6 +134,7 @@ fn local_port(port: WorkloadPort) -> Result<LocalPort, Failure> {
     Ok(LocalPort {
         name: name.unwrap_or_default(),
         port,
+        protocol,
         target: SocketAddr::new(host, target_port.unwrap_or(port)),
         app_protocol: app_protocol.unwrap_or_default(),
     })
@@ -130,11 +144,12 @@ fn upstream(upstream: &WorkloadUpstream, namespace: &Namespace) -> Result<Upstre
     let service = upstream
         .key(namespace)
         .ok_or_else(|| Failure::usage(format_args!("{:?} is no service", upstream.service)))?;
-    let WorkloadUpstream { service: _, port, listen, warm } = upstream;
+    let protocol = upstream.protocol();
+    let WorkloadUpstream { service: _, port, protocol: _, listen, warm } = upstream;
     let listen =
         listen.parse().map_err(|_| Failure::usage(format_args!("listen: {listen:?} is not an ip:port")))?;
     let warm = warm.map_or(0, |warm| usize::try_from(warm).unwrap_or(usize::MAX));
-    Ok(UpstreamConfig { service, port: *port, listen, warm })
+    Ok(UpstreamConfig { service, port: *port, protocol, listen, warm })
 }
 
 #[cfg(test)]
@@ -148,7 +163,10 @@ mod tests {
         let mut services = services_from([mapping]);
         health_flag("shop/web=http:/healthz", &mut services).unwrap();
         assert_eq!(services[0].health.probe, Probe::Http { path: "/healthz".into() });
+        services.extend(services_from(["shop/dns:53/udp=127.0.0.1:53".parse::<Mapping>().unwrap()]));
+        health_flag("shop/dns=none", &mut services).unwrap();
         for bad in [
+            "shop/dns=tcp",
             "shop/web",
             "shop/web=ping",
             "web=tcp",
@@ -174,6 +192,9 @@ spec:
     - name: db
       ports: [ { port: 5432 }, { port: 8008, targetPort: 18008 } ]
       healthCheck: { http: { path: /ready, port: 8008 }, interval: 250ms }
+    - name: dns
+      ports: [ { port: 53, protocol: UDP } ]
+      healthCheck: { tcp: { port: 8053 } }
   upstreams:
     - { service: web, port: 80, listen: \"127.0.0.1:9080\", warm: 2 }
 ",
@@ -189,5 +210,10 @@ spec:
         );
         assert_eq!(services[0].health.interval.as_millis(), 250);
         assert_eq!((upstreams[0].service.to_string().as_str(), upstreams[0].warm), ("shop/web", 2));
+        assert_eq!(
+            (services[1].ports[0].protocol, services[1].health.target),
+            (Protocol::Udp, Some("127.0.0.1:8053".parse().unwrap())),
+            "a UDP service is checked at another port"
+        );
     }
 }

@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 use super::duration::DurationText;
 use super::fields::FieldError;
 use crate::names::{Namespace, ServiceKey, ServiceName};
+use crate::protocol::Protocol;
 
 #[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
@@ -42,6 +43,7 @@ pub struct WorkloadPort {
     pub target_port: Option<u16>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub target_host: Option<String>,
+    /// `TCP` or `UDP`; TCP when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub protocol: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -88,6 +90,9 @@ pub struct WorkloadUpstream {
     /// `name` (in the workload's namespace) or `namespace/name`.
     pub service: String,
     pub port: u16,
+    /// `TCP` or `UDP`; TCP when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub protocol: Option<String>,
     /// `ip:port` that the application connects to.
     pub listen: String,
     /// Connections kept open without traffic.
@@ -95,7 +100,18 @@ pub struct WorkloadUpstream {
     pub warm: Option<u32>,
 }
 
+impl WorkloadPort {
+    /// What validation has let through.
+    pub fn protocol(&self) -> Protocol {
+        self.protocol.as_deref().and_then(Protocol::parse).unwrap_or_default()
+    }
+}
+
 impl WorkloadUpstream {
+    /// What validation has let through.
+    pub fn protocol(&self) -> Protocol {
+        self.protocol.as_deref().and_then(Protocol::parse).unwrap_or_default()
+    }
     /// The service, with the workload's namespace where none is given.
     pub fn key(&self, namespace: &Namespace) -> Option<ServiceKey> {
         if self.service.contains('/') {
@@ -124,6 +140,7 @@ impl WorkloadSpec {
             if upstream.listen.parse::<std::net::SocketAddr>().is_err() {
                 errors.push(FieldError::new(format!("{path}.listen"), &upstream.listen, "ip:port"));
             }
+            check_protocol(upstream.protocol.as_deref(), &path, errors);
         }
     }
 }
@@ -138,23 +155,28 @@ impl WorkloadService {
         }
         for (index, port) in self.ports.iter().enumerate() {
             let path = format!("{path}.ports[{index}]");
-            if self.ports.iter().take(index).any(|p| p.port == port.port) {
+            let same = |other: &WorkloadPort| other.port == port.port && other.protocol() == port.protocol();
+            if self.ports.iter().take(index).any(same) {
                 errors.push(FieldError::new(
                     format!("{path}.port"),
                     port.port,
                     "a port that is not given twice",
                 ));
             }
-            if let Some(protocol) = &port.protocol
-                && protocol != "TCP"
-            {
-                errors.push(FieldError::new(format!("{path}.protocol"), protocol, "TCP"));
-            }
+            check_protocol(port.protocol.as_deref(), &path, errors);
         }
         if let Some(check) = &self.health_check
             && (check.tcp.is_some() == check.http.is_some())
         {
             errors.push(FieldError::missing(format!("{path}.healthCheck"), "either tcp or http"));
         }
+    }
+}
+
+fn check_protocol(protocol: Option<&str>, path: &str, errors: &mut Vec<FieldError>) {
+    if let Some(protocol) = protocol
+        && (protocol.is_empty() || Protocol::parse(protocol).is_none())
+    {
+        errors.push(FieldError::new(format!("{path}.protocol"), protocol, "TCP or UDP"));
     }
 }

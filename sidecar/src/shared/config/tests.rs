@@ -22,6 +22,7 @@ fn application(name: &str, bind: &str, sources: &[&str]) -> Application {
         drain: DEFAULT_DRAIN,
         inbound: Default::default(),
         pool: Default::default(),
+        udp: Default::default(),
         workload_api: None,
         capture: None,
         names: None,
@@ -66,6 +67,8 @@ fn contradictions_are_named_with_both_sides() {
     let twice = |mapping: &str| upstreams_from([Mapping::parse("upstreams", mapping).unwrap()]).remove(0);
     let mut listens = shared(vec![good()]);
     listens.upstreams = vec![twice("shop/a:80=10.0.0.5:9080"), twice("shop/b:80=10.0.0.5:9080")];
+    let mut datagrams = shared(vec![good()]);
+    datagrams.upstreams = vec![twice("shop/dns:53/udp=10.0.0.5:9053")];
     let cases = [
         (shared(Vec::new()), "applications"),
         (shared(vec![good(), good()]), "the same name (cart)"),
@@ -80,6 +83,7 @@ fn contradictions_are_named_with_both_sides() {
         (shared(vec![application("idle", "10.0.0.5:7450", &[])]), "neither `sources` nor services"),
         (shared(vec![captures]), "`threads` is for a sidecar beside its application"),
         (listens, "upstreams shop/a and shop/b both listen on 10.0.0.5:9080"),
+        (datagrams, "shop/dns at 10.0.0.5:9053/udp"),
     ];
     for (config, text) in cases {
         let error = config.check().unwrap_err().to_string();

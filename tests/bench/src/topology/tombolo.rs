@@ -21,6 +21,10 @@ metadata: { name: http, namespace: bench }
 apiVersion: multicluster.x-k8s.io/v1beta1
 kind: ServiceExport
 metadata: { name: bulk, namespace: bench }
+---
+apiVersion: multicluster.x-k8s.io/v1beta1
+kind: ServiceExport
+metadata: { name: udp, namespace: bench }
 ";
 
 /// The path, with packets of up to this many bytes of UDP payload.
@@ -28,7 +32,12 @@ pub(crate) struct Tombolo {
     pub max_udp_payload: u16,
     /// Addresses at which both services are captured, beside their explicit listeners.
     pub captured: Option<Captured>,
+    /// A UDP service as well, from [`ENTRY_UDP_PORT`] to [`ORIGIN_UDP_PORT`].
+    pub datagrams: bool,
 }
+
+pub(crate) const ORIGIN_UDP_PORT: u16 = 20082;
+pub(crate) const ENTRY_UDP_PORT: u16 = 21082;
 
 /// What stands for the services.
 #[derive(Debug, Clone, Copy)]
@@ -154,12 +163,18 @@ impl Topology for Tombolo {
             format!("bench/http:80={}", site.origin_http()),
             format!("bench/bulk:81={}", site.origin_bulk()),
         ];
+        let datagrams = |flag: &str, side, port| match self.datagrams {
+            true => vec![flag.to_owned(), format!("bench/udp:82/udp={}", site.socket(side, port))],
+            false => Vec::new(),
+        };
+        let served = datagrams("--service", Side::Far, ORIGIN_UDP_PORT);
+        let served: Vec<&str> = served.iter().map(String::as_str).collect();
         let [http, bulk] = &serves;
         let sidecar_in = west.sidecar(
             "sidecar-in",
             "origin",
             10,
-            &["--service", http, "--service", bulk],
+            &[&["--service", http, "--service", bulk], &served[..]].concat(),
             Port::Udp(west.base + 10),
         )?;
         tombolo(&["--socket", &west.socket(), "apply", "-f", "-"], EXPORTS)?;
@@ -167,12 +182,14 @@ impl Topology for Tombolo {
         let calls = [format!("bench/http:80={}", entry.0), format!("bench/bulk:81={}", entry.1)];
         let [http, bulk] = &calls;
         let captured = self.captured.map(|captured| captured.flags()).unwrap_or_default();
+        let called = datagrams("--upstream", Side::Near, ENTRY_UDP_PORT);
+        let called: Vec<&str> = called.iter().map(String::as_str).collect();
         let captured: Vec<&str> = captured.iter().map(String::as_str).collect();
         let sidecar_out = east.sidecar(
             "sidecar-out",
             "client",
             10,
-            &[&["--upstream", http, "--upstream", bulk], &captured[..]].concat(),
+            &[&["--upstream", http, "--upstream", bulk], &captured[..], &called[..]].concat(),
             Port::Tcp(entry.0.port()),
         )?;
         wait("the first answer through the mesh", || answers(site, entry.0).ok())?;

@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 use ipnet::IpNet;
 use tombolo_runtime::settings;
 
-use super::rules::TABLE;
+use super::rules::{DATAGRAM_MARK, TABLE};
 use crate::failure::Failure;
 
 /// Marks our routes: no routing daemon's number.
@@ -121,6 +121,64 @@ pub fn route(ranges: &[IpNet]) -> Result<bool, Failure> {
     Ok(left_out)
 }
 
+/// Of the rule and the table by which captured datagrams come in again; the mark's number, for want of a better one.
+const DATAGRAM_TABLE: &str = "29795";
+/// Before the main table's rule at 32766, and those of routing daemons.
+const RULE_PRIORITY: &str = "7447";
+
+/// Leads what the rules have marked to this machine itself; `wanted` false takes that away. True: IPv6 is off here.
+pub fn route_datagrams(wanted: bool) -> Result<bool, Failure> {
+    let Some(ip) = in_path("ip") else {
+        return match wanted {
+            false => Ok(false),
+            true => Err(Failure::new("there is no ip in PATH: captured datagrams need a route")
+                .remedy("install it (Debian: apt install iproute2); no rules were changed")),
+        };
+    };
+    let without_v6 = !has_loopback_v6(Path::new("/proc/net/if_inet6"));
+    let mark = format!("{DATAGRAM_MARK:#x}");
+    for family in if without_v6 { &["-4"][..] } else { &["-4", "-6"] } {
+        let listed = run(&ip, &[family, "-N", "rule", "show"])?;
+        let ours = listed.lines().filter(|line| is_our_rule(line, &mark)).count();
+        let rule = ["fwmark", &mark, "lookup", DATAGRAM_TABLE, "priority", RULE_PRIORITY];
+        let route = ["local", "default", "dev", "lo", "table", DATAGRAM_TABLE];
+        if wanted {
+            run(&ip, &[&[family, "route", "replace"][..], &route, &["proto", ROUTE_PROTOCOL]].concat())?;
+        }
+        for _ in usize::from(wanted)..ours {
+            run(&ip, &[&[family, "rule", "del"][..], &rule].concat())?;
+        }
+        if wanted && ours == 0 {
+            run(&ip, &[&[family, "rule", "add"][..], &rule].concat())?;
+        }
+        // A table that was never made can't be listed.
+        if !wanted && ours > 0 {
+            run(&ip, &[family, "route", "flush", "table", DATAGRAM_TABLE])?;
+        }
+    }
+    Ok(without_v6)
+}
+
+/// Whether captured datagrams find their way in, in each family that this machine has.
+pub fn routes_datagrams() -> Result<bool, Failure> {
+    let Some(ip) = in_path("ip") else { return Ok(false) };
+    let without_v6 = !has_loopback_v6(Path::new("/proc/net/if_inet6"));
+    let mark = format!("{DATAGRAM_MARK:#x}");
+    for family in if without_v6 { &["-4"][..] } else { &["-4", "-6"] } {
+        if !run(&ip, &[family, "-N", "rule", "show"])?.lines().any(|line| is_our_rule(line, &mark)) {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// Whether a line of `ip rule show` is ours: `7447: from all fwmark 0x7463 lookup 29795`.
+fn is_our_rule(line: &str, mark: &str) -> bool {
+    let words: Vec<&str> = line.split_whitespace().collect();
+    let has = |key: &str, value: &str| words.windows(2).any(|pair| pair == [key, value]);
+    line.starts_with(&format!("{RULE_PRIORITY}:")) && has("fwmark", mark) && has("lookup", DATAGRAM_TABLE)
+}
+
 /// Whether a destination, as `ip` writes it, is one of the ranges: it leaves the prefix of a single address out.
 fn is_among(destination: &str, ranges: &[IpNet]) -> bool {
     let single = || destination.parse::<std::net::IpAddr>().map(IpNet::from).ok();
@@ -160,6 +218,19 @@ mod tests {
             assert!(is_among(written, &ranges), "{written}");
         }
         assert!(!is_among("241.65.0.0/16", &ranges) && !is_among("default", &ranges));
+    }
+
+    #[test]
+    fn only_the_rule_that_was_made_here_is_known_again() {
+        assert!(is_our_rule("7447:\tfrom all fwmark 0x7463 lookup 29795 proto static", "0x7463"));
+        for other in [
+            "7447:\tfrom all fwmark 0x7464 lookup 29795",
+            "100:\tfrom all fwmark 0x7463 lookup 29795",
+            "7447:\tfrom all fwmark 0x7463 lookup main",
+            "32766:\tfrom all lookup main",
+        ] {
+            assert!(!is_our_rule(other, "0x7463"), "{other}");
+        }
     }
 
     #[test]

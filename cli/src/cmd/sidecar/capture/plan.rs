@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use ipnet::IpNet;
+use tombolo_model::protocol::Protocol;
 use tombolo_sidecar::capture::InboundMode;
 
 /// Which connections of this machine are handed over.
@@ -61,7 +62,7 @@ pub struct Plan {
     /// The sidecar's listener.
     pub port: u16,
     pub virtual_ranges: Vec<IpNet>,
-    pub addresses: Vec<SocketAddr>,
+    pub addresses: Vec<(Protocol, SocketAddr)>,
     pub away: Away,
     pub grace: Duration,
     pub inbound: Option<Inbound>,

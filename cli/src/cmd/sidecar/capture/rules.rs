@@ -6,6 +6,7 @@
 //!  input       SYNs that were redirected -> listening
 //!  listening   somebody listens: in; nobody: wait for the grace time, then refuse, and let later ones past (`away`)
 //!  prerouting  SYNs from outside to the workload's ports -> TPROXY, else what the mode says
+//!  udp_...     datagrams to virtual and taken-over addresses: see [`datagrams`]
 //! ```
 //! Invariants. One table, `inet tombolo_capture`, made anew in one transaction, so that there is no moment without rules
 //! or with half of them. Only a connection's first packet is ever redirected: what was open before stays as it was. What
@@ -18,9 +19,14 @@ use std::fmt::Write as _;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use tombolo_model::protocol::Protocol;
 use tombolo_sidecar::capture::InboundMode;
 
 use super::plan::{Allow, Away, Exclude, Inbound, Outbound, Plan};
+
+mod datagrams;
+
+pub use datagrams::DATAGRAM_MARK;
 
 pub const TABLE: &str = "tombolo_capture";
 /// Bumped when the meaning of the table changes.
@@ -37,7 +43,7 @@ const SYN: &str = "tcp flags & (fin | syn | rst | ack) == syn";
 const NOT_SYN: &str = "tcp flags & (fin | syn | rst | ack) != syn";
 
 /// Counters of the table, with what they count.
-pub const COUNTERS: [(&str, &str); 8] = [
+pub const COUNTERS: [(&str, &str); 11] = [
     ("virtual", "connections to virtual addresses handed to the sidecar"),
     ("taken", "other connections handed to the sidecar"),
     ("past", "connections let past the sidecar while nobody listened"),
@@ -46,6 +52,9 @@ pub const COUNTERS: [(&str, &str); 8] = [
     ("inbound", "packets from outside handed to the sidecar"),
     ("inbound_past", "connections from outside handed to the application while nobody listened"),
     ("inbound_refused", "connections from outside refused while nobody listened"),
+    ("datagrams", "datagrams handed to the sidecar"),
+    ("datagrams_past", "datagrams let past the sidecar while nobody listened"),
+    ("datagrams_refused", "datagrams refused or lost because nobody listened"),
 ];
 
 /// Removes the table, whether or not and however much of it is there.
@@ -75,7 +84,8 @@ pub struct Inventory {
 }
 
 /// The sets that [`Inventory`] counts.
-pub const FIXED_SETS: [&str; 6] = ["virtual4", "virtual6", "taken4", "taken6", "excluded4", "excluded6"];
+pub const FIXED_SETS: [&str; 8] =
+    ["virtual4", "virtual6", "taken4", "taken6", "udp_taken4", "udp_taken6", "excluded4", "excluded6"];
 
 impl Plan {
     /// The whole transaction: the old table away, the new one in.
@@ -85,7 +95,7 @@ impl Plan {
         for (name, _) in COUNTERS {
             let _ = writeln!(text, "\tcounter {name} {{ }}");
         }
-        for name in ["missed", "grace", "away"] {
+        for name in ["missed", "grace", "away", datagrams::AWAY] {
             let _ = writeln!(text, "\tset {name} {{ type nf_proto; size 8; flags dynamic,timeout; }}");
         }
         for Fixed { name, kind, elements } in self.sets() {
@@ -119,16 +129,20 @@ impl Plan {
         const RANGE6: &str = "type ipv6_addr; flags interval";
         let (virtual4, virtual6) = by_family(self.captured_ranges());
         let (excluded4, excluded6) = by_family(&self.exclude.ranges);
-        let taken: BTreeSet<SocketAddr> = self.captured_addresses().iter().copied().collect();
-        let taken = |v6| {
-            let of_family = taken.iter().filter(move |address| address.is_ipv6() == v6);
-            of_family.map(|address| format!("{} . {}", address.ip(), address.port())).collect()
+        let taken: BTreeSet<(Protocol, SocketAddr)> = self.captured_addresses().iter().copied().collect();
+        let taken = |protocol, v6| {
+            let of = taken.iter().filter(move |(over, address)| *over == protocol && address.is_ipv6() == v6);
+            of.map(|(_, address)| format!("{} . {}", address.ip(), address.port())).collect()
         };
+        const PORT4: &str = "type ipv4_addr . inet_service";
+        const PORT6: &str = "type ipv6_addr . inet_service";
         let sets = [
             (RANGE4, virtual4),
             (RANGE6, virtual6),
-            ("type ipv4_addr . inet_service", taken(false)),
-            ("type ipv6_addr . inet_service", taken(true)),
+            (PORT4, taken(Protocol::Tcp, false)),
+            (PORT6, taken(Protocol::Tcp, true)),
+            (PORT4, taken(Protocol::Udp, false)),
+            (PORT6, taken(Protocol::Udp, true)),
             (RANGE4, excluded4),
             (RANGE6, excluded6),
         ];
@@ -141,7 +155,7 @@ impl Plan {
         if self.outbound == Outbound::None { &[] } else { &self.virtual_ranges }
     }
 
-    fn captured_addresses(&self) -> &[SocketAddr] {
+    fn captured_addresses(&self) -> &[(Protocol, SocketAddr)] {
         if self.outbound == Outbound::None { &[] } else { &self.addresses }
     }
 
@@ -161,6 +175,7 @@ impl Plan {
                 hook: Some("type filter hook input priority filter;".to_owned()),
                 rules: vec![format!("iifname \"lo\" tcp dport {port} {SYN} jump listening")],
             });
+            chains.extend(self.datagram_chains());
         }
         if let Some(inbound) = &self.inbound {
             chains.push(Chain {
@@ -174,12 +189,7 @@ impl Plan {
 
     fn output(&self) -> Vec<String> {
         let mut rules = vec!["meta l4proto != tcp accept".to_owned(), format!("{NOT_SYN} accept")];
-        let Exclude { uids, gids, marks, ports, ranges: _, interfaces } = &self.exclude;
-        rules.extend(among("meta mark", marks.iter().map(|mark| format!("{mark:#x}"))));
-        rules.extend(among("meta skuid", uids.iter()));
-        rules.extend(among("meta skgid", gids.iter()));
-        rules.extend(among("oifname", interfaces.iter().map(|name| format!("\"{name}\""))));
-        rules.extend(among("tcp dport", ports.iter()));
+        rules.extend(self.excluded("tcp"));
         let sets: BTreeSet<&str> = self.sets().into_iter().map(|set| set.name).collect();
         let redirect = self.redirect("virtual");
         let then = [
@@ -197,6 +207,19 @@ impl Plan {
             rules.push("goto ours".to_owned());
         }
         rules
+    }
+
+    /// Who is let through, but for addresses. `protocol` as nftables writes it.
+    fn excluded(&self, protocol: &str) -> Vec<String> {
+        let Exclude { uids, gids, marks, ports, ranges: _, interfaces } = &self.exclude;
+        let rules = [
+            among("meta mark", marks.iter().map(|mark| format!("{mark:#x}"))),
+            among("meta skuid", uids.iter()),
+            among("meta skgid", gids.iter()),
+            among("oifname", interfaces.iter().map(|name| format!("\"{name}\""))),
+            among(&format!("{protocol} dport"), ports.iter()),
+        ];
+        rules.into_iter().flatten().collect()
     }
 
     fn redirect(&self, counter: &str) -> String {

@@ -7,10 +7,12 @@ use std::time::Duration;
 
 use clap::Args;
 use serde::Deserialize;
+use tombolo_model::protocol::Protocol;
 use tombolo_sidecar::capture::InboundMode;
 use tombolo_sidecar::capture::settings::{DEFAULT_INBOUND_PORT, DEFAULT_MARK, DEFAULT_PORT};
 
 use super::plan::{Allow, Away, Exclude, Inbound, Outbound, Plan};
+use super::rules::DATAGRAM_MARK;
 use super::values::{address, allowed, choice, cidr, each, group, interface, port_number, user};
 use crate::cmd::role::{Span, layered};
 use crate::cmd::sidecar::captured::{mark, ranges};
@@ -39,7 +41,7 @@ pub struct Settings {
         value_name = "CIDR"
     )]
     virtual_ranges: Option<Vec<String>>,
-    /// An address to take over, ADDRESS:PORT; written ADDRESS:PORT=SERVICE it is the sidecar's --capture-address and may
+    /// An address to take over, ADDRESS:PORT, of UDP ADDRESS:PORT/udp; written ADDRESS:PORT=SERVICE it is the sidecar's --capture-address and may
     /// come from the same variable; may be repeated
     #[arg(
         long = "address",
@@ -193,7 +195,13 @@ impl Settings {
         let mut marks: BTreeSet<u32> =
             each("--exclude-mark", exclude_marks, |text| mark("--exclude-mark", text))?;
         marks.insert(own_mark.map_or(Ok(DEFAULT_MARK), |text| mark("--mark", &text))?);
-        let addresses: BTreeSet<SocketAddr> = each("--address", addresses, address)?;
+        if marks.contains(&DATAGRAM_MARK) {
+            return Err(Failure::usage(format_args!(
+                "--mark and --exclude-mark: {DATAGRAM_MARK:#x} is what the rules put on captured datagrams"
+            ))
+            .remedy("choose another"));
+        }
+        let addresses: BTreeSet<(Protocol, SocketAddr)> = each("--address", addresses, address)?;
         let plan = Plan {
             outbound,
             port: port_number("--port", port, DEFAULT_PORT)?,
@@ -275,15 +283,20 @@ mod tests {
 
     #[test]
     fn the_sidecars_own_variable_serves_for_the_rules_too() {
-        let addresses = texts(&["10.0.0.7:5432=shop/db:5433", "10.0.0.8:80"]);
+        let addresses = texts(&["10.0.0.7:5432=shop/db:5433", "10.0.0.8:80", "10.0.0.7:53/udp=shop/dns"]);
         let plan = plan(Settings { addresses, ..Settings::default() }).unwrap();
-        let expected: Vec<SocketAddr> = ["10.0.0.7:5432", "10.0.0.8:80"].map(|a| a.parse().unwrap()).into();
+        let expected: [(Protocol, SocketAddr); 3] = [
+            (Protocol::Tcp, "10.0.0.7:5432".parse().unwrap()),
+            (Protocol::Tcp, "10.0.0.8:80".parse().unwrap()),
+            (Protocol::Udp, "10.0.0.7:53".parse().unwrap()),
+        ];
         assert_eq!(plan.addresses, expected);
     }
 
     #[test]
     fn what_is_wrong_is_named_with_its_flag_and_value() {
-        let cases: [(Settings, &[&str]); 9] = [
+        let cases: [(Settings, &[&str]); 10] = [
+            (Settings { mark: Some("0x7463".into()), ..Settings::default() }, &["--mark", "0x7463"]),
             (
                 Settings { outbound: Some("some".into()), ..Settings::default() },
                 &["--outbound", "some", "services"],

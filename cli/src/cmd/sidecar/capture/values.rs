@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::str::FromStr;
 
 use ipnet::IpNet;
+use tombolo_model::protocol::Protocol;
 use tombolo_sidecar::capture::CaptureAddress;
 use tombolo_sidecar::capture::settings::destination;
 
@@ -42,13 +43,17 @@ pub fn each<T: Ord>(
     texts.unwrap_or_default().iter().map(parse).collect()
 }
 
-/// `10.0.0.7:5432`, or the sidecar's own way to write it.
-pub fn address(text: &str) -> Result<SocketAddr, Failure> {
+/// `10.0.0.7:5432`, `10.0.0.7:53/udp`, or the sidecar's own way to write it.
+pub fn address(text: &str) -> Result<(Protocol, SocketAddr), Failure> {
     if text.contains('=') {
-        return CaptureAddress::from_str(text).map(|address| address.address).map_err(Failure::usage);
+        let address = CaptureAddress::from_str(text).map_err(Failure::usage)?;
+        return Ok((address.protocol, address.address));
     }
-    destination(text)
-        .map_err(|reason| Failure::usage(reason).remedy("write it as 10.0.0.7:5432 or [fd00::7]:5432"))
+    let (address, protocol) = Protocol::suffix(text);
+    let address = destination(address).map_err(|reason| {
+        Failure::usage(reason).remedy("write it as 10.0.0.7:5432, [fd00::7]:5432 or 10.0.0.7:53/udp")
+    })?;
+    Ok((protocol, address))
 }
 
 pub fn cidr(text: &str) -> Result<IpNet, Failure> {

@@ -17,6 +17,14 @@ fn plan() -> Plan {
     }
 }
 
+fn tcp(address: &str) -> (Protocol, SocketAddr) {
+    (Protocol::Tcp, address.parse().unwrap())
+}
+
+fn udp(address: &str) -> (Protocol, SocketAddr) {
+    (Protocol::Udp, address.parse().unwrap())
+}
+
 fn chain<'a>(rules: &'a str, name: &str) -> Vec<&'a str> {
     let (_, rest) = rules.split_once(&format!("\tchain {name} {{\n")).unwrap();
     rest.split_once("\t}\n").unwrap().0.lines().map(str::trim).collect()
@@ -49,7 +57,7 @@ fn only_a_first_packet_of_tcp_is_looked_at_and_own_traffic_is_let_through_first(
 fn exclusions_come_before_anything_is_taken() {
     let mut plan = plan();
     plan.outbound = Outbound::All;
-    plan.addresses = vec!["10.0.0.7:5432".parse().unwrap(), "[fd00::7]:5432".parse().unwrap()];
+    plan.addresses = vec![tcp("10.0.0.7:5432"), tcp("[fd00::7]:5432"), udp("10.0.0.7:53")];
     plan.exclude = Exclude {
         uids: [999].into(),
         gids: [998].into(),
@@ -94,7 +102,7 @@ fn what_can_do_without_the_sidecar_goes_past_it_while_nobody_listens_unless_told
 #[test]
 fn without_a_grace_time_nothing_waits() {
     let rules = Plan { grace: Duration::ZERO, ..plan() }.rules();
-    assert!(!rules.contains(" drop"), "{rules}");
+    assert!(!chain(&rules, "listening").iter().any(|rule| rule.ends_with("drop")), "{rules}");
     assert!(plan().rules().contains("timeout 15000ms"));
 }
 
@@ -124,12 +132,42 @@ fn nothing_outbound_means_no_outbound_chain() {
 
 #[test]
 fn the_comment_says_what_must_be_there() {
-    let plan = Plan { addresses: vec!["10.0.0.7:5432".parse().unwrap()], ..plan() };
+    let plan = Plan { addresses: vec![tcp("10.0.0.7:5432"), udp("[fd00::7]:53")], ..plan() };
     let inventory = parse_comment(&plan.comment()).unwrap();
     let rules = plan.rules();
-    let written = ["ours", "listening"].map(|name| chain(&rules, name).len());
-    let hooked = ["output", "input"].map(|name| chain(&rules, name).len() - 1);
+    let written = ["ours", "listening", "udp_ours"].map(|name| chain(&rules, name).len());
+    let hooked =
+        ["output", "input", "udp_output", "udp_prerouting"].map(|name| chain(&rules, name).len() - 1);
     assert_eq!(inventory.rules, written.iter().chain(&hooked).sum::<usize>(), "{rules}");
-    assert_eq!(inventory.addresses, 2);
+    assert_eq!(inventory.addresses, 3);
     assert_eq!(parse_comment("tombolo 99: 1 rules, 1 addresses"), None);
+}
+
+#[test]
+fn datagrams_to_ours_are_marked_before_any_translation_and_nobody_elses_are_touched() {
+    let plan = Plan { addresses: vec![tcp("10.0.0.7:5432"), udp("10.0.0.7:53")], ..plan() };
+    let rules = plan.rules();
+    assert_eq!(
+        chain(&rules, "udp_output"),
+        [
+            "type route hook output priority -300; policy accept;",
+            "meta l4proto != udp accept",
+            "meta mark { 0x7462 } accept",
+            "ip daddr @virtual4 meta nfproto @udp_away counter name \"datagrams_refused\" reject",
+            "ip daddr @virtual4 meta mark set 0x7463 notrack accept",
+            "ip daddr . udp dport @udp_taken4 goto udp_ours",
+        ]
+    );
+    assert!(
+        rules.contains("set udp_taken4 { type ipv4_addr . inet_service; elements = { 10.0.0.7 . 53 }; }")
+    );
+    let all = Plan { outbound: Outbound::All, ..plan };
+    assert_eq!(chain(&all.rules(), "udp_output"), chain(&rules, "udp_output"), "of UDP, only what is ours");
+}
+
+#[test]
+fn datagrams_to_a_taken_over_address_go_past_a_sidecar_that_is_away_unless_told_otherwise() {
+    assert!(chain(&plan().rules(), "udp_ours")[0].ends_with("counter name \"datagrams_past\" accept"));
+    let refuse = Plan { away: Away::Refuse, ..plan() }.rules();
+    assert!(chain(&refuse, "udp_ours")[0].ends_with("counter name \"datagrams_refused\" reject"));
 }
