@@ -42,7 +42,7 @@ pub fn run(cli: Cli) -> Result<Exit, Failure> {
         Command::Link(args) => operate(link::run(args, connect)),
         Command::Unlink(args) => operate(unlink::run(args, connect)),
         Command::Token(args) => operate(token::run(args, connect)),
-        Command::Vm(args) => operate(vm::run(args, connect)),
+        Command::Vm(args) => vm::run(args, connect),
         Command::Apply(args) => operate(apply::run(args, connect)),
         Command::Get(args) => operate(get::run(args, connect)),
         Command::Describe(args) => operate(describe::run(args, connect)),

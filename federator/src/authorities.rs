@@ -13,6 +13,9 @@ use tombolo_model::status::Finding;
 use crate::facts::Facts;
 use crate::view::rfc3339_seconds;
 
+/// A clone that was refused, and has not come since, is shown for so long.
+const CLONES_SHOWN: Duration = Duration::from_secs(3600);
+
 /// A certificate that others depend on.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Authority {
@@ -97,6 +100,7 @@ pub fn findings(facts: &Facts, unix: Duration) -> Vec<Finding> {
         };
         found.push((Urgency::Day, finding));
     }
+    found.extend(used_twice(facts, now).map(|finding| (Urgency::Day, finding)));
     found.extend(stale_bundles(facts, now).map(|finding| (Urgency::Week, finding)));
     found.extend(upstream_not_shown(facts, unix).map(|finding| (Urgency::Week, finding)));
     found.sort_by_key(|(urgency, _)| std::cmp::Reverse(*urgency));
@@ -112,6 +116,28 @@ fn upstream_not_shown(facts: &Facts, unix: Duration) -> Option<Finding> {
         about: format!("intermediate of {}", facts.cluster.name),
         message: "upstream.crt in the trust directory has ended, or is about another key or name: who knows the foreign authority alone does not believe this cluster's applications".to_owned(),
         remedy: "have the authority sign ca.csr again; where the root is, `tombolo trust adopt --renew`; then `tombolo trust reload`".to_owned(),
+    })
+}
+
+/// Identities that a second process came with while the first lived.
+fn used_twice(facts: &Facts, now: u64) -> impl Iterator<Item = Finding> {
+    let recent = facts.registry.members.values().filter(move |member| {
+        member.clones.refused > 0 && now.saturating_sub(member.clones.last_unix) < CLONES_SHOWN.as_secs()
+    });
+    recent.map(|member| {
+        let id = member.spiffe_id.as_str();
+        Finding {
+            severity: "critical".to_owned(),
+            reason: "IdentityUsedTwice".to_owned(),
+            about: id.to_owned(),
+            message: format!(
+                "a second process, on machine {:?}, came with the identity of the one on {:?}, which lives; it was refused",
+                member.clones.host, member.host
+            ),
+            remedy: format!(
+                "on the copy, move the state directory away and join with a token of its own; if it is none of yours, the key is stolen: `tombolo revoke {id}`, and join this machine anew"
+            ),
+        }
     })
 }
 

@@ -4,13 +4,14 @@
 //! and reads what it publishes: an `Arc<Facts>`, replaced whole after each batch of jobs that changed something. A job
 //! commits to the store before it changes a fact, so an error always means "unchanged". Operations live in the modules
 //! below, each `impl Core`: [`boot`], [`allot`], [`addresses`], [`leases`], [`lapsed`], [`tokens`], [`members`], [`links`], [`imports`],
-//! `bundle_document`, `crl`, `federations`, `jwt`, [`objects`], [`pods`], [`trust`], `trust_directory` and [`audit`]. Ends when the last handle is dropped.
+//! `bundle_document`, `clones`, `leaving`, `crl`, `federations`, `jwt`, [`objects`], [`pods`], [`trust`], `trust_directory` and [`audit`]. Ends when the last handle is dropped.
 
 pub mod addresses;
 pub mod allot;
 pub mod audit;
 pub mod boot;
 mod bundle_document;
+mod clones;
 mod crl;
 mod error;
 mod federations;
@@ -18,6 +19,7 @@ pub mod imports;
 mod jwt;
 pub mod lapsed;
 pub mod leases;
+mod leaving;
 pub mod links;
 pub mod members;
 pub mod objects;
@@ -40,6 +42,7 @@ use tombolo_model::names::{ClusterName, ServiceKey};
 use tombolo_runtime::clock;
 
 use crate::authorities::Announcements;
+use crate::clones::Contests;
 use crate::facts::{AddressRecord, Facts};
 use crate::jwt::JwtKeys;
 use crate::store::Store;
@@ -89,6 +92,8 @@ pub struct Core {
     views: BTreeMap<ClusterName, imports::View>,
     /// Who said hello on which connection.
     sessions: HashMap<usize, Session>,
+    /// Processes that claim what another holds.
+    contests: Contests,
     next_watch: u64,
     /// Peers whose records are to be written with the next tick that may.
     unsaved_imports: BTreeSet<ClusterName>,

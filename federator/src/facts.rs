@@ -23,6 +23,7 @@ use tombolo_model::virtual_ranges::VirtualRanges;
 use tombolo_overlay::keys::{ClusterKey, HandleBinding, LinkKey};
 use tombolo_proto::v1;
 
+use crate::clones::Instance;
 use crate::foreign::Federation;
 use crate::registry::Registry;
 use crate::rotation::Word;
@@ -291,6 +292,9 @@ pub struct LeaseRecord {
     /// Of a pod that joined by its service account.
     #[serde(default)]
     pub pod: Option<PodRecord>,
+    /// Processes that came while the holder lived.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub clones: Vec<Instance>,
 }
 impl Record for LeaseRecord {
     const TABLE: Table = Table::Leases;

@@ -7,6 +7,7 @@
 
 pub mod authorities;
 pub mod bundle_endpoint;
+pub mod clones;
 pub mod core;
 pub mod crl;
 pub mod exports;

@@ -15,6 +15,7 @@ use tombolo_model::ids::{Block, EndpointId};
 use tombolo_model::names::ServiceKey;
 use tombolo_proto::v1;
 
+use crate::clones::{Instance, Seen};
 use crate::facts::{GatewayRecord, LeaseRecord, Port, Role, ServedRecord};
 
 /// How long silence is borne.
@@ -103,6 +104,15 @@ pub struct Member {
     /// Of its newest configuration stream.
     pub watch: u64,
     pub version: String,
+    /// Of this process; `None`: not heard yet, or an older one.
+    pub instance: Option<Instance>,
+    /// What it calls its machine.
+    pub host: String,
+    /// When it last sent anything. Unlike `heard` never credited.
+    pub spoke: Duration,
+    pub clones: Seen,
+    /// Where services lead past the mesh: the last hop is plain.
+    pub plain: BTreeMap<ServiceKey, Vec<String>>,
     pub upstreams: Vec<v1::UpstreamStatus>,
     pub hops: Vec<v1::HopStatus>,
     /// Revocations by name, and when this process enforced them: milliseconds since the Unix epoch.
@@ -165,6 +175,9 @@ pub struct SidecarHello {
     pub refused: BTreeMap<String, String>,
     pub watch: u64,
     pub version: String,
+    pub instance: Option<Instance>,
+    pub host: String,
+    pub plain: BTreeMap<ServiceKey, Vec<String>>,
 }
 
 /// What a gateway said about itself, checked.
@@ -274,6 +287,11 @@ impl Registry {
             heard_unix: 0,
             watch: 0,
             version: String::new(),
+            instance: None,
+            host: String::new(),
+            spoke: Duration::ZERO,
+            clones: Seen::default(),
+            plain: BTreeMap::new(),
             upstreams: Vec::new(),
             hops: Vec::new(),
             enforced: Arc::default(),
@@ -320,7 +338,20 @@ impl Registry {
     }
 
     fn sidecar(&mut self, hello: SidecarHello, now: Duration, unix: u64) {
-        let SidecarHello { block, spiffe_id, role, ids, address, services, refused, watch, version } = hello;
+        let SidecarHello {
+            block,
+            spiffe_id,
+            role,
+            ids,
+            address,
+            services,
+            refused,
+            watch,
+            version,
+            instance,
+            host,
+            plain,
+        } = hello;
         let old = self.members.get(&block).cloned();
         let same_start = old.as_ref().is_some_and(|old| old.ids == ids);
         let services = services.into_iter().map(|(service, (ports, weight))| {
@@ -349,6 +380,11 @@ impl Registry {
             heard_unix: unix,
             watch,
             version,
+            instance,
+            host,
+            spoke: now,
+            plain,
+            clones: old.as_ref().map(|old| old.clones.clone()).unwrap_or_default(),
             upstreams,
             hops,
             enforced,
@@ -411,6 +447,7 @@ impl Registry {
         member.leaving = report.leaving;
         member.reason = if report.leaving { "draining".to_owned() } else { String::new() };
         member.heard = member.heard.max(now);
+        member.spoke = now;
         member.heard_unix = unix;
         changed
     }
@@ -474,6 +511,15 @@ impl Registry {
             }
         }
         changed
+    }
+
+    /// Somebody else came with a member's identity; `new`: a process that had not come before.
+    pub fn clone_seen(&mut self, block: Block, new: bool, unix: u64, host: &str) {
+        let Some(member) = self.members.get_mut(&block) else { return };
+        let Seen { refused, last_unix, host: last } = &mut member.clones;
+        *refused = refused.saturating_add(u32::from(new));
+        *last_unix = unix;
+        host.clone_into(last);
     }
 
     /// Forgets a member.

@@ -175,7 +175,7 @@ impl Context<'_> {
         if record.ends(endpoint) && !self.view.is_heard(endpoint) {
             return Err(Stop::Gone(Gone { endpoint, only_this_incarnation: !record.gone }));
         }
-        Ok(self.route(block, record).ok_or(Reason::Unregistered)?)
+        Ok(self.route(endpoint, record).ok_or(Reason::Unregistered)?)
     }
 
     /// Whether the ID was made by a holder that comes back.
@@ -207,7 +207,7 @@ impl Context<'_> {
             if record.gone && !self.view.is_heard(*id) {
                 return None;
             }
-            let forward = self.route(id.block(), record)?;
+            let forward = self.route(*id, record)?;
             Some((rendezvous::weight(nonce, id.value().into()), id.value(), forward))
         });
         let best = candidates.max_by_key(|(weight, id, _)| (*weight, *id));
@@ -219,7 +219,7 @@ impl Context<'_> {
     }
 
     /// Where an endpoint of this cluster is reached.
-    fn route(&self, block: Block, record: Endpoint) -> Option<Forward> {
+    fn route(&self, endpoint: EndpointId, record: Endpoint) -> Option<Forward> {
         let forward = |to, via, from, hop, handed_over| Forward {
             to,
             via,
@@ -232,13 +232,13 @@ impl Context<'_> {
         if let Some(address) = record.address.filter(|_| !record.registers) {
             return Some(forward(address, Via::Side(Side::Inner), None, Counters::ENDPOINTS, false));
         }
-        if let Some(at) = self.view.registered.get(&block) {
+        if let Some(at) = self.view.registered(endpoint) {
             return Some(forward(at.address, Via::Side(at.side), at.contacted, Counters::ENDPOINTS, false));
         }
         if self.dcid.handed_over() {
             return None;
         }
-        let holder = self.view.holders.get(&block)?;
+        let holder = self.view.holder(endpoint)?;
         Some(forward(holder.address, Via::Side(Side::Inner), None, holder.hop, true))
     }
 

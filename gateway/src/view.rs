@@ -6,7 +6,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use tombolo_model::ids::{Block, ClusterTag, EndpointId};
+use tombolo_model::ids::{Block, ClusterTag, EndpointId, Incarnation};
 pub use tombolo_overlay::register::Side;
 
 use crate::counters::{Counters, Slot};
@@ -18,12 +18,12 @@ use crate::tables::{Link, Tables};
 pub struct View {
     pub tables: Arc<Tables>,
     /// Endpoints that are registered at this replica.
-    pub registered: Arc<HashMap<Block, Registered>>,
+    pub registered: Arc<HashMap<EndpointId, Registered>>,
     /// Endpoints that the tables call gone and that are heard all the same: their probes carry their own key, which the
     /// federator's word is older than. A sidecar that drains, or that redials its federator through us, is such.
     pub heard: Arc<HashMap<Block, EndpointId>>,
     /// Siblings that hold the registrations which this replica lacks.
-    pub holders: Arc<HashMap<Block, Holder>>,
+    pub holders: Arc<HashMap<EndpointId, Holder>>,
     /// Who sends from where, by the tables.
     pub known: Arc<HashMap<SocketAddr, Origin>>,
     /// Who sends from where, by what was proven with a key; goes before `known`.
@@ -166,6 +166,17 @@ impl View {
         self.link_slot(tag)
     }
 
+    /// Where an endpoint is registered; of one that is not, where another incarnation of its block is: it says what became
+    /// of the first.
+    pub fn registered(&self, endpoint: EndpointId) -> Option<&Registered> {
+        of_block(&self.registered, endpoint)
+    }
+
+    /// The sibling that has its registration, likewise.
+    pub fn holder(&self, endpoint: EndpointId) -> Option<&Holder> {
+        of_block(&self.holders, endpoint)
+    }
+
     /// Whether an endpoint is heard although the tables call it gone.
     pub fn is_heard(&self, endpoint: EndpointId) -> bool {
         self.heard.get(&endpoint.block()) == Some(&endpoint)
@@ -174,4 +185,11 @@ impl View {
     pub fn link_slot(&self, tag: ClusterTag) -> Slot {
         self.links.get(&tag).map_or(Slot::UNKNOWN, |link| link.slot)
     }
+}
+
+fn of_block<T>(table: &HashMap<EndpointId, T>, endpoint: EndpointId) -> Option<&T> {
+    table.get(&endpoint).or_else(|| {
+        let mut others = (0..Incarnation::COUNT).rev().filter_map(Incarnation::new);
+        others.find_map(|incarnation| table.get(&endpoint.block().endpoint(incarnation)))
+    })
 }

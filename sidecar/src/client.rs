@@ -13,9 +13,9 @@ use prost::Message;
 use tokio::sync::watch;
 use tombolo_identity::files;
 use tombolo_model::names::ServiceKey;
-use tombolo_overlay::Overlay;
 use tombolo_overlay::member::Member;
 use tombolo_overlay::revoking::Enforcer;
+use tombolo_overlay::{Overlay, grpc};
 use tombolo_proto::v1;
 use tombolo_proto::v1::config_client::ConfigClient;
 use tombolo_runtime::clock;
@@ -35,6 +35,8 @@ const REPORT_EVERY: Duration = Duration::from_secs(1);
 const CALL_TIMEOUT: Duration = Duration::from_secs(3);
 /// After a stream that a federator ended at once.
 const REOPEN_PAUSE: Duration = Duration::from_millis(500);
+/// How often a refused clone says so.
+const CLONED_REMINDER: Duration = Duration::from_secs(3600);
 const FILE: &str = "snapshot.pb";
 /// Thousands of upstreams with their keys; tonic refuses more than 4 MB anyway.
 const MAX_SNAPSHOT_BYTES: u64 = 16 * 1024 * 1024;
@@ -52,6 +54,15 @@ pub fn last_snapshot(dir: &Path) -> Option<v1::SidecarSnapshot> {
             |reason| tracing::warn!(path = %path.display(), reason, "the last configuration can't be read"),
         )
         .ok()
+}
+
+/// Another process holds this identity, and lives.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct Cloned(String);
+
+fn is_clone(status: &tonic::Status) -> bool {
+    status.metadata().contains_key(grpc::CLONED)
 }
 
 /// Watches the configuration.
@@ -90,7 +101,13 @@ impl ControlTask {
     pub async fn run(mut self) {
         let mut stored: Option<PathBuf> = None;
         loop {
-            if let Err(error) = self.watch(&mut stored).await {
+            let watched = self.watch(&mut stored).await;
+            if let Err(cloned) = &watched
+                && let Some(Cloned(reason)) = cloned.downcast_ref()
+            {
+                return self.give_way(reason).await;
+            }
+            if let Err(error) = watched {
                 tracing::info!(%error, "no configuration from a federator; what is known keeps serving");
             }
             self.metrics.control_connected.set(0);
@@ -102,6 +119,31 @@ impl ControlTask {
                 self.overlay.cut_all().await;
             }
             tokio::time::sleep(REOPEN_PAUSE.mul_f64(0.5 + rand::random::<f64>())).await;
+        }
+    }
+
+    /// This process is a copy: it serves and calls nobody, and tells no gateway where it is. It stays refused, so it
+    /// does not ask again.
+    async fn give_way(&self, reason: &str) {
+        self.metrics.control_connected.set(0);
+        self.metrics.clone_refused.set(1);
+        self.member.set_refused(true);
+        self.overlay.cut_all().await;
+        self.member.disconnect().await;
+        self.overlay.set_routes(tombolo_overlay::Routes::empty(self.member.tag()));
+        loop {
+            tracing::error!(spiffe_id = %self.member.spiffe_id(), reason,
+                "this sidecar's identity is used by another process: this one is refused, and has to be started anew");
+            tokio::time::sleep(CLONED_REMINDER).await;
+        }
+    }
+
+    /// Somebody else came with our identity.
+    fn tell_of_clones(&self, clones: Option<&v1::Clones>) {
+        let Some(v1::Clones { refused, last_unix, host }) = clones else { return };
+        if self.metrics.clones_seen.set(i64::from(*refused)) != i64::from(*refused) {
+            tracing::error!(spiffe_id = %self.member.spiffe_id(), refused, last_unix, host,
+                "another process came with this machine's identity and was refused: the machine was copied with its key, or its key is stolen");
         }
     }
 
@@ -127,6 +169,8 @@ impl ControlTask {
             let Some(snapshot) = next.map_err(|status| status.message().to_owned())? else { return Ok(()) };
             self.metrics.control_connected.set(1);
             self.member.set_refused(false);
+            self.metrics.clone_refused.set(0);
+            self.tell_of_clones(snapshot.clones.as_ref());
             let unix = clock::since_unix_epoch();
             // Unchanged ones are heartbeats.
             if last.as_ref() == Some(&snapshot) && !self.carry.is_over(unix) {
@@ -150,7 +194,14 @@ impl ControlTask {
         let mut hello = v1::SidecarHello { lease: Some(self.member.lease().to_wire()), ..self.hello.clone() };
         hello.upstreams.extend(wanted.borrow_and_update().iter().map(ToString::to_string));
         let opened = tokio::time::timeout(CALL_TIMEOUT, client.watch_sidecar(hello)).await?;
-        Ok(opened.map_err(|status| status.message().to_owned())?.into_inner())
+        let opened = opened.map_err(|status| -> Box<dyn std::error::Error + Send + Sync> {
+            if is_clone(&status) {
+                Cloned(status.message().to_owned()).into()
+            } else {
+                status.message().into()
+            }
+        });
+        Ok(opened?.into_inner())
     }
 
     /// Parses and publishes; what can't be used is logged and counted. False: nothing of it counts.
@@ -264,6 +315,12 @@ impl ReportTask {
         let send = async {
             let channel = self.member.connect(&self.overlay).await.map_err(|e| e.to_string())?;
             let answer = ConfigClient::new(channel).report(report).await;
+            if let Err(status) = &answer
+                && is_clone(status)
+            {
+                // The configuration stream is opened anew, and is told why it may not.
+                self.member.disconnect().await;
+            }
             answer.map_err(|status| status.message().to_owned())
         };
         let late = |_| format!("no answer within {}s", CALL_TIMEOUT.as_secs());

@@ -7,12 +7,14 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
+use ipnet::IpNet;
 use tombolo_model::names::{NameError, ServiceKey};
 use tombolo_model::protocol::Protocol;
 use tombolo_names::server::NamesConfig;
 use tombolo_overlay::MAX_PARTS;
 use tombolo_overlay::member::EntryPoints;
 
+use crate::agentless::Backend;
 use crate::capture::CaptureConfig;
 use crate::capture::settings::MAX_ADDRESSES;
 use crate::health::{HealthCheck, Probe};
@@ -47,6 +49,8 @@ pub struct LocalPort {
 pub struct ServiceConfig {
     pub service: ServiceKey,
     pub ports: Vec<LocalPort>,
+    /// Without a sidecar of their own, behind this one: then its one port leads to them and not to its target.
+    pub backends: Vec<Backend>,
     /// How the application is checked; a TCP connect to its first port unless told otherwise.
     pub health: HealthCheck,
     /// Capacity relative to others; 100 is usual.
@@ -61,6 +65,10 @@ impl ServiceConfig {
         let tcp = self.ports.iter().find(|port| port.protocol == Protocol::Tcp).map(|port| port.target);
         match self.health.target.or(tcp) {
             Some(target) => Some((self.health.clone(), target)),
+            // Asks no port at all.
+            None if matches!(self.health.probe, Probe::Command { .. }) => {
+                Some((self.health.clone(), first.target))
+            }
             None => Some((HealthCheck { probe: Probe::None, ..self.health.clone() }, first.target)),
         }
     }
@@ -113,6 +121,8 @@ pub struct SidecarConfig {
     pub capture: Option<CaptureConfig>,
     /// Where local applications resolve names; `None`: nowhere.
     pub names: Option<NamesConfig>,
+    /// Where agentless backends may be although it is dangerous.
+    pub agentless_allow: Vec<IpNet>,
 }
 
 /// What is wrong with a setting, and what would be right.
@@ -216,6 +226,23 @@ impl SidecarConfig {
         Ok(())
     }
 
+    /// Ports on which this process listens: no agentless backend is there.
+    pub fn own_ports(&self) -> Vec<u16> {
+        let capture = self.capture.iter().flat_map(|capture| {
+            let inbound = capture.inbound.iter().flat_map(|inbound| &inbound.listen);
+            capture.listen.iter().chain(inbound)
+        });
+        let upstreams = self.upstreams.iter().map(|upstream| upstream.listen.port());
+        let names = self.names.iter().map(|names| names.listen.port());
+        let fixed = [self.bind.port(), self.admin.port()].into_iter();
+        fixed
+            .chain(capture.map(SocketAddr::port))
+            .chain(upstreams)
+            .chain(names)
+            .filter(|port| *port != 0)
+            .collect()
+    }
+
     /// Whether gateways have to be told by REGISTER where this sidecar is.
     pub fn registers(&self) -> bool {
         self.announce.is_none() && self.bind.ip().is_unspecified()
@@ -272,6 +299,7 @@ pub fn services_from(mappings: impl IntoIterator<Item = Mapping>) -> Vec<Service
             None => services.push(ServiceConfig {
                 service,
                 ports: vec![local],
+                backends: Vec::new(),
                 health: HealthCheck::default(),
                 weight: 100,
             }),

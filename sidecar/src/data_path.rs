@@ -4,6 +4,7 @@
 //! own, so that no packet and no byte crosses threads. What they have in common: configuration, admission, limits,
 //! metrics, the drain. The first part runs on the sidecar's own thread; the others end when [`Threads`] is ended.
 
+use std::collections::HashMap;
 use std::io;
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -11,6 +12,7 @@ use std::thread::JoinHandle;
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, oneshot, watch};
 use tokio_util::sync::CancellationToken;
+use tombolo_model::names::ServiceKey;
 use tombolo_overlay::member::Member;
 use tombolo_overlay::{BindError, Limits, Overlay, Part, ServerTls};
 use tombolo_runtime::drain::Drain;
@@ -18,11 +20,12 @@ use tombolo_runtime::rt;
 use tombolo_runtime::tasks::TaskGroup;
 
 use crate::access::Admission;
+use crate::agentless::{Alive, Destination};
 use crate::capture::pass::Dialler;
 use crate::capture::targets::Targets;
 use crate::capture::wanted::Wanted;
 use crate::capture::{CapturedContext, CapturedTask, PlainContext, PlainTask};
-use crate::config::{ServiceConfig, SidecarConfig};
+use crate::config::{LocalPort, ServiceConfig, SidecarConfig};
 use crate::failover::{Router, Routes, ShiftLog};
 use crate::inbound::{InboundContext, InboundTask, LocalTarget};
 use crate::listening::{Listening, UpstreamListener};
@@ -59,6 +62,8 @@ pub(crate) struct DataPath {
     /// Services that are asked for when somebody calls them.
     pub wanted: Wanted,
     pub capture: Option<Capture>,
+    /// What is in order of services whose backends have no sidecar.
+    pub agentless: Arc<HashMap<ServiceKey, watch::Receiver<Arc<Alive>>>>,
     pub tasks: TaskGroup,
 }
 
@@ -78,6 +83,7 @@ impl DataPath {
             dialler,
             wanted,
             capture,
+            agentless,
             tasks,
         } = self.clone();
         let plain = config.capture.as_ref().and_then(|capture| capture.inbound.as_ref());
@@ -100,7 +106,7 @@ impl DataPath {
             drain: drain.clone(),
             tasks: tasks.clone(),
         };
-        let services = targets(&config.services, &metrics);
+        let services = targets(&config.services, &agentless, &metrics);
         tasks.spawn("inbound", InboundTask::new(overlay.clone(), services, admitted, inbound).run());
 
         let pools = PoolContext {
@@ -167,11 +173,17 @@ impl DataPath {
 
 fn targets(
     services: &[ServiceConfig],
+    agentless: &HashMap<ServiceKey, watch::Receiver<Arc<Alive>>>,
     metrics: &Metrics,
-) -> std::collections::HashMap<Arc<str>, Arc<LocalTarget>> {
+) -> HashMap<Arc<str>, Arc<LocalTarget>> {
     let target = |service: &ServiceConfig| {
         let name = service.service.to_string();
-        let ports = service.ports.iter().map(|port| ((port.protocol, port.port), port.target)).collect();
+        let destination = |port: &LocalPort| match agentless.get(&service.service) {
+            Some(alive) => Destination::Agentless(alive.clone()),
+            None => Destination::Local(port.target),
+        };
+        let ports =
+            service.ports.iter().map(|port| ((port.protocol, port.port), destination(port))).collect();
         let flows = metrics.udp.service("inbound", &name);
         let metrics = metrics.service("inbound", &name);
         let service = service.service.clone();

@@ -9,6 +9,8 @@ use tokio::net::TcpStream;
 use tokio::sync::watch;
 use tombolo_runtime::drain::Drain;
 
+mod command;
+
 /// A status line is shorter; the rest of an answer is nobody's business here.
 const MAX_STATUS_LINE_BYTES: u64 = 1024;
 
@@ -19,6 +21,8 @@ pub enum Probe {
     Tcp,
     /// It answers `GET path` with a status in 200..400.
     Http { path: String },
+    /// A program, by its path, with arguments: it ends with 0. No shell is involved unless it is the program.
+    Command { command: Vec<String> },
     /// It is taken for healthy.
     None,
 }
@@ -128,12 +132,13 @@ pub async fn watch_service(
     }
 }
 
-async fn probe(check: &HealthCheck, target: SocketAddr) -> Result<(), String> {
+pub(crate) async fn probe(check: &HealthCheck, target: SocketAddr) -> Result<(), String> {
     let asked = async {
         match &check.probe {
             Probe::None => Ok(()),
             Probe::Tcp => TcpStream::connect(target).await.map(drop).map_err(|e| e.to_string()),
             Probe::Http { path } => get(target, path).await,
+            Probe::Command { command } => command::check(command).await,
         }
     };
     let late = format!("no answer within {} ms", check.timeout.as_millis());

@@ -12,7 +12,6 @@
 //! it make a handshake for each call, and hear of a lost connection instead of a denial.
 
 use std::collections::HashMap;
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::time::{Duration, Instant};
@@ -28,7 +27,8 @@ use tombolo_runtime::drain::Drain;
 use tombolo_runtime::tasks::TaskGroup;
 
 use crate::access::Admission;
-use crate::capture::pass::Dialler;
+use crate::agentless::Destination;
+use crate::capture::pass::{Dialled, Dialler};
 use crate::codes;
 use crate::copy::{self, BiStream, End, IdleLimits, Meter};
 use crate::header::{self, HeaderError};
@@ -75,7 +75,7 @@ impl Default for InboundLimits {
 #[derive(Clone, Debug)]
 pub struct LocalTarget {
     pub service: ServiceKey,
-    pub ports: HashMap<(Protocol, u16), SocketAddr>,
+    pub ports: HashMap<(Protocol, u16), Destination>,
     pub metrics: ServiceMetrics,
     pub flows: FlowMetrics,
 }
@@ -296,6 +296,17 @@ fn authorise(
     refused
 }
 
+/// The first that accepts of those that are in order.
+async fn dial(dialler: &Dialler, destination: &Destination) -> Option<Dialled> {
+    for address in destination.candidates() {
+        match dialler.connect(address, CONNECT_TIMEOUT).await {
+            Ok(dialled) => return Some(dialled),
+            Err(error) => tracing::debug!(%error, %address, "the application did not accept"),
+        }
+    }
+    None
+}
+
 /// Serves one stream to its end, and says how it ended.
 async fn carry(
     shared: &Shared,
@@ -336,21 +347,20 @@ async fn carry(
     if let Some(code) = authorise(shared, caller, target, carried) {
         return refuse(stream, code);
     }
-    let Some(address) = target.ports.get(&(carried.protocol, opened.port)) else {
+    let Some(destination) = target.ports.get(&(carried.protocol, opened.port)) else {
         return refuse(stream, codes::UNKNOWN_PORT);
     };
     if carried.protocol == Protocol::Udp {
-        return flow::carry(shared, caller, target, *address, stream, opened, meter, carried).await;
+        let Some(address) = destination.candidates().first().copied() else {
+            return refuse(stream, codes::CONNECT_REFUSED);
+        };
+        return flow::carry(shared, caller, target, address, stream, opened, meter, carried).await;
     }
     let Ok(_slot) = Arc::clone(&shared.context.slots).try_acquire_owned() else {
         return refuse(stream, codes::OVERLOADED);
     };
-    let dialled = match shared.context.dialler.connect(*address, CONNECT_TIMEOUT).await {
-        Ok(dialled) => dialled,
-        Err(error) => {
-            tracing::debug!(%error, %address, "the local application did not accept");
-            return refuse(stream, codes::CONNECT_REFUSED);
-        }
+    let Some(dialled) = dial(&shared.context.dialler, destination).await else {
+        return refuse(stream, codes::CONNECT_REFUSED);
     };
     let (tcp, _known) = dialled.into_parts();
     // Small answers must not wait for an acknowledgement of the ones before.

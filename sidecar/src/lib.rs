@@ -9,6 +9,7 @@
 //! process; [`workload_api`] hands the application its own identity.
 
 pub mod access;
+pub mod agentless;
 pub mod capture;
 pub mod carry;
 pub mod client;

@@ -96,6 +96,10 @@ pub struct Metrics {
     pub rejected_records: Family<RejectLabels, Counter>,
     pub access: Family<AccessLabels, Counter>,
     pub control_connected: Gauge,
+    /// 1: this process is a clone, and refused.
+    pub clone_refused: Gauge,
+    /// Others that came with this identity and were refused.
+    pub clones_seen: Gauge,
     attestations: Family<AttestationLabels, Counter>,
     expired_connections: Counter,
     revoked_connections: Counter,
@@ -126,6 +130,8 @@ impl Metrics {
             rejected_records: Family::default(),
             access: Family::default(),
             control_connected: Gauge::default(),
+            clone_refused: Gauge::default(),
+            clones_seen: Gauge::default(),
             attestations: Family::default(),
             expired_connections: Counter::default(),
             revoked_connections: Counter::default(),
@@ -188,6 +194,16 @@ impl Metrics {
             "control_connected",
             "Whether a federator is connected",
             m.control_connected.clone(),
+        );
+        registry.register(
+            "clone_refused",
+            "1 while another process holds this one's identity, and this one is refused",
+            m.clone_refused.clone(),
+        );
+        registry.register(
+            "clones_seen",
+            "Processes that came with this identity while this one lived, and were refused",
+            m.clones_seen.clone(),
         );
         registry.register(
             "attestations",

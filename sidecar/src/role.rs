@@ -30,6 +30,7 @@ use tombolo_runtime::readiness::{BlockReady, Readiness};
 use tombolo_runtime::tasks::TaskGroup;
 
 use crate::access::Admission;
+use crate::agentless;
 use crate::capture;
 use crate::capture::pass::Dialler;
 use crate::capture::targets::Targets;
@@ -48,6 +49,8 @@ use crate::tables::Tables;
 use crate::udp::UdpContext;
 use crate::workload_api::{self, WorkloadApi};
 
+/// What this machine is called, for people.
+const HOSTNAME: &str = "/proc/sys/kernel/hostname";
 /// The last report and the closing frames.
 const GOODBYE: Duration = Duration::from_secs(2);
 /// After the drain is forced, tasks see it at once; what does not is aborted.
@@ -303,6 +306,7 @@ impl Bound {
             }
             _ => (Dialler::plain(), None),
         };
+        let (watched, agentless) = agentless::watch::of(&config);
         let udp = UdpContext::new(config.udp, metrics.udp.clone());
         let path = DataPath {
             config: Arc::clone(&config),
@@ -317,6 +321,7 @@ impl Bound {
             dialler,
             wanted,
             capture,
+            agentless: Arc::new(agentless),
             tasks: tasks.clone(),
         };
         let mut threads = Threads::default();
@@ -338,7 +343,11 @@ impl Bound {
         slots.extend(passed.map(|slots| (slots, config.pool.max_app_connections)));
         drop(path);
         let mut verdicts = Vec::new();
-        for service in &config.services {
+        for watched in watched {
+            verdicts.push((watched.service.clone(), watched.verdict.subscribe()));
+            tasks.spawn("agentless backends", agentless::watch::run(watched, watcher.clone()));
+        }
+        for service in config.services.iter().filter(|service| service.backends.is_empty()) {
             let Some((check, target)) = service.checked() else { continue };
             let (verdict, seen) = watch::channel(None);
             verdicts.push((service.service.clone(), seen));
@@ -492,6 +501,7 @@ fn hello(config: &SidecarConfig, overlay: &Overlay) -> v1::SidecarHello {
             })
             .collect(),
         weight: service.weight,
+        plain: service.backends.iter().map(ToString::to_string).collect(),
     };
     let mut upstreams: Vec<_> = asked_for(config).map(|service| service.to_string()).collect();
     upstreams.sort();
@@ -503,5 +513,7 @@ fn hello(config: &SidecarConfig, overlay: &Overlay) -> v1::SidecarHello {
         upstreams,
         version: env!("CARGO_PKG_VERSION").to_owned(),
         lease: None,
+        instance: rand::random::<[u8; 16]>().to_vec(),
+        host: std::fs::read_to_string(HOSTNAME).unwrap_or_default().trim().to_owned(),
     }
 }

@@ -30,6 +30,7 @@ use tombolo_proto::v1;
 use tombolo_runtime::tasks::TaskGroup;
 use tombolo_runtime::{clock, drain};
 use tombolo_sidecar::access::{Access, Admission};
+use tombolo_sidecar::agentless::Destination;
 use tombolo_sidecar::inbound::{InboundContext, InboundLimits, InboundTask, LocalTarget};
 use tombolo_sidecar::metrics::{AccessLabels, Metrics};
 use tombolo_sidecar::udp::{UdpContext, UdpLimits};
@@ -83,7 +84,10 @@ impl World {
         let app = world.application().await;
         let target = LocalTarget {
             service: SERVICE.parse().unwrap(),
-            ports: HashMap::from([((Protocol::Tcp, 80), app), ((Protocol::Tcp, 81), app)]),
+            ports: HashMap::from([
+                ((Protocol::Tcp, 80), Destination::Local(app)),
+                ((Protocol::Tcp, 81), Destination::Local(app)),
+            ]),
             flows: world.metrics.udp.service("inbound", SERVICE),
             metrics: world.metrics.service("inbound", SERVICE),
         };

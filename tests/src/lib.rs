@@ -14,6 +14,7 @@ pub mod captured;
 pub mod datagrams;
 pub mod hostile;
 pub mod link;
+pub mod machine;
 pub mod mesh;
 pub mod nat;
 pub mod netns;

@@ -1,10 +1,11 @@
 //! `tombolo sidecar`: the data plane of one workload.
 
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
+use ipnet::IpNet;
 use serde::Deserialize;
 use tombolo_overlay::member::EntryPoints;
 use tombolo_runtime::{admin, dirs::Dirs};
@@ -24,9 +25,9 @@ use tombolo_sidecar::role::Sidecar;
 use self::threads::Threads;
 use crate::failure::{Exit, Failure};
 
-mod capture;
+pub mod capture;
 mod captured;
-mod dns;
+pub mod dns;
 mod shared;
 mod threads;
 mod udp;
@@ -205,6 +206,15 @@ struct Settings {
         help_heading = "Names"
     )]
     dns_upstreams: Option<Vec<String>>,
+    /// Where backends of a manifest may be although it is this machine itself, link-local or multicast: a CIDR or an address;
+    /// may be repeated. Ports of this sidecar never
+    #[arg(
+        long = "agentless-allow",
+        env = "TOMBOLO_AGENTLESS_ALLOW",
+        value_delimiter = ',',
+        value_name = "CIDR"
+    )]
+    agentless_allow: Option<Vec<String>>,
     /// Time for open streams to end after SIGTERM [default: 10s]
     #[arg(long, env = "TOMBOLO_DRAIN", value_name = "DURATION")]
     drain: Option<Span>,
@@ -262,6 +272,7 @@ layered!(Settings {
     inbound_listen,
     dns_listen,
     dns_upstreams,
+    agentless_allow,
     drain,
     connections,
     idle,
@@ -291,6 +302,11 @@ pub fn run(args: SidecarArgs) -> Result<Exit, Failure> {
         let bound = Sidecar::build(config).await?;
         Ok::<_, Box<dyn std::error::Error>>(bound.run(drain).await?)
     })
+}
+
+/// What a settings file makes of a sidecar; nothing is bound or joined.
+pub fn config_of(text: &str) -> Result<SidecarConfig, Failure> {
+    serde_saphyr::from_str::<Settings>(text).map_err(Failure::usage)?.config(true)
 }
 
 impl Settings {
@@ -331,6 +347,7 @@ impl Settings {
             inbound_listen,
             dns_listen,
             dns_upstreams,
+            agentless_allow,
             drain,
             connections,
             idle,
@@ -343,7 +360,7 @@ impl Settings {
             log_format: _,
         } = self;
         let name = role::required(name, "--name", "web")?;
-        let (services, upstreams) = work(services, health, upstreams, workload)?;
+        let (services, upstreams) = work(&name, services, health, upstreams, workload)?;
         let (mut inbound, mut pool) = (InboundLimits::default(), PoolLimits::default());
         if let Some(most) = max_app_connections {
             (inbound.max_app_connections, pool.max_app_connections) = (most.get(), most.get());
@@ -386,12 +403,25 @@ impl Settings {
             }
             .config()?,
             names: names::config(dns_listen, dns_upstreams)?,
+            agentless_allow: cidrs("--agentless-allow", agentless_allow)?,
         };
         if alone {
             config.check().map_err(Failure::usage)?;
         }
         Ok(config)
     }
+}
+
+/// Ranges, or single addresses.
+fn cidrs(flag: &str, texts: Option<Vec<String>>) -> Result<Vec<IpNet>, Failure> {
+    let parse = |text: &String| {
+        let single = text.parse::<IpAddr>().map(IpNet::from);
+        text.parse::<IpNet>().or(single).map_err(|_| {
+            Failure::usage(format_args!("{flag} {text:?} is neither a CIDR nor an address"))
+                .remedy("give it as 127.0.0.0/8 or 10.0.0.5")
+        })
+    };
+    texts.unwrap_or_default().iter().map(parse).collect()
 }
 
 /// Names with a port; resolved when they are needed.
@@ -427,6 +457,7 @@ fn workload_api_config(
 
 /// What is served and called: the flags, and the manifest beside them.
 fn work(
+    name: &str,
     services: Option<Vec<String>>,
     health: Option<Vec<String>>,
     upstreams: Option<Vec<String>>,
@@ -445,7 +476,7 @@ fn work(
         workload::health_flag(&text, &mut services)?;
     }
     if let Some(path) = manifest {
-        let (more_services, more_upstreams) = workload::read(&path)?;
+        let (more_services, more_upstreams) = workload::read(&path, name)?;
         services.extend(more_services);
         upstreams.extend(more_upstreams);
     }

@@ -4,16 +4,27 @@ use std::time::Duration;
 
 use clap::{Args, Subcommand};
 
-use super::token;
+use super::{operate, token};
 use crate::args::{Connect, Output, duration};
 use crate::failure::{Exit, Failure};
+
+mod deregister;
+mod join;
+mod leave;
+mod place;
+mod plan;
+mod record;
+mod settings;
+mod systemd;
+mod undo;
 
 /// Let machines outside the cluster join it
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
-  tombolo vm token db-1 > token
-  tombolo sidecar --name db-1 --join-token-file token ...     on the machine, within 15 minutes")]
+  tombolo vm token db-1 > token                              where the federator runs
+  tombolo vm join --token-file token --workload db.yaml      on the machine, within 15 minutes
+  tombolo vm leave                                           on the machine")]
 pub struct VmArgs {
     #[command(subcommand)]
     verb: Verb,
@@ -39,11 +50,18 @@ Examples:
         #[command(flatten)]
         output: Output,
     },
+    Join(Box<join::JoinArgs>),
+    Leave(leave::LeaveArgs),
 }
 
-pub async fn run(args: VmArgs, connect: Connect) -> Result<Exit, Failure> {
-    let VmArgs { verb: Verb::Token { name, group, ttl, output } } = args;
-    let made = token::create(token::Role::Vm, name, String::new(), group, ttl, &connect).await?;
-    token::print(made, output.format)?;
-    Ok(Exit::Done)
+pub fn run(args: VmArgs, connect: Connect) -> Result<Exit, Failure> {
+    match args.verb {
+        Verb::Token { name, group, ttl, output } => operate(async {
+            let made = token::create(token::Role::Vm, name, String::new(), group, ttl, &connect).await?;
+            token::print(made, output.format)?;
+            Ok(Exit::Done)
+        }),
+        Verb::Join(args) => join::run(*args, connect.timeout),
+        Verb::Leave(args) => leave::run(&args, connect.timeout),
+    }
 }

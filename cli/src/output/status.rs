@@ -221,14 +221,18 @@ fn shift_table(imports: &[ImportStatus], most: usize, now: OffsetDateTime) -> Ta
 
 fn endpoint_table(endpoints: &[EndpointStatus], now: OffsetDateTime) -> Table {
     let mut table = table(&["id", "holder", "services", "healthy", "address", "last seen", "reason"]);
-    for EndpointStatus { id, holder, spiffe_id: _, services, healthy, reason, address, last_seen } in
-        endpoints
-    {
+    for endpoint in endpoints {
+        let EndpointStatus { id, holder, spiffe_id: _, services, healthy, reason, address, last_seen, plain } =
+            endpoint;
         let healthy = if *healthy { "yes" } else { "no" };
-        row(
-            &mut table,
-            [id.as_str(), holder, &services.join(","), healthy, address, &age(last_seen, now), reason],
-        );
+        let plain = (!plain.is_empty()).then(|| format!("last hop plain: {}", plain.join(", ")));
+        let reason: Vec<&str> = [Some(reason.as_str()), plain.as_deref()]
+            .into_iter()
+            .flatten()
+            .filter(|r| !r.is_empty())
+            .collect();
+        let (services, seen, reason) = (services.join(","), age(last_seen, now), reason.join("; "));
+        row(&mut table, [id.as_str(), holder, &services, healthy, address, &seen, &reason]);
     }
     table
 }

@@ -30,6 +30,10 @@ pub enum Action {
     /// A first identity, by token.
     Join,
     Renew,
+    /// A machine has left for good.
+    Leave,
+    /// A process came with an identity whose holder lives.
+    Clone,
     /// The federator's own identity, at each start and at half its life.
     OwnSvid,
     /// A join token was made.
@@ -51,9 +55,11 @@ pub enum Action {
 }
 
 impl Action {
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 15] = [
         Self::Join,
         Self::Renew,
+        Self::Leave,
+        Self::Clone,
         Self::OwnSvid,
         Self::Token,
         Self::LinkToken,
@@ -71,6 +77,8 @@ impl Action {
         match self {
             Self::Join => "join",
             Self::Renew => "renew",
+            Self::Leave => "leave",
+            Self::Clone => "clone",
             Self::OwnSvid => "own-svid",
             Self::Token => "token",
             Self::LinkToken => "link-token",

@@ -37,7 +37,7 @@ pub struct ClusterStatus {
 pub struct Finding {
     /// `notice`, `warning` or `critical`.
     pub severity: String,
-    /// `CaExpiresSoon`, `CaExpired`, `StoreNotWritable`, `ForeignBundleStale` or `UpstreamNotShown`.
+    /// `CaExpiresSoon`, `CaExpired`, `StoreNotWritable`, `ForeignBundleStale`, `UpstreamNotShown` or `IdentityUsedTwice`.
     pub reason: String,
     pub about: String,
     pub message: String,
@@ -170,6 +170,9 @@ pub struct EndpointStatus {
     /// `ip:port`, or `registers` for one behind NAT.
     pub address: String,
     pub last_seen: String,
+    /// Backends without a sidecar behind this one: to them the last hop is plain.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub plain: Vec<String>,
 }
 
 /// A foreign trust domain and what is known of it.

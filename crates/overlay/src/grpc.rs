@@ -32,6 +32,9 @@ const HTTP2_WINDOW_BYTES: u32 = 2 * 1024 * 1024;
 /// seconds (as HTTP's Retry-After, RFC 9110 section 10.2.3).
 pub const RETRY_AFTER: &str = "retry-after";
 
+/// Metadata of a refusal: another process holds the caller's identity, and lives.
+pub const CLONED: &str = "tombolo-cloned";
+
 /// Who is calling: put into every request's extensions.
 #[derive(Clone, Debug)]
 pub struct PeerInfo {

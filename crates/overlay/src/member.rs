@@ -10,13 +10,14 @@
 //! in. A torn or foreign file is an error that says what to do, never a reason to start over.
 //!
 //! [`join`](mod@join) fills the directory, [`control`] keeps a connection to a federator, [`renewal`] renews the SVID at half its
-//! life, [`lapsed`] one that has ended, [`trust`] tells what is trusted and shown, [`workload`] asks for what the application behind it shows. The key is made
+//! life, [`lapsed`] one that has ended, [`leave`] gives it up, [`trust`] tells what is trusted and shown, [`workload`] asks for what the application behind it shows. The key is made
 //! here and never leaves.
 
 pub mod backoff;
 pub mod control;
 pub mod join;
 pub mod lapsed;
+pub mod leave;
 pub mod renewal;
 mod state;
 #[cfg(test)]

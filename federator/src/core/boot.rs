@@ -24,6 +24,7 @@ use super::audit::AuditLog;
 use super::imports::View;
 use super::{Core, trust};
 use crate::authorities::Announcements;
+use crate::clones::Contests;
 use crate::facts::{
     AddressRecord, ClusterFacts, Facts, HandleRecord, IdentityRecord, Import, ImportRecord, LeaseRecord,
     Link, MetaRecord, ObjectRecord, Role, ShiftRecord, StoredObject, TrustRecord,
@@ -137,6 +138,7 @@ impl Core {
             released,
             views,
             sessions: HashMap::new(),
+            contests: Contests::default(),
             next_watch: 1,
             unsaved_imports: BTreeSet::new(),
             saved_heard,

@@ -1,9 +1,13 @@
 //! Why the core refused: what it becomes on the wire.
 
+use std::time::Duration;
+
 use tombolo_identity::issuer::IssueError;
 use tombolo_identity::rotation::UpdateError;
 use tombolo_model::resource::fields::ObjectError;
+use tombolo_overlay::grpc;
 use tombolo_proto::convert::FieldError;
+use tonic::metadata::MetadataValue;
 use tonic::{Code, Status};
 
 use crate::store::StoreError;
@@ -26,6 +30,12 @@ pub enum CoreError {
     /// The caller may not do this.
     #[error("{0}")]
     Denied(String),
+    /// Another process holds what this one claims, and lives.
+    #[error("{0}")]
+    Cloned(String),
+    /// Whether the holder lives is not known yet: ask again after this.
+    #[error("another process may hold this identity: ask again in {} ms", .0.as_millis())]
+    Contested(Duration),
     /// Something must be done first.
     #[error("{0}")]
     Precondition(String),
@@ -48,6 +58,8 @@ impl CoreError {
             Self::Issue(_) => "issue",
             Self::Trust(_) => "trust",
             Self::Denied(_) => "denied",
+            Self::Cloned(_) => "cloned",
+            Self::Contested(_) => "contested",
             Self::Precondition(_) => "precondition",
             Self::NotFound(_) => "not_found",
             Self::Exhausted(_) => "exhausted",
@@ -56,7 +68,7 @@ impl CoreError {
     pub fn is_retryable(&self) -> bool {
         match self {
             Self::Store(error) => error.is_retryable(),
-            Self::Gone | Self::Exhausted(_) => true,
+            Self::Gone | Self::Exhausted(_) | Self::Contested(_) => true,
             _ => false,
         }
     }
@@ -71,10 +83,14 @@ impl From<CoreError> for Status {
             CoreError::Issue(_) | CoreError::Trust(_) | CoreError::Precondition(_) => {
                 Code::FailedPrecondition
             }
-            CoreError::Denied(_) => Code::PermissionDenied,
+            CoreError::Denied(_) | CoreError::Cloned(_) => Code::PermissionDenied,
             CoreError::NotFound(_) => Code::NotFound,
-            CoreError::Exhausted(_) => Code::ResourceExhausted,
+            CoreError::Exhausted(_) | CoreError::Contested(_) => Code::ResourceExhausted,
         };
-        Status::new(code, error.to_string())
+        let mut status = Status::new(code, error.to_string());
+        if matches!(error, CoreError::Cloned(_)) {
+            status.metadata_mut().insert(grpc::CLONED, MetadataValue::from_static("1"));
+        }
+        status
     }
 }

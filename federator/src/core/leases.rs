@@ -105,6 +105,7 @@ impl Core {
             replaced: false,
             group: String::new(),
             pod: None,
+            clones: Vec::new(),
         })
     }
 

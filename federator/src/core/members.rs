@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::SocketAddr;
+use std::sync::Arc;
 
 use tombolo_identity::{PeerIdentity, SpiffeId};
 use tombolo_model::ids::{Block, EndpointId};
@@ -32,7 +33,7 @@ type Services = BTreeMap<ServiceKey, (Vec<Port>, u32)>;
 /// Who is behind a connection.
 #[derive(Clone, Debug)]
 pub enum Session {
-    Sidecar { id: SpiffeId, block: Block, watch: u64 },
+    Sidecar { id: SpiffeId, block: Block, watch: u64, hello: Arc<SidecarHello> },
     Gateway { id: SpiffeId, name: String, watch: u64 },
 }
 
@@ -77,6 +78,7 @@ impl Core {
             return Err(CoreError::Denied(format!("{id} is a gateway, not a sidecar")));
         }
         let mut record = self.shown_lease(id, role, hello.lease.as_ref())?;
+        let instance = self.claim(&record, hello, moment)?;
         let ids = endpoints_of(&record, &hello.endpoints)?;
         let first = hello.endpoint_addresses.first().map(String::as_str).unwrap_or_default();
         let address = usable("endpoint_addresses", convert::address("endpoint_addresses", first)?)?;
@@ -89,7 +91,7 @@ impl Core {
         }
         let record = self.keep_what_it_said(record, moment)?;
         let watch = self.draw_watch();
-        let event = Event::Sidecar(SidecarHello {
+        let said = SidecarHello {
             block: record.block,
             spiffe_id: id.clone(),
             role,
@@ -99,10 +101,15 @@ impl Core {
             refused,
             watch,
             version: hello.version.chars().take(64).collect(),
-        });
-        self.step(event, moment);
+            instance,
+            host: hello.host.chars().take(64).collect(),
+            plain: plain_hops(&hello.services),
+        };
+        let hello = Arc::new(said.clone());
+        self.step(Event::Sidecar(said), moment);
         self.handles_stale = true;
-        self.sessions.insert(connection, Session::Sidecar { id: id.clone(), block: record.block, watch });
+        let session = Session::Sidecar { id: id.clone(), block: record.block, watch, hello };
+        self.sessions.insert(connection, session);
         Ok(Welcome { block: record.block, watch, role })
     }
 
@@ -168,6 +175,9 @@ impl Core {
         let session = session.ok_or_else(|| {
             CoreError::Precondition("open the configuration stream before reporting".to_owned())
         })?;
+        if let Session::Sidecar { hello, .. } = &session {
+            self.judge_reporter(hello, moment)?;
+        }
         if !report.enforcements.is_empty() {
             // What a member makes up is not kept.
             let held = revocations::in_force(&self.facts);
@@ -216,7 +226,7 @@ impl Core {
         }
     }
 
-    fn step(&mut self, event: Event, moment: Moment) -> bool {
+    pub(super) fn step(&mut self, event: Event, moment: Moment) -> bool {
         let changed = self.facts.registry.step(event, moment.monotonic, moment.unix.as_secs());
         self.dirty |= changed;
         changed
@@ -290,7 +300,7 @@ impl Core {
         let mut found = None;
         for (key, stored) in &self.facts.objects {
             let Spec::Workload(spec) = &stored.object.spec else { continue };
-            if spec.sidecar.as_deref().unwrap_or(&key.name) != machine {
+            if spec.holder(&key.name) != machine {
                 continue;
             }
             let Ok(namespace) = key.namespace.parse::<tombolo_model::names::Namespace>() else { continue };
@@ -451,6 +461,16 @@ fn usable(field: &'static str, address: Option<SocketAddr>) -> Result<Option<Soc
         }
         address => Ok(address),
     }
+}
+
+/// Backends past the mesh, as a sidecar names them: for people, and bounded.
+fn plain_hops(wire: &[v1::LocalService]) -> BTreeMap<ServiceKey, Vec<String>> {
+    const MOST: usize = 32;
+    let hops = wire.iter().filter(|service| !service.plain.is_empty()).filter_map(|service| {
+        let plain = service.plain.iter().take(MOST).map(|hop| hop.chars().take(260).collect());
+        Some((service.service.parse().ok()?, plain.collect()))
+    });
+    hops.collect()
 }
 
 /// What is kept of the services: their health stays as it was until it is reported.

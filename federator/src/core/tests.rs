@@ -5,6 +5,7 @@ mod any_order;
 mod audit;
 mod authorities;
 mod boot;
+mod clones;
 mod crashes;
 mod federations;
 mod handles;
@@ -13,6 +14,7 @@ mod joining;
 mod jwt;
 mod lapsed;
 mod leases;
+mod leaving;
 mod links;
 mod members;
 mod pods;
@@ -181,7 +183,7 @@ impl Joined {
 
 fn local_service(service: &str) -> v1::LocalService {
     let port = v1::ServicePort { port: 80, ..Default::default() };
-    v1::LocalService { service: service.into(), ports: vec![port], weight: 0 }
+    v1::LocalService { service: service.into(), ports: vec![port], ..Default::default() }
 }
 
 pub(crate) fn identity_of(core: &Core, id: &str) -> PeerIdentity {

@@ -20,6 +20,9 @@ fn hello(watch: u64) -> Event {
         refused: BTreeMap::new(),
         watch,
         version: String::new(),
+        instance: None,
+        host: String::new(),
+        plain: BTreeMap::new(),
     })
 }
 fn report(healthy: bool, leaving: bool) -> Event {
@@ -134,5 +137,6 @@ fn remembered(healthy: bool) -> LeaseRecord {
         replaced: false,
         group: String::new(),
         pod: None,
+        clones: Vec::new(),
     }
 }

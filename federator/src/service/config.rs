@@ -18,8 +18,8 @@ use tombolo_proto::{convert, v1};
 use tombolo_runtime::tasks::TaskGroup;
 use tonic::{Request, Response, Status};
 
-use super::member;
 use super::names::{self, Names};
+use super::{Caller, member};
 use crate::core::members::Welcome;
 use crate::core::{Core, CoreError, CoreHandle, Moment};
 use crate::facts::Facts;
@@ -116,6 +116,24 @@ impl Source for SidecarSource {
 }
 
 impl ConfigService {
+    /// Lets a sidecar in. One that claims what another process holds waits until it is known whether that one lives.
+    async fn welcome(&self, caller: Caller, hello: v1::SidecarHello) -> Result<Welcome, CoreError> {
+        let (identity, connection, hello) = (caller.identity, caller.connection, Arc::new(hello));
+        loop {
+            let (identity, hello) = (Arc::clone(&identity), Arc::clone(&hello));
+            let job =
+                move |core: &mut Core, moment| core.sidecar_hello(&identity, connection, &hello, moment);
+            match self.core.attempt(job).await {
+                Err(CoreError::Contested(wait)) => tokio::time::sleep(wait).await,
+                refused @ Err(CoreError::Cloned(_)) => {
+                    self.metrics.issued("hello", &refused);
+                    return refused;
+                }
+                welcome => return welcome,
+            }
+        }
+    }
+
     /// Streams what `source` makes of the facts until the reader is gone.
     fn stream<S: Source>(&self, watch: Watch, mut source: S) -> Snapshots<S::Snapshot> {
         let (sender, receiver) = mpsc::channel(1);
@@ -235,12 +253,7 @@ impl Config for ConfigService {
         let upstreams = hello.upstreams.iter().map(|service| convert::parse("upstreams", service));
         let upstreams: Vec<ServiceKey> = upstreams.collect::<Result<_, _>>().map_err(CoreError::from)?;
         let id = caller.identity.spiffe_id.clone();
-        let welcome = self
-            .core
-            .attempt(move |core, moment| {
-                core.sidecar_hello(&caller.identity, caller.connection, &hello, moment)
-            })
-            .await?;
+        let welcome = self.welcome(caller, hello).await?;
         tracing::info!(spiffe_id = %id, block = %welcome.block, "sidecar connected");
         let watch = Watch { core: self.core.clone(), id: welcome.watch };
         let rings = Arc::clone(&self.rings);
@@ -265,6 +278,13 @@ impl Config for ConfigService {
             .attempt(move |core, moment| core.report(&caller.identity, caller.connection, report, moment))
             .await?;
         Ok(Response::new(ack))
+    }
+
+    async fn leave(&self, request: Request<v1::LeaveRequest>) -> Result<Response<v1::LeaveResponse>, Status> {
+        let caller = member(&request, &self.core.facts().cluster.name)?;
+        let lease = request.into_inner().lease;
+        self.core.attempt(move |core, moment| core.leave(&caller.identity, lease.as_ref(), moment)).await?;
+        Ok(Response::new(v1::LeaveResponse {}))
     }
 
     async fn renew(&self, request: Request<v1::RenewRequest>) -> Result<Response<v1::RenewResponse>, Status> {

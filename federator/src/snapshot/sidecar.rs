@@ -66,8 +66,19 @@ pub fn snapshot(
         jwt_authorities: jwt::believed(facts).into_iter().map(jwt::to_wire).collect(),
         federated_bundles: federated_bundles(facts, block),
         upstream_roots: upstream_roots(facts),
+        clones: clones(facts, block),
         access_policies: access_policies.into_iter().map(|(policy, _)| policy).collect(),
     }
+}
+
+/// Others that came with its identity while it lived.
+fn clones(facts: &Facts, block: Block) -> Option<v1::Clones> {
+    let seen = facts.registry.members.get(&block).map(|member| &member.clones)?;
+    (seen.refused > 0).then(|| v1::Clones {
+        refused: seen.refused,
+        last_unix: i64::try_from(seen.last_unix).unwrap_or(i64::MAX),
+        host: seen.host.clone(),
+    })
 }
 
 /// Of the authority above this cluster's CA: peers of the same trust domain that it has certified directly.

@@ -46,6 +46,7 @@ fn lease(facts: &mut Facts, block: u32, role: Role) {
         replaced: false,
         group: String::new(),
         pod: None,
+        clones: Vec::new(),
     };
     facts.leases.insert(block, record.into());
 }

@@ -249,6 +249,11 @@ fn endpoint(view: &View<'_>, member: &Member) -> EndpointStatus {
         reason,
         address: members::address(member),
         last_seen: rfc3339_seconds(member.heard_unix),
+        plain: member
+            .plain
+            .iter()
+            .flat_map(|(service, hops)| hops.iter().map(move |hop| format!("{service} at {hop}")))
+            .collect(),
     }
 }
 

@@ -212,6 +212,9 @@ impl Fill for Facts {
             refused: BTreeMap::new(),
             watch: u64::from(block.value()),
             version: String::new(),
+            instance: None,
+            host: String::new(),
+            plain: BTreeMap::new(),
         };
         self.registry.step(Event::Sidecar(hello), NOW, UNIX);
     }

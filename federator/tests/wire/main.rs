@@ -4,6 +4,7 @@
 
 mod admin;
 mod clocks;
+mod clones;
 mod joining;
 mod restart;
 
@@ -222,8 +223,11 @@ impl Sidecar {
 
     fn hello(&self, services: &[&str]) -> v1::SidecarHello {
         let port = v1::ServicePort { port: 80, ..Default::default() };
-        let service =
-            |name: &&str| v1::LocalService { service: (*name).into(), ports: vec![port.clone()], weight: 0 };
+        let service = |name: &&str| v1::LocalService {
+            service: (*name).into(),
+            ports: vec![port.clone()],
+            ..Default::default()
+        };
         v1::SidecarHello {
             endpoint_addresses: vec![self.overlay.local_addr().to_string()],
             endpoints: vec![self.overlay.endpoint_id().value()],
@@ -231,6 +235,7 @@ impl Sidecar {
             upstreams: services.iter().map(|name| (*name).to_owned()).collect(),
             version: "test".into(),
             lease: Some(self.member.lease().to_wire()),
+            ..Default::default()
         }
     }
 

@@ -134,8 +134,8 @@ impl State {
         if let Some(address) = record.address.filter(|_| !record.registers) {
             return Some((Via::Side(Side::Inner), address, None));
         }
-        let at = self.registrations.iter().find(|registration| registration.endpoint.block() == block)?;
-        Some((Via::Side(at.side), at.address, self.contacted.get(&block).copied().flatten()))
+        let at = self.registrations.newest(block)?;
+        Some((Via::Side(at.side), at.address, self.contacted.get(&at.endpoint).copied().flatten()))
     }
 
     /// ICMP says that nobody listens at an address: a path is dead at once; of an endpoint, its callers are told.

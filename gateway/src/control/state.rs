@@ -71,7 +71,7 @@ pub struct State {
     pub(super) tables: Option<Arc<Tables>>,
     pub(super) registrations: Registrations,
     /// Which address of ours each registered endpoint contacted.
-    pub(super) contacted: HashMap<Block, Option<IpAddr>>,
+    pub(super) contacted: HashMap<EndpointId, Option<IpAddr>>,
     siblings: Siblings,
     pub(super) hops: Hops,
     learned: HashMap<SocketAddr, (Who, Instant)>,
@@ -134,7 +134,7 @@ impl State {
             .collect();
         for block in gone {
             self.registrations.remove(block);
-            self.contacted.remove(&block);
+            self.contacted.retain(|endpoint, _| endpoint.block() != block);
         }
         let mut known = HashMap::new();
         let mut inner_ips = HashSet::new();
@@ -237,7 +237,7 @@ impl State {
                 let (source, counter) = (arrival.source, datagram.sequence);
                 match self.registrations.on_register(now, source, side, endpoint, counter, register) {
                     Verdict::Accepted { changed, held } => {
-                        let before = self.contacted.insert(endpoint.block(), arrival.contacted);
+                        let before = self.contacted.insert(endpoint, arrival.contacted);
                         self.dirty |= changed || before != Some(arrival.contacted);
                         let body = RegisteredBody { replica: self.start, observed: source, held };
                         out.push(answer.with(Body::Registered(body)));
@@ -450,8 +450,8 @@ impl State {
         self.learned.retain(|_, (_, at)| now.saturating_duration_since(*at) < LEARNED_LIFE);
         self.dirty |= before != (self.siblings.len(), self.learned.len(), self.heard.len());
         if self.contacted.len() > self.registrations.len() {
-            let registered: HashSet<Block> = self.registrations.iter().map(|r| r.endpoint.block()).collect();
-            self.contacted.retain(|block, _| registered.contains(block));
+            let registered: HashSet<EndpointId> = self.registrations.iter().map(|r| r.endpoint).collect();
+            self.contacted.retain(|endpoint, _| registered.contains(endpoint));
         }
     }
 
@@ -476,12 +476,12 @@ impl State {
         let mut registered = HashMap::with_capacity(self.registrations.len());
         for at in self.registrations.iter() {
             let block = at.endpoint.block();
-            if self.registrations.get(block, now).is_none() {
+            if self.registrations.get(at.endpoint, now).is_none() {
                 continue;
             }
-            let contacted = self.contacted.get(&block).copied().flatten();
+            let contacted = self.contacted.get(&at.endpoint).copied().flatten();
             let entry = Registered { endpoint: at.endpoint, address: at.address, side: at.side, contacted };
-            registered.insert(block, entry);
+            registered.insert(at.endpoint, entry);
             let who = Who::Endpoint { block, registered: true };
             learned.insert(at.address, Origin { who, hop: Counters::ENDPOINTS });
         }
@@ -494,7 +494,7 @@ impl State {
             let hop = self.hops.iter().find(|h| h.whose == Whose::Sibling && h.replica.address == address);
             Holder { address, hop: hop.map(|hop| hop.slot).unwrap_or_default() }
         };
-        let holders = self.siblings.iter(now).map(|(block, address)| (block, holder(address)));
+        let holders = self.siblings.iter(now).map(|(endpoint, address)| (endpoint, holder(address)));
         let links = tables.all_links(self.unix).into_iter().map(|link| {
             let slot = self.counters.slot(Name::Link(link.peer.to_string()));
             let paths = self.hops.iter().filter(|hop| hop.whose == Whose::Peer(link.tag));

@@ -59,14 +59,14 @@ fn view() -> View {
     }
 }
 
-fn registered() -> HashMap<Block, Registered> {
+fn registered() -> HashMap<EndpointId, Registered> {
     let at = Registered {
         endpoint: endpoint(2, 0),
         address: at("198.51.100.7:40000"),
         side: Side::Border,
         contacted: Some(at("203.0.113.1:0").ip()),
     };
-    HashMap::from([(at.endpoint.block(), at)])
+    HashMap::from([(at.endpoint, at)])
 }
 
 fn short(cid: &Cid) -> Vec<u8> {
@@ -117,7 +117,7 @@ fn what_is_admitted_goes_where_its_target_is() {
     with_registration.registered = Arc::new(registered());
     let mut with_holder = view();
     let holder = Holder { address: at("10.0.1.12:7441"), hop: Slot::UNKNOWN };
-    with_holder.holders = Arc::new(HashMap::from([(Block::new(2).unwrap(), holder)]));
+    with_holder.holders = Arc::new(HashMap::from([(endpoint(2, 0), holder)]));
     let join = {
         let key = cluster_key().reserved_key(Handle::JOIN, hour());
         Cid::mint(Kind::Control, east(), Handle::JOIN.value(), [4; 7], hour(), &key)
@@ -216,7 +216,7 @@ fn every_reason_to_drop_is_reached() {
     };
     let mut with_holder = view();
     let holder = Holder { address: at("10.0.1.12:7441"), hop: Slot::UNKNOWN };
-    with_holder.holders = Arc::new(HashMap::from([(Block::new(2).unwrap(), holder)]));
+    with_holder.holders = Arc::new(HashMap::from([(endpoint(2, 0), holder)]));
     let wrong_class = to_handle(Kind::Control, east(), &link_key(), &binding(300, "west", "shop/web"), 1);
     let (border, inner) = (Side::Border, Side::Inner);
     let cases = [

@@ -23,6 +23,7 @@ fn config(services: &[&str], upstreams: &[&str]) -> SidecarConfig {
         workload_api: None,
         capture: None,
         names: None,
+        agentless_allow: Vec::new(),
     }
 }
 

@@ -151,6 +151,25 @@ impl Mesh {
     /// machine, `outside(n + 1)` its router, whose addresses are `10.99.0.2` and, spare, `10.99.0.6`.
     pub fn machine(&mut self, cluster: &str, name: &str, extra: &[String]) -> Result<usize> {
         let token = text(&self.token(cluster, "vm", name)?);
+        let index = self.bare_machine(cluster)?;
+        let state = text(&self.state("vm", name));
+        let args = ["sidecar", "--name", name, "--join-token-file", &token, "--state-dir", &state];
+        // No address that anybody could send to first: it registers with the gateways.
+        let args = [&args[..], &["--bind", "0.0.0.0:7442", "--admin", "127.0.0.1:7445"]].concat();
+        let threads = self.threads.to_string();
+        let args = [&args[..], &["--threads", &threads]].concat();
+        let extra: Vec<&str> = extra.iter().map(String::as_str).collect();
+        let spec = ProcessSpec::new(name, &self.bin)
+            .args([&args[..], &extra].concat())
+            .env(CLOCK_OFFSET, self.clock_env(OUTSIDE))
+            .within(self.outside(index)?);
+        self.spawn(&format!("vm/{name}"), spec)?;
+        self.machine_ready(index, name)?;
+        Ok(index)
+    }
+
+    /// The same without a sidecar.
+    pub fn bare_machine(&mut self, cluster: &str) -> Result<usize> {
         let (router, machine) = (Namespace::create("router")?, Namespace::create("machine")?);
         let c = self.cluster(cluster)?;
         veth(
@@ -166,21 +185,8 @@ impl Mesh {
         router.add_route("default", "10.99.0.1".parse()?)?;
         machine.add_route("default", "192.168.77.1".parse()?)?;
         nat::masquerade(&router, "inside", "outside")?;
-        let state = text(&self.state("vm", name));
-        let args = ["sidecar", "--name", name, "--join-token-file", &token, "--state-dir", &state];
-        // No address that anybody could send to first: it registers with the gateways.
-        let args = [&args[..], &["--bind", "0.0.0.0:7442", "--admin", "127.0.0.1:7445"]].concat();
-        let threads = self.threads.to_string();
-        let args = [&args[..], &["--threads", &threads]].concat();
-        let extra: Vec<&str> = extra.iter().map(String::as_str).collect();
-        let spec = ProcessSpec::new(name, &self.bin)
-            .args([&args[..], &extra].concat())
-            .env(CLOCK_OFFSET, self.clock_env(OUTSIDE))
-            .within(&machine);
-        self.spawn(&format!("vm/{name}"), spec)?;
         self.outside.push(machine);
         self.outside.push(router);
-        self.machine_ready(self.outside.len() - 2, name)?;
         Ok(self.outside.len() - 2)
     }
 

@@ -7,7 +7,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use self::kernel::Nft;
-use self::plan::Outbound;
+use self::plan::{Outbound, Plan};
 use self::rules::{COUNTERS, FIXED_SETS, Inventory};
 use self::settings::Settings;
 use crate::args::{Format, Output};
@@ -89,19 +89,12 @@ pub fn run(args: CaptureArgs) -> Result<Exit, Failure> {
     match args.verb {
         Verb::Apply { settings, config, dry_run } => {
             let (plan, nft) = settings.over(role::file(config.as_deref())?).plan()?;
+            let prepared = Prepared { plan, nft };
             if dry_run {
-                print!("{}", plan.rules());
+                print!("{}", prepared.rules());
                 return Ok(Exit::Done);
             }
-            let nft = Nft::find(nft)?;
-            // Before the rules: a captured connection needs a route first, and a route alone catches nothing.
-            let ranges = if plan.outbound == Outbound::None { &[][..] } else { &plan.virtual_ranges };
-            if kernel::route(ranges)? {
-                eprintln!("IPv6 is off on this machine: its virtual addresses are left out");
-            }
-            kernel::route_datagrams(plan.outbound != Outbound::None)?;
-            nft.apply(&plan.rules())?;
-            println!("captured: {}", plan.comment());
+            println!("captured: {}", prepared.apply()?);
             Ok(Exit::Done)
         }
         Verb::Remove { nft, dry_run } => {
@@ -109,16 +102,61 @@ pub fn run(args: CaptureArgs) -> Result<Exit, Failure> {
                 print!("{}", rules::removal());
                 return Ok(Exit::Done);
             }
-            let nft = Nft::find(nft)?;
-            let there = nft.list(false)?.is_some();
-            nft.apply(&rules::removal())?;
-            kernel::route(&[])?;
-            kernel::route_datagrams(false)?;
+            let there = take_away(nft)?;
             println!("{}", if there { "removed" } else { "nothing was there" });
             Ok(Exit::Done)
         }
         Verb::Show { nft, output } => show(&Nft::find(nft)?, output.format),
     }
+}
+
+/// Rules that are ready to be put in place.
+#[derive(Debug)]
+pub struct Prepared {
+    plan: Plan,
+    nft: Option<PathBuf>,
+}
+
+impl Prepared {
+    /// By a settings file alone.
+    pub fn read(text: &str) -> Result<Self, Failure> {
+        let settings: Settings = serde_saphyr::from_str(text).map_err(Failure::usage)?;
+        let (plan, nft) = settings.plan()?;
+        Ok(Self { plan, nft })
+    }
+
+    pub fn rules(&self) -> String {
+        self.plan.rules()
+    }
+
+    /// Whether there are rules already, of whomever; fails where they can't be made.
+    pub fn are_there(&self) -> Result<bool, Failure> {
+        Ok(Nft::find(self.nft.clone())?.list(false)?.is_some())
+    }
+
+    /// Puts them in place, and says what they are.
+    pub fn apply(&self) -> Result<String, Failure> {
+        let nft = Nft::find(self.nft.clone())?;
+        let plan = &self.plan;
+        // Before the rules: a captured connection needs a route first, and a route alone catches nothing.
+        let ranges = if plan.outbound == Outbound::None { &[][..] } else { &plan.virtual_ranges };
+        if kernel::route(ranges)? {
+            eprintln!("IPv6 is off on this machine: its virtual addresses are left out");
+        }
+        kernel::route_datagrams(plan.outbound != Outbound::None)?;
+        nft.apply(&plan.rules())?;
+        Ok(plan.comment())
+    }
+}
+
+/// Takes rules and routes away; whether there were rules.
+pub fn take_away(nft: Option<PathBuf>) -> Result<bool, Failure> {
+    let nft = Nft::find(nft)?;
+    let there = nft.list(false)?.is_some();
+    nft.apply(&rules::removal())?;
+    kernel::route(&[])?;
+    kernel::route_datagrams(false)?;
+    Ok(there)
 }
 
 /// What `show` says.

@@ -92,18 +92,18 @@ enum Method {
 
 /// The files that it is about.
 #[derive(Clone, Debug, Args)]
-struct Place {
+pub struct Place {
     /// Print what would be changed, and change nothing
     #[arg(long)]
-    dry_run: bool,
+    pub dry_run: bool,
     #[arg(long, value_name = "FILE", default_value = "/etc/resolv.conf")]
-    resolv_conf: PathBuf,
+    pub resolv_conf: PathBuf,
     /// Where drop-ins of systemd-resolved are
     #[arg(long, value_name = "DIR", default_value = RESOLVED_DIR)]
-    resolved_dir: PathBuf,
+    pub resolved_dir: PathBuf,
     /// Where it is remembered what was there
     #[arg(long, value_name = "DIR", default_value = "/var/lib/tombolo")]
-    state_dir: PathBuf,
+    pub state_dir: PathBuf,
 }
 
 /// What was there before, and what we have made of it.
@@ -142,6 +142,18 @@ pub fn run(args: DnsArgs) -> Result<Exit, Failure> {
         Verb::Install(args) => install(&args),
         Verb::Remove(args) => remove(&args.place),
     }
+}
+
+/// Points a machine's resolver at a sidecar that serves there; `vm join` knows where.
+pub fn point(resolver: SocketAddr, resolved: bool, search: &[String], place: Place) -> Result<(), Failure> {
+    let method = if resolved { Method::Resolved } else { Method::ResolvConf };
+    let (resolver, search) = (resolver.to_string(), search.to_vec());
+    install(&InstallArgs { resolver, method, search, force: false, place }).map(drop)
+}
+
+/// Puts back what was there.
+pub fn put_away(place: &Place) -> Result<(), Failure> {
+    remove(place).map(drop)
 }
 
 fn install(args: &InstallArgs) -> Result<Exit, Failure> {
@@ -196,7 +208,7 @@ fn install(args: &InstallArgs) -> Result<Exit, Failure> {
         return Ok(Exit::Done);
     }
     if !force {
-        check(resolver)?;
+        answers(resolver)?;
     }
     let record = Record { version: 1, resolver, path: path.clone(), before, ours: ours.clone(), resolved };
     keep(place, &record)?;
@@ -253,7 +265,7 @@ fn remove(place: &Place) -> Result<Exit, Failure> {
 }
 
 /// Whether it answers: a machine whose resolver is not there would not find its way.
-fn check(resolver: SocketAddr) -> Result<(), Failure> {
+pub fn answers(resolver: SocketAddr) -> Result<(), Failure> {
     let runtime =
         tombolo_runtime::rt::one_thread().map_err(|e| Failure::new(format_args!("cannot start: {e}")))?;
     runtime.block_on(exchange::check_version(resolver, PATIENCE)).map_err(|reason| {

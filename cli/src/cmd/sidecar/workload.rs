@@ -2,18 +2,24 @@
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::Path;
+use std::time::Duration;
 
 use tombolo_model::names::{Namespace, ServiceKey};
 use tombolo_model::protocol::Protocol;
 use tombolo_model::resource::workload::{
-    HealthCheck as Check, HttpCheck, TcpCheck, WorkloadPort, WorkloadService, WorkloadSpec, WorkloadUpstream,
+    CommandCheck, HealthCheck as Check, HttpCheck, TcpCheck, WorkloadBackend, WorkloadPort, WorkloadService,
+    WorkloadSpec, WorkloadUpstream,
 };
 use tombolo_model::resource::{Object, Spec};
+use tombolo_sidecar::agentless::Backend;
 use tombolo_sidecar::config::{LocalPort, ServiceConfig, UpstreamConfig};
 use tombolo_sidecar::health::{HealthCheck, Probe};
 
 use crate::failure::Failure;
 use crate::manifest;
+
+/// Two that fail and a report: out of rotation within the promised 3 s.
+const COMMAND_INTERVAL: Duration = Duration::from_secs(1);
 
 /// `NAMESPACE/NAME=tcp|http:/path|none`, for a service that a `--service` flag names.
 pub fn health_flag(text: &str, services: &mut [ServiceConfig]) -> Result<(), Failure> {
@@ -47,7 +53,7 @@ fn is_path(path: &str) -> bool {
 }
 
 /// The services and upstreams of the one `Workload` in a file.
-pub fn read(path: &Path) -> Result<(Vec<ServiceConfig>, Vec<UpstreamConfig>), Failure> {
+pub fn read(path: &Path, name: &str) -> Result<(Vec<ServiceConfig>, Vec<UpstreamConfig>), Failure> {
     let manifests = manifest::read(&[path.to_owned()])?;
     let [only] = manifests.as_slice() else {
         return Err(Failure::usage(format_args!("{} objects; one Workload is expected", manifests.len()))
@@ -58,27 +64,32 @@ pub fn read(path: &Path) -> Result<(Vec<ServiceConfig>, Vec<UpstreamConfig>), Fa
         return Err(Failure::usage(format_args!("a {}; a Workload is expected", only.kind())).at(&only.place));
     };
     let namespace: Namespace = only.namespace().parse().map_err(|e| Failure::usage(e).at(&only.place))?;
-    convert(spec, &namespace).map_err(|failure| failure.at(&only.place))
+    convert(spec, name, &namespace).map_err(|failure| failure.at(&only.place))
 }
 
 fn convert(
     spec: WorkloadSpec,
+    name: &str,
     namespace: &Namespace,
 ) -> Result<(Vec<ServiceConfig>, Vec<UpstreamConfig>), Failure> {
     // Which sidecar serves it matters to the federator; this is that sidecar.
-    let WorkloadSpec { sidecar: _, services, upstreams } = spec;
+    let WorkloadSpec { sidecar: _, via, services, upstreams } = spec;
+    if let Some(via) = via.filter(|via| via != name) {
+        return Err(Failure::usage(format_args!("spec.via names the sidecar {via}; this one is {name}"))
+            .remedy(format_args!("give the manifest to {via}, or change spec.via")));
+    }
     let services = services.into_iter().map(|s| service(s, namespace)).collect::<Result<_, _>>()?;
     let upstreams = upstreams.iter().map(|u| upstream(u, namespace)).collect::<Result<_, _>>()?;
     Ok((services, upstreams))
 }
 
 fn service(service: WorkloadService, namespace: &Namespace) -> Result<ServiceConfig, Failure> {
-    let WorkloadService { name, ports, health_check, weight } = service;
+    let WorkloadService { name, ports, backends, health_check, weight } = service;
     let service = ServiceKey::new(namespace.clone(), name.parse().map_err(Failure::usage)?);
     let mut ports = ports.into_iter().map(local_port).collect::<Result<Vec<_>, _>>()?;
     let mut health = HealthCheck::default();
-    if let Some(Check { tcp, http, interval, timeout, healthy_threshold, unhealthy_threshold }) = health_check
-    {
+    if let Some(check) = health_check {
+        let Check { tcp, http, command, interval, timeout, healthy_threshold, unhealthy_threshold } = check;
         let checked = match (tcp, http) {
             (_, Some(HttpCheck { path, port, expected_status })) => {
                 if expected_status.is_some() {
@@ -95,7 +106,12 @@ fn service(service: WorkloadService, namespace: &Namespace) -> Result<ServiceCon
                 Some(port)
             }
             (Some(TcpCheck { port }), None) => Some(port),
-            (None, None) => None,
+            (None, None) => {
+                if let Some(check) = command {
+                    health = command_check(&check, health)?;
+                }
+                None
+            }
         };
         // The first port is the one that is checked. A service of UDP ports alone is checked at another of its host.
         if let Some(checked) = checked {
@@ -119,7 +135,23 @@ fn service(service: WorkloadService, namespace: &Namespace) -> Result<ServiceCon
         health.healthy_after = healthy_threshold.unwrap_or(health.healthy_after);
         health.unhealthy_after = unhealthy_threshold.unwrap_or(health.unhealthy_after);
     }
-    Ok(ServiceConfig { service, ports, health, weight: weight.unwrap_or(100) })
+    let backends = backends.into_iter().map(backend).collect::<Result<_, _>>()?;
+    Ok(ServiceConfig { service, ports, backends, health, weight: weight.unwrap_or(100) })
+}
+
+fn backend(backend: WorkloadBackend) -> Result<Backend, Failure> {
+    let WorkloadBackend { address, weight } = backend;
+    let parsed: Backend = address.parse().map_err(|expected| {
+        Failure::usage(format_args!("backends.address: {address:?} is not {expected}"))
+    })?;
+    Ok(Backend { weight: weight.unwrap_or(parsed.weight), ..parsed })
+}
+
+/// A check that starts a program: not as often as one that opens a connection.
+fn command_check(check: &CommandCheck, usual: HealthCheck) -> Result<HealthCheck, Failure> {
+    let wrong = |expected| Failure::usage(format_args!("healthCheck.command: give {expected}"));
+    let command = check.command().map_err(wrong)?;
+    Ok(HealthCheck { probe: Probe::Command { command }, interval: COMMAND_INTERVAL, ..usual })
 }
 
 fn local_port(port: WorkloadPort) -> Result<LocalPort, Failure> {
@@ -200,7 +232,7 @@ spec:
 ",
         )
         .unwrap();
-        let read = read(&path);
+        let read = read(&path, "db-1");
         std::fs::remove_file(&path).unwrap();
         let (services, upstreams) = read.unwrap();
         assert_eq!(

@@ -13,6 +13,9 @@ pub struct WorkloadSpec {
     /// The joined sidecar or VM that serves it; the object's name when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sidecar: Option<String>,
+    /// The same for services whose backends have no sidecar: the one that stands in front of them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub via: Option<String>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub services: Vec<WorkloadService>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -24,9 +27,23 @@ pub struct WorkloadSpec {
 pub struct WorkloadService {
     pub name: String,
     pub ports: Vec<WorkloadPort>,
+    /// Addresses or names without a sidecar, which `via` stands in front of; the service has one port then.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub backends: Vec<WorkloadBackend>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub health_check: Option<HealthCheck>,
     /// Share of traffic within the cluster, relative to others; 100 when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub weight: Option<u32>,
+}
+
+/// A backend without a sidecar.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct WorkloadBackend {
+    /// `HOST:PORT`, a DNS name or an IP address.
+    pub address: String,
+    /// Share of connections, relative to the other backends; 100 when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub weight: Option<u32>,
 }
@@ -58,6 +75,9 @@ pub struct HealthCheck {
     pub tcp: Option<TcpCheck>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub http: Option<HttpCheck>,
+    /// A program of the machine that ends with 0 while the application is healthy.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub command: Option<CommandCheck>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub interval: Option<DurationText>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -82,6 +102,32 @@ pub struct HttpCheck {
     /// 200 to 399 when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub expected_status: Option<u16>,
+}
+
+/// Exactly one of the two.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct CommandCheck {
+    /// A program by its absolute path, and its arguments; no shell is involved.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub exec: Vec<String>,
+    /// A line for `/bin/sh -c`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shell: Option<String>,
+}
+
+impl CommandCheck {
+    /// The program and its arguments; an error says what would be right.
+    pub fn command(&self) -> Result<Vec<String>, &'static str> {
+        match (self.exec.as_slice(), self.shell.as_deref()) {
+            ([], Some(line)) if !line.trim().is_empty() => {
+                Ok(["/bin/sh", "-c", line].map(str::to_owned).to_vec())
+            }
+            ([program, ..], None) if program.starts_with('/') => Ok(self.exec.clone()),
+            ([_, ..], None) => Err("the program's absolute path first, such as /usr/bin/pg_isready"),
+            _ => Err("either exec (a program and its arguments) or shell (a line)"),
+        }
+    }
 }
 
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -122,10 +168,29 @@ impl WorkloadUpstream {
     }
 }
 
+/// Backends of one service.
+const MAX_BACKENDS: usize = 32;
+const MAX_WEIGHT: u32 = 1000;
+
 impl WorkloadSpec {
+    /// The sidecar that serves it; `name` is the object's.
+    pub fn holder<'a>(&'a self, name: &'a str) -> &'a str {
+        self.sidecar.as_deref().or(self.via.as_deref()).unwrap_or(name)
+    }
+
     pub(super) fn validate(&self, errors: &mut Vec<FieldError>) {
+        if let (Some(_), Some(via)) = (&self.sidecar, &self.via) {
+            errors.push(FieldError::new("spec.via", via, "either sidecar or via"));
+        }
         for (index, service) in self.services.iter().enumerate() {
-            service.validate(&format!("spec.services[{index}]"), errors);
+            let path = format!("spec.services[{index}]");
+            if !service.backends.is_empty() && self.via.is_none() {
+                errors.push(FieldError::missing(
+                    "spec.via",
+                    "the sidecar that stands in front of the backends",
+                ));
+            }
+            service.validate(&path, errors);
         }
         for (index, upstream) in self.upstreams.iter().enumerate() {
             let path = format!("spec.upstreams[{index}]");
@@ -165,10 +230,54 @@ impl WorkloadService {
             }
             check_protocol(port.protocol.as_deref(), &path, errors);
         }
-        if let Some(check) = &self.health_check
-            && (check.tcp.is_some() == check.http.is_some())
-        {
-            errors.push(FieldError::missing(format!("{path}.healthCheck"), "either tcp or http"));
+        self.validate_backends(path, errors);
+        let Some(check) = &self.health_check else { return };
+        let path = format!("{path}.healthCheck");
+        let kinds = [check.tcp.is_some(), check.http.is_some(), check.command.is_some()];
+        if kinds.iter().filter(|given| **given).count() != 1 {
+            errors.push(FieldError::missing(&path, "one of tcp, http and command"));
+        }
+        if let Some(Err(expected)) = check.command.as_ref().map(CommandCheck::command) {
+            errors.push(FieldError::missing(format!("{path}.command"), expected));
+        }
+    }
+
+    fn validate_backends(&self, path: &str, errors: &mut Vec<FieldError>) {
+        if self.backends.is_empty() {
+            return;
+        }
+        let udp = |port: &WorkloadPort| port.protocol.as_deref().is_some_and(|protocol| protocol != "TCP");
+        let local =
+            |port: &WorkloadPort| port.target_port.is_some() || port.target_host.is_some() || udp(port);
+        if self.ports.len() != 1 || self.ports.iter().any(local) {
+            errors.push(FieldError::missing(
+                format!("{path}.ports"),
+                "one TCP port without targetPort and targetHost: where its backends listen is in their addresses",
+            ));
+        }
+        if self.backends.len() > MAX_BACKENDS {
+            errors.push(FieldError::new(
+                format!("{path}.backends"),
+                self.backends.len(),
+                "at most 32 backends",
+            ));
+        }
+        for (index, backend) in self.backends.iter().enumerate() {
+            let path = format!("{path}.backends[{index}]");
+            if !backend.address.rsplit_once(':').is_some_and(|(host, port)| {
+                !host.is_empty() && port.parse::<u16>().is_ok_and(|port| port > 0)
+            }) {
+                errors.push(FieldError::new(format!("{path}.address"), &backend.address, "HOST:PORT"));
+            }
+            if let Some(weight) = backend.weight.filter(|weight| *weight > MAX_WEIGHT) {
+                errors.push(FieldError::new(format!("{path}.weight"), weight, "at most 1000"));
+            }
+        }
+        if self.health_check.as_ref().is_some_and(|check| check.command.is_some()) {
+            errors.push(FieldError::missing(
+                format!("{path}.healthCheck"),
+                "tcp or http: a command can't tell backends apart",
+            ));
         }
     }
 }
@@ -180,3 +289,6 @@ fn check_protocol(protocol: Option<&str>, path: &str, errors: &mut Vec<FieldErro
         errors.push(FieldError::new(format!("{path}.protocol"), protocol, "TCP or UDP"));
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::time::Instant;
 
-use tombolo_model::ids::Block;
+use tombolo_model::ids::EndpointId;
 
 use super::HELD;
 use crate::datagram::{Announce, StartNumber};
@@ -15,13 +15,13 @@ pub struct Siblings {
     capacity: usize,
     /// Per sibling: its start number and last announce counter.
     known: HashMap<SocketAddr, (StartNumber, u64)>,
-    by_block: HashMap<Block, (SocketAddr, Instant)>,
+    by_endpoint: HashMap<EndpointId, (SocketAddr, Instant)>,
     dropped: u64,
 }
 
 impl Siblings {
     pub fn new(capacity: usize) -> Self {
-        Self { capacity, known: HashMap::new(), by_block: HashMap::new(), dropped: 0 }
+        Self { capacity, known: HashMap::new(), by_endpoint: HashMap::new(), dropped: 0 }
     }
 
     /// `false` when it is a replay. `start` is what this sibling's last PROBE-ACK said, `None` while unknown.
@@ -42,38 +42,38 @@ impl Siblings {
         }
         self.known.insert(sibling, (announce.replica, sequence));
         for endpoint in &announce.endpoints {
-            if !self.by_block.contains_key(&endpoint.block()) && self.by_block.len() >= self.capacity {
+            if !self.by_endpoint.contains_key(endpoint) && self.by_endpoint.len() >= self.capacity {
                 self.expire(now);
-                if self.by_block.len() >= self.capacity {
+                if self.by_endpoint.len() >= self.capacity {
                     self.dropped += 1;
                     continue;
                 }
             }
-            self.by_block.insert(endpoint.block(), (sibling, now + HELD));
+            self.by_endpoint.insert(*endpoint, (sibling, now + HELD));
         }
         true
     }
 
-    /// The sibling that announced the block last, unless that was too long ago.
-    pub fn get(&self, block: Block, now: Instant) -> Option<SocketAddr> {
-        self.by_block.get(&block).filter(|(_, expires)| now < *expires).map(|(sibling, _)| *sibling)
+    /// The sibling that announced the endpoint last, unless that was too long ago.
+    pub fn get(&self, endpoint: EndpointId, now: Instant) -> Option<SocketAddr> {
+        self.by_endpoint.get(&endpoint).filter(|(_, expires)| now < *expires).map(|(sibling, _)| *sibling)
     }
 
     /// A sibling has died, restarted or left the configuration: what it had is unknown.
     pub fn forget(&mut self, sibling: SocketAddr) {
         self.known.remove(&sibling);
-        self.by_block.retain(|_, (holder, _)| *holder != sibling);
+        self.by_endpoint.retain(|_, (holder, _)| *holder != sibling);
     }
 
     /// Call about once a second.
     pub fn expire(&mut self, now: Instant) {
-        self.by_block.retain(|_, (_, expires)| now < *expires);
+        self.by_endpoint.retain(|_, (_, expires)| now < *expires);
     }
 
-    /// Every block that a sibling has announced lately, with that sibling.
-    pub fn iter(&self, now: Instant) -> impl Iterator<Item = (Block, SocketAddr)> {
-        let live = self.by_block.iter().filter(move |(_, (_, expires))| now < *expires);
-        live.map(|(block, (sibling, _))| (*block, *sibling))
+    /// Every endpoint that a sibling has announced lately, with that sibling.
+    pub fn iter(&self, now: Instant) -> impl Iterator<Item = (EndpointId, SocketAddr)> {
+        let live = self.by_endpoint.iter().filter(move |(_, (_, expires))| now < *expires);
+        live.map(|(endpoint, (sibling, _))| (*endpoint, *sibling))
     }
 
     /// Announced endpoints that did not fit.
@@ -81,9 +81,9 @@ impl Siblings {
         self.dropped
     }
     pub fn len(&self) -> usize {
-        self.by_block.len()
+        self.by_endpoint.len()
     }
     pub fn is_empty(&self) -> bool {
-        self.by_block.is_empty()
+        self.by_endpoint.is_empty()
     }
 }

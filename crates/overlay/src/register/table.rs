@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use siphasher::sip::SipHasher24;
-use tombolo_model::ids::{Block, EndpointId};
+use tombolo_model::ids::{Block, EndpointId, Incarnation};
 
 use super::{HELD, REGISTER_EVERY};
 use crate::datagram::{Announce, Challenge, MAX_ANNOUNCED, Register, StartNumber};
@@ -14,6 +14,8 @@ use crate::keys::CidKey;
 
 /// A token is good for this period and the next: an echo comes within a round trip.
 const TOKEN_PERIOD: Duration = Duration::from_secs(10);
+/// A process, the one before it while that is not forgotten, and a copy of the machine that asks to be let in.
+const PER_BLOCK: usize = 3;
 /// Changes are announced together, at most this often.
 const ANNOUNCE_GAP: Duration = Duration::from_millis(50);
 
@@ -63,14 +65,15 @@ pub struct Refusals {
     pub full: u64,
 }
 
-/// The bounded table: at most `capacity` blocks, about 120 bytes each.
+/// The bounded table: at most `capacity` endpoints, about 120 bytes each, and [`PER_BLOCK`] of one block.
 #[derive(Debug)]
 pub struct Registrations {
     start: StartNumber,
     secret: CidKey,
     origin: Instant,
     capacity: usize,
-    by_block: HashMap<Block, Registration>,
+    /// By endpoint and not by block: a copy of a machine, which has another incarnation, takes nothing from it.
+    by_endpoint: HashMap<EndpointId, Registration>,
     /// How many registrations have this address.
     sources: HashMap<SocketAddr, u32>,
     refusals: Refusals,
@@ -87,7 +90,7 @@ impl Registrations {
             secret,
             origin: now,
             capacity,
-            by_block: HashMap::new(),
+            by_endpoint: HashMap::new(),
             sources: HashMap::new(),
             refusals: Refusals::default(),
             announce_due: now,
@@ -110,7 +113,7 @@ impl Registrations {
             self.refusals.wrong_replica += 1;
             return Verdict::Refused(Refusal::WrongReplica);
         }
-        let known = self.get(endpoint.block(), now).copied();
+        let known = self.get(endpoint, now).copied();
         if known.is_some_and(|known| counter <= known.counter) {
             self.refusals.replayed += 1;
             return Verdict::Refused(Refusal::Replayed);
@@ -120,19 +123,22 @@ impl Registrations {
             let challenge = self.token(from, endpoint, self.period(now));
             return Verdict::Challenge(Challenge { replica: self.start, challenge });
         }
+        if !self.by_endpoint.contains_key(&endpoint) {
+            self.make_room(endpoint.block());
+        }
         if known.is_none()
-            && !self.by_block.contains_key(&endpoint.block())
-            && self.by_block.len() >= self.capacity
+            && !self.by_endpoint.contains_key(&endpoint)
+            && self.by_endpoint.len() >= self.capacity
         {
             self.sweep(now);
-            if self.by_block.len() >= self.capacity {
+            if self.by_endpoint.len() >= self.capacity {
                 self.refusals.full += 1;
                 return Verdict::Refused(Refusal::Full);
             }
         }
         let changed = known.is_none_or(|known| (known.endpoint, known.address) != (endpoint, from));
         let registration = Registration { endpoint, address: from, side, counter, expires: now + HELD };
-        if let Some(old) = self.by_block.insert(endpoint.block(), registration) {
+        if let Some(old) = self.by_endpoint.insert(endpoint, registration) {
             self.release(old.address);
         }
         *self.sources.entry(from).or_default() += 1;
@@ -142,9 +148,9 @@ impl Registrations {
         Verdict::Accepted { changed, held: HELD }
     }
 
-    /// Where the block's endpoint is registered, unless expired.
-    pub fn get(&self, block: Block, now: Instant) -> Option<&Registration> {
-        self.by_block.get(&block).filter(|registration| now < registration.expires)
+    /// Where the endpoint is registered, unless expired.
+    pub fn get(&self, endpoint: EndpointId, now: Instant) -> Option<&Registration> {
+        self.by_endpoint.get(&endpoint).filter(|registration| now < registration.expires)
     }
 
     /// Whether packets from this address come from a registered endpoint, and so count as inner.
@@ -152,13 +158,38 @@ impl Registrations {
         self.sources.contains_key(&address)
     }
 
-    /// Ends a block's registration (revoked, its provisional lease ended).
+    /// The newest registration of a block.
+    pub fn newest(&self, block: Block) -> Option<&Registration> {
+        self.of_block(block).max_by_key(|registration| registration.expires)
+    }
+
+    /// Ends a block's registrations (revoked, its provisional lease ended).
     pub fn remove(&mut self, block: Block) -> bool {
-        let removed = self.by_block.remove(&block);
-        if let Some(old) = removed {
+        let endpoints: Vec<EndpointId> = self.of_block(block).map(|r| r.endpoint).collect();
+        for endpoint in &endpoints {
+            self.take(*endpoint);
+        }
+        !endpoints.is_empty()
+    }
+
+    fn of_block(&self, block: Block) -> impl Iterator<Item = &Registration> {
+        let incarnations = (0..Incarnation::COUNT).filter_map(Incarnation::new);
+        incarnations.filter_map(move |incarnation| self.by_endpoint.get(&block.endpoint(incarnation)))
+    }
+
+    /// A block that has as many as it may loses the one that was not renewed for the longest.
+    fn make_room(&mut self, block: Block) {
+        if self.of_block(block).count() >= PER_BLOCK
+            && let Some(oldest) = self.of_block(block).min_by_key(|r| r.expires).map(|r| r.endpoint)
+        {
+            self.take(oldest);
+        }
+    }
+
+    fn take(&mut self, endpoint: EndpointId) {
+        if let Some(old) = self.by_endpoint.remove(&endpoint) {
             self.release(old.address);
         }
-        removed.is_some()
     }
 
     /// Call about once a second: drops what has expired, and returns the ANNOUNCEs to send to every sibling, with
@@ -172,7 +203,7 @@ impl Registrations {
             return Vec::new();
         }
         self.announce_due = now + REGISTER_EVERY;
-        let endpoints: Vec<EndpointId> = self.by_block.values().map(|r| r.endpoint).collect();
+        let endpoints: Vec<EndpointId> = self.by_endpoint.values().map(|r| r.endpoint).collect();
         let announce = |chunk: &[EndpointId]| {
             self.announce_counter += 1;
             (self.announce_counter, Announce { replica: self.start, endpoints: chunk.to_vec() })
@@ -190,23 +221,27 @@ impl Registrations {
         self.announce_due
     }
     pub fn len(&self) -> usize {
-        self.by_block.len()
+        self.by_endpoint.len()
     }
     pub fn is_empty(&self) -> bool {
-        self.by_block.is_empty()
+        self.by_endpoint.is_empty()
     }
     pub fn refusals(&self) -> Refusals {
         self.refusals
     }
     pub fn iter(&self) -> impl Iterator<Item = &Registration> {
-        self.by_block.values()
+        self.by_endpoint.values()
     }
 
     fn sweep(&mut self, now: Instant) {
-        let expired: Vec<Block> =
-            self.by_block.iter().filter(|(_, r)| now >= r.expires).map(|(block, _)| *block).collect();
-        for block in expired {
-            self.remove(block);
+        let expired: Vec<EndpointId> = self
+            .by_endpoint
+            .iter()
+            .filter(|(_, r)| now >= r.expires)
+            .map(|(endpoint, _)| *endpoint)
+            .collect();
+        for endpoint in expired {
+            self.take(endpoint);
         }
     }
 

@@ -63,7 +63,7 @@ fn an_endpoint_registers_by_challenge_once_and_then_every_15_seconds() {
     assert!(client.on_probe_ack(start, START, address(1)));
     assert_eq!(settle(&mut client, &mut server, start, address(1)), 2);
     assert!(client.registered(start));
-    let registration = server.get(endpoint(1).block(), start).unwrap();
+    let registration = server.get(endpoint(1), start).unwrap();
     assert_eq!((registration.address, registration.side), (address(1), Side::Border));
     assert!(server.is_source(address(1)) && !server.is_source(address(2)));
     let mut sent = 0;
@@ -72,7 +72,7 @@ fn an_endpoint_registers_by_challenge_once_and_then_every_15_seconds() {
         assert!(!client.on_probe_ack(now, START, address(1)));
         sent += settle(&mut client, &mut server, now, address(1));
         server.on_tick(now);
-        assert!(server.get(endpoint(1).block(), now).is_some() && client.registered(now));
+        assert!(server.get(endpoint(1), now).is_some() && client.registered(now));
     }
     assert_eq!(sent, 8);
 }
@@ -86,7 +86,7 @@ fn a_changed_address_or_start_number_registers_again_at_once() {
     let now = start + seconds(1);
     assert!(client.on_probe_ack(now, START, address(2)));
     assert_eq!(settle(&mut client, &mut server, now, address(2)), 2);
-    assert_eq!(server.get(endpoint(1).block(), now).unwrap().address, address(2));
+    assert_eq!(server.get(endpoint(1), now).unwrap().address, address(2));
     assert!(!server.is_source(address(1)));
     // The replica restarts with an empty table and another number.
     assert!(client.on_probe_ack(now, StartNumber(78), address(2)));
@@ -128,7 +128,7 @@ fn replayed_and_foreign_registers_are_refused_and_counted() {
     let (mut client, mut server) = (ClientState::new(start, 10), table(start, 8));
     client.on_probe_ack(start, START, address(1));
     settle(&mut client, &mut server, start, address(1));
-    let held = server.get(endpoint(1).block(), start).copied().unwrap();
+    let held = server.get(endpoint(1), start).copied().unwrap();
     let mut ask = |from, counter, replica, challenge| {
         server.on_register(start, from, Side::Inner, endpoint(1), counter, &Register { replica, challenge })
     };
@@ -140,7 +140,7 @@ fn replayed_and_foreign_registers_are_refused_and_counted() {
         panic!("a new address is challenged")
     };
     assert!(matches!(ask(address(8), 100, START, first.challenge), Verdict::Challenge(_)));
-    assert_eq!(server.get(endpoint(1).block(), start).copied(), Some(held));
+    assert_eq!(server.get(endpoint(1), start).copied(), Some(held));
     assert_eq!(server.refusals(), Refusals { wrong_replica: 1, replayed: 2, full: 0 });
 }
 
@@ -181,7 +181,7 @@ fn the_table_is_bounded_and_makes_room_when_registrations_end() {
     assert_eq!((server.len(), server.refusals().full), (100, 1));
     assert!(!server.is_source(address(1100)));
     let later = start + HELD;
-    assert!(server.get(endpoint(5).block(), later).is_none());
+    assert!(server.get(endpoint(5), later).is_none());
     assert!(matches!(enter(&mut server, later, 100), Verdict::Accepted { .. }));
     assert_eq!(server.len(), 1);
     assert!(!server.is_source(address(1005)));
@@ -205,8 +205,8 @@ fn siblings_learn_who_holds_a_registration_and_forget_it() {
     );
     assert!(siblings.on_announce(now, address(7440), Some(START), sequence, &announce));
     assert!(!siblings.on_announce(now, address(7440), Some(START), sequence, &announce), "a replay");
-    assert_eq!(siblings.get(endpoint(1).block(), now), Some(address(7440)));
-    assert_eq!(siblings.get(endpoint(1).block(), now + HELD), None);
+    assert_eq!(siblings.get(endpoint(1), now), Some(address(7440)));
+    assert_eq!(siblings.get(endpoint(1), now + HELD), None);
     assert!(server.on_tick(now + seconds(1)).is_empty());
     assert_eq!(server.on_tick(now + seconds(15)).len(), 1);
     // bounded
@@ -214,5 +214,47 @@ fn siblings_learn_who_holds_a_registration_and_forget_it() {
     assert!(siblings.on_announce(now, address(7440), None, sequence + 1, &many));
     assert_eq!((siblings.len(), siblings.dropped()), (2, 3));
     siblings.forget(address(7440));
-    assert!(siblings.is_empty() && siblings.get(endpoint(1).block(), now).is_none());
+    assert!(siblings.is_empty() && siblings.get(endpoint(1), now).is_none());
+}
+
+#[test]
+fn a_copy_of_a_machine_takes_nothing_from_it_and_a_block_is_bounded() {
+    let start = Instant::now();
+    let mut server = table(start, 8);
+    let of = |incarnation: u8| Block::new(1).unwrap().endpoint(Incarnation::new(incarnation).unwrap());
+    let mut register = |incarnation: u8, port: u16, counter: u64, after: u64| {
+        let now = start + seconds(after);
+        let ask = |server: &mut Registrations, counter, challenge| {
+            server.on_register(
+                now,
+                address(port),
+                Side::Border,
+                of(incarnation),
+                counter,
+                &Register { replica: START, challenge },
+            )
+        };
+        let Verdict::Challenge(token) = ask(&mut server, counter, 0) else { panic!("challenged first") };
+        assert!(matches!(ask(&mut server, counter + 1, token.challenge), Verdict::Accepted { .. }));
+    };
+    // The copy has started later, so its counters are higher.
+    register(0, 1, 10, 0);
+    register(1, 2, 1000, 1);
+    register(2, 3, 2000, 2);
+    register(3, 4, 3000, 3);
+    let later = start + seconds(4);
+    assert_eq!(server.len(), 3, "of one block");
+    assert!(server.get(of(0), later).is_none() && server.get(of(1), later).is_some());
+    assert_eq!(server.newest(Block::new(1).unwrap()).unwrap().address, address(4));
+    // The one before is still itself: its own counter goes on.
+    let renewed = server.on_register(
+        later,
+        address(2),
+        Side::Border,
+        of(1),
+        1002,
+        &Register { replica: START, challenge: 0 },
+    );
+    assert!(matches!(renewed, Verdict::Accepted { changed: false, .. }), "{renewed:?}");
+    assert!(server.remove(Block::new(1).unwrap()) && server.is_empty() && !server.is_source(address(2)));
 }

@@ -44,7 +44,7 @@ fn valid(view: &View<'_>, service: &ServiceKey) -> Condition {
             let metadata = &stored.object.metadata;
             let here = metadata.namespace.as_deref() == Some(service.namespace.as_str());
             let named = here && spec.services.iter().any(|offered| offered.name == service.name.as_str());
-            let sidecar = spec.sidecar.as_deref().unwrap_or(&metadata.name);
+            let sidecar = spec.holder(&metadata.name);
             named.then(|| {
                 format!(
                     "Workload {} is to serve {service}, but its sidecar {sidecar} does not",

@@ -24,7 +24,7 @@ pub fn derived(view: &View<'_>) -> Vec<Object> {
     let applied = view.facts.objects.values().filter_map(|stored| match &stored.object.spec {
         Spec::Workload(spec) => {
             let metadata = &stored.object.metadata;
-            let name = spec.sidecar.clone().unwrap_or_else(|| metadata.name.clone());
+            let name = spec.holder(&metadata.name).to_owned();
             Some((metadata.namespace.clone().unwrap_or_default(), name))
         }
         _ => None,
@@ -63,6 +63,7 @@ fn workload(namespace: &str, found: &[&Member]) -> WorkloadSpec {
     let services = services.into_iter().map(|(service, weight)| WorkloadService {
         name: service.name.to_string(),
         ports: served_ports(found.iter().copied(), service).into_iter().map(port).collect(),
+        backends: Vec::new(),
         health_check: None,
         weight: Some(weight),
     });
@@ -90,7 +91,7 @@ pub fn status(
     serving: &ByWorkload<'_>,
 ) -> (Vec<Condition>, Value) {
     let namespace = object.metadata.namespace.as_deref().unwrap_or_default();
-    let name = spec.sidecar.as_deref().unwrap_or(&object.metadata.name);
+    let name = spec.holder(&object.metadata.name);
     let found = match serving.get(&(namespace.to_owned(), name.to_owned())) {
         Some(found) => found.clone(),
         None => joined_idle(view, namespace, name),

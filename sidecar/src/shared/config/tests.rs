@@ -26,6 +26,7 @@ fn application(name: &str, bind: &str, sources: &[&str]) -> Application {
         workload_api: None,
         capture: None,
         names: None,
+        agentless_allow: Vec::new(),
     };
     let sources = sources.iter().map(|source| source.parse().unwrap()).collect();
     Application { sources, sidecar, fingerprint: String::new() }
