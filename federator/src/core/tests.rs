@@ -11,6 +11,7 @@ mod handles;
 mod imports;
 mod joining;
 mod jwt;
+mod kubernetes;
 mod lapsed;
 mod leases;
 mod links;
