@@ -47,4 +47,25 @@ if [ "${go_minor:-0}" -ge 25 ] && [ ! -x "$spire/spire-server" ]; then
         github.com/spiffe/spire/cmd/spire-server github.com/spiffe/spire/cmd/spire-agent ./spire-downstream)
     rm -rf "$spire" && mv "$spire.part" "$spire"
 fi
+
+# A Kubernetes control plane: 390 MB, eight minutes of two cores, once per version. Likewise.
+kubernetes_version=1.37.2
+kubernetes="${XDG_CACHE_HOME:-$HOME/.cache}/tombolo-test/kubernetes-$kubernetes_version-1"
+if [ "${go_minor:-0}" -ge 26 ] && [ ! -x "$kubernetes/kwok" ]; then
+    echo "tests/setup.sh: building Kubernetes $kubernetes_version"
+    mkdir -p "$kubernetes.part"
+    build() {
+        (cd "$(dirname "$0")/k8s/$1" && CGO_ENABLED=0 go build -buildvcs=false -trimpath -ldflags "-s -w $4" \
+            -o "$kubernetes.part/$2" "$3")
+    }
+    build etcd etcd go.etcd.io/etcd/server/v3 ""
+    # Clients compare the version.
+    stamp="-X k8s.io/component-base/version.gitVersion=v$kubernetes_version"
+    stamp="$stamp -X k8s.io/component-base/version.gitMajor=1 -X k8s.io/component-base/version.gitMinor=37"
+    for program in kube-apiserver kube-controller-manager kube-scheduler; do
+        build control-plane "$program" "k8s.io/kubernetes/cmd/$program" "$stamp"
+    done
+    build kwok kwok sigs.k8s.io/kwok/cmd/kwok ""
+    rm -rf "$kubernetes" && mv "$kubernetes.part" "$kubernetes"
+fi
 echo "tests/setup.sh: everything is installed"

@@ -63,6 +63,7 @@ pub enum Command {
     Status(cmd::status::StatusArgs),
     Check(cmd::check::CheckArgs),
     Audit(cmd::audit::AuditArgs),
+    Kube(cmd::kube::KubeArgs),
     Revoke(cmd::revoke::RevokeArgs),
     Unrevoke(cmd::revoke::UnrevokeArgs),
     Completion(cmd::completion::CompletionArgs),

@@ -17,6 +17,7 @@ pub mod describe;
 pub mod federator;
 pub mod gateway;
 pub mod get;
+pub mod kube;
 pub mod link;
 pub mod names;
 pub mod revoke;
@@ -39,6 +40,7 @@ pub fn run(cli: Cli) -> Result<Exit, Failure> {
         Command::DemoApp(args) => demo_app::run(args),
         Command::Trust(args) => trust::run(args, connect),
         Command::Completion(args) => completion::run(args),
+        Command::Kube(args) => operate(kube::run(args, connect.timeout)),
         Command::Link(args) => operate(link::run(args, connect)),
         Command::Unlink(args) => operate(unlink::run(args, connect)),
         Command::Token(args) => operate(token::run(args, connect)),

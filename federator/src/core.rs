@@ -4,7 +4,8 @@
 //! and reads what it publishes: an `Arc<Facts>`, replaced whole after each batch of jobs that changed something. A job
 //! commits to the store before it changes a fact, so an error always means "unchanged". Operations live in the modules
 //! below, each `impl Core`: [`boot`], [`allot`], [`addresses`], [`leases`], [`lapsed`], [`tokens`], [`members`], [`links`], [`imports`],
-//! `bundle_document`, `clones`, `leaving`, `crl`, `federations`, `jwt`, [`objects`], [`pods`], [`trust`], `trust_directory` and [`audit`]. Ends when the last handle is dropped.
+//! `bundle_document`, `clones`, `leaving`, `crl`, `federations`, `jwt`, [`kubernetes`], [`objects`], [`pods`], [`trust`], `trust_directory` and
+//! [`audit`]. Ends when the last handle is dropped.
 
 pub mod addresses;
 pub mod allot;
@@ -17,6 +18,7 @@ mod error;
 mod federations;
 pub mod imports;
 mod jwt;
+pub mod kubernetes;
 pub mod lapsed;
 pub mod leases;
 mod leaving;

@@ -15,6 +15,8 @@ use tombolo_identity::bundle::{TrustBundle, fingerprint};
 use tombolo_identity::jwt::JwtAuthority;
 use tombolo_identity::{SpiffeId, TrustDomain};
 use tombolo_model::ids::{Block, ClusterTag, EndpointId, Epoch, Handle, Revision};
+pub use tombolo_model::mcs::Port;
+use tombolo_model::mcs::ServiceProperties;
 use tombolo_model::names::{ClusterName, ServiceKey};
 use tombolo_model::ranges::AllowedRanges;
 use tombolo_model::resource::{ClusterLinkSpec, Object, ObjectKey, Spec};
@@ -144,6 +146,8 @@ pub struct Facts {
     /// What a foreign authority has signed for this cluster's key, for applications to show and to judge by.
     pub upstream: Option<Arc<Upstream>>,
     pub addresses: Arc<AddressFacts>,
+    /// Of the exported services that have any.
+    pub kubernetes_hosts: BTreeMap<ServiceKey, Arc<KubernetesHosts>>,
     pub store_writable: bool,
 }
 
@@ -195,6 +199,44 @@ pub struct StoredObject {
     pub uid: String,
     pub created_unix: u64,
     pub generation: u64,
+    /// Of a `ServiceExport` that Kubernetes keeps; `None`: an operator has applied it here.
+    pub kubernetes: Option<KubernetesService>,
+}
+
+/// What Kubernetes says of the `Service` that is exported.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum KubernetesService {
+    Missing,
+    /// A name elsewhere: it has no endpoints that could be exported.
+    ExternalName,
+    Found(ExportedService),
+}
+
+impl KubernetesService {
+    pub fn found(&self) -> Option<&ExportedService> {
+        match self {
+            Self::Found(service) => Some(service),
+            Self::Missing | Self::ExternalName => None,
+        }
+    }
+}
+
+/// A Kubernetes `Service` as far as importers are told of it.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ExportedService {
+    pub headless: bool,
+    pub ports: Vec<Port>,
+    pub properties: ServiceProperties,
+}
+
+/// Ready endpoints of an exported Kubernetes service.
+#[derive(Clone, PartialEq, Debug, Default)]
+pub struct KubernetesHosts {
+    pub hosts: Vec<NamedEndpoint>,
+    /// Where they listen, by the names of the service's ports.
+    pub ports: Vec<Port>,
 }
 
 /// As it lies in the store: the document as the user wrote it.
@@ -204,6 +246,8 @@ pub struct ObjectRecord {
     pub uid: String,
     pub created_unix: u64,
     pub generation: u64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kubernetes: Option<KubernetesService>,
 }
 impl Record for ObjectRecord {
     const TABLE: Table = Table::Objects;
@@ -329,18 +373,6 @@ pub struct ServedRecord {
     pub ports: Vec<Port>,
     pub weight: u32,
     pub healthy: bool,
-}
-
-/// A port as callers name it.
-#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize)]
-pub struct Port {
-    #[serde(default)]
-    pub name: String,
-    pub port: u16,
-    #[serde(default)]
-    pub app_protocol: String,
-    #[serde(default)]
-    pub protocol: String,
 }
 
 /// An allotted handle.
@@ -532,8 +564,14 @@ pub struct ImportedExport {
     /// Healthy endpoints and where they are, if the peer calls the link flat.
     pub endpoints: Vec<(EndpointId, SocketAddr)>,
     pub headless: bool,
-    /// Of a headless one, if the peer calls the link flat: ready endpoints by host name.
+    /// Of a headless one or one of Kubernetes, if the peer calls the link flat: ready endpoints by host name.
     pub named: Vec<NamedEndpoint>,
+    /// Where `named` listen, if it is one of Kubernetes.
+    pub named_ports: Vec<Port>,
+    pub labels: BTreeMap<String, String>,
+    pub annotations: BTreeMap<String, String>,
+    /// Of one of Kubernetes.
+    pub service: Option<ServiceProperties>,
 }
 
 /// A ready endpoint of a headless service of a peer.

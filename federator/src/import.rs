@@ -4,7 +4,7 @@
 //! A peer can only speak for itself: identities of its own cluster and trust domain, gateways inside the ranges that
 //! the link allows. Sizes are bounded here, the number of records by [`PeerView`](tombolo_model::sync::PeerView).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,6 +12,7 @@ use std::time::Duration;
 use prost::Message;
 use tombolo_identity::{SpiffeId, TrustDomain};
 use tombolo_model::ids::{EndpointId, Handle};
+use tombolo_model::mcs::{InternalTrafficPolicy, IpFamily, ServiceProperties, SessionAffinity};
 use tombolo_model::names::{ClusterName, ServiceKey, ServiceName};
 use tombolo_model::ranges::AllowedRanges;
 use tombolo_overlay::revoking;
@@ -31,6 +32,9 @@ pub const PROPERTIES: &str = "properties";
 const MAX_IDENTITIES: usize = 64;
 const MAX_PORTS: usize = 100;
 const MAX_GATEWAYS: usize = 64;
+/// Exported labels or annotations of one export.
+const MAX_COPIED: usize = 64;
+const MAX_COPIED_BYTES: usize = 16 * 1024;
 /// Endpoints of one export on a flat link: 20 KB. Each sidecar is told a few of them.
 pub const MAX_ENDPOINTS: usize = 1000;
 const MAX_PROPERTIES: usize = 64;
@@ -203,7 +207,7 @@ fn export_of(scope: &PeerScope, wire: &v1::ExportRecord) -> Result<(ServiceKey, 
             return Err(FieldError::new("export.spiffe_ids", id, expected));
         }
     }
-    if wire.ports.len() > MAX_PORTS {
+    if wire.ports.len() > MAX_PORTS || wire.host_ports.len() > MAX_PORTS {
         return Err(FieldError::new("export.ports", wire.ports.len(), format!("at most {MAX_PORTS} ports")));
     }
     let export = ImportedExport {
@@ -217,8 +221,64 @@ fn export_of(scope: &PeerScope, wire: &v1::ExportRecord) -> Result<(ServiceKey, 
         endpoints: endpoints_of(&wire.endpoints)?,
         headless: wire.headless,
         named: named_of(&wire.hosts)?,
+        named_ports: wire
+            .host_ports
+            .iter()
+            .map(|p| port_of("export.host_ports", p))
+            .collect::<Result<_, _>>()?,
+        labels: copied("export.labels", &wire.labels)?,
+        annotations: copied("export.annotations", &wire.annotations)?,
+        service: wire.kubernetes.as_ref().map(service_of).transpose()?,
     };
     Ok((service, export))
+}
+
+/// Labels or annotations that importers see: Kubernetes' own limits would refuse an import that breaks them.
+fn copied(
+    field: &'static str,
+    wire: &HashMap<String, String>,
+) -> Result<BTreeMap<String, String>, FieldError> {
+    let bytes: usize = wire.iter().map(|(key, value)| key.len() + value.len()).sum();
+    if wire.len() > MAX_COPIED || bytes > MAX_COPIED_BYTES {
+        let expected = format!("at most {MAX_COPIED} of {MAX_COPIED_BYTES} bytes together");
+        return Err(FieldError::new(field, wire.len(), expected));
+    }
+    Ok(wire.iter().map(|(key, value)| (key.clone(), value.clone())).collect())
+}
+
+/// What the peer's Kubernetes says of the service; a word that is not known here is another version's, and is refused.
+fn service_of(wire: &v1::ServiceProperties) -> Result<ServiceProperties, FieldError> {
+    let one_of = |field, value: &str, known: &str| FieldError::new(field, value, known);
+    let affinity = SessionAffinity::parse(&wire.session_affinity).ok_or_else(|| {
+        one_of("export.kubernetes.session_affinity", &wire.session_affinity, "None or ClientIP")
+    })?;
+    let policy = InternalTrafficPolicy::parse(&wire.internal_traffic_policy).ok_or_else(|| {
+        one_of("export.kubernetes.internal_traffic_policy", &wire.internal_traffic_policy, "Cluster or Local")
+    })?;
+    let family = |text: &String| {
+        IpFamily::parse(text).ok_or_else(|| one_of("export.kubernetes.ip_families", text, "IPv4 or IPv6"))
+    };
+    let families = wire.ip_families.iter().map(family).collect::<Result<Vec<_>, _>>()?;
+    if families.len() > 2 || matches!(families.as_slice(), [first, second] if first == second) {
+        return Err(FieldError::new("export.kubernetes.ip_families", families.len(), "each family once"));
+    }
+    // A day is Kubernetes' longest.
+    if wire.affinity_timeout_seconds > 86_400 {
+        let field = "export.kubernetes.affinity_timeout_seconds";
+        return Err(FieldError::new(field, wire.affinity_timeout_seconds, "at most 86400"));
+    }
+    let distribution = &wire.traffic_distribution;
+    if distribution.len() > 63 || !distribution.bytes().all(|byte| byte.is_ascii_alphanumeric()) {
+        let field = "export.kubernetes.traffic_distribution";
+        return Err(FieldError::new(field, distribution, "a word such as PreferClose"));
+    }
+    Ok(ServiceProperties {
+        session_affinity: affinity,
+        affinity_timeout_seconds: Some(wire.affinity_timeout_seconds).filter(|seconds| *seconds > 0),
+        ip_families: families,
+        internal_traffic_policy: policy,
+        traffic_distribution: Some(distribution.clone()).filter(|text| !text.is_empty()),
+    })
 }
 
 /// Endpoints, which a peer tells of when the link is flat for it. Where they may be is asked when they are used: it must not cost
@@ -344,6 +404,32 @@ mod tests {
         v1::Record { key: key.into(), value: Some(v1::record::Value::Export(record)) }
     }
 
+    fn service(change: impl FnOnce(&mut v1::ServiceProperties)) -> v1::Record {
+        let mut service = v1::ServiceProperties {
+            session_affinity: "ClientIP".into(),
+            affinity_timeout_seconds: 10,
+            ip_families: vec!["IPv6".into(), "IPv4".into()],
+            internal_traffic_policy: "Local".into(),
+            traffic_distribution: "PreferClose".into(),
+        };
+        change(&mut service);
+        export("export/shop/web", |e| e.kubernetes = Some(service))
+    }
+
+    #[test]
+    fn what_kubernetes_says_of_a_service_comes_through() {
+        let mut import = Import::default();
+        put(&mut import, &scope(), &service(|_| ()));
+        let service = import.exports.values().next().unwrap().service.clone().unwrap();
+        assert_eq!(service.session_affinity, SessionAffinity::ClientIP);
+        assert_eq!(service.affinity_timeout_seconds, Some(10));
+        assert_eq!(service.ip_families, [IpFamily::IPv6, IpFamily::IPv4]);
+        assert_eq!(service.traffic_distribution.as_deref(), Some("PreferClose"));
+        // A federator of before says nothing of it.
+        put(&mut import, &scope(), &export("export/shop/web", |_| ()));
+        assert_eq!(import.exports.values().next().unwrap().service, None);
+    }
+
     #[test]
     fn a_good_record_is_taken_and_survives_being_saved() {
         let mut import = Import::default();
@@ -379,6 +465,21 @@ mod tests {
             ),
             (export(key, |e| e.endpoints = vec![v1::EndpointAddress::default()]), "export.endpoints.address"),
             (v1::Record { key: key.into(), value: None }, "record.value"),
+            (export(key, |e| e.host_ports = vec![v1::ServicePort::default()]), "export.host_ports"),
+            (
+                export(key, |e| e.labels = (0..65).map(|n| (n.to_string(), String::new())).collect()),
+                "export.labels",
+            ),
+            (
+                export(key, |e| e.annotations = [("a".to_owned(), "b".repeat(20_000))].into()),
+                "export.annotations",
+            ),
+            (service(|s| s.session_affinity = "Cookie".into()), "export.kubernetes.session_affinity"),
+            (service(|s| s.internal_traffic_policy.clear()), "export.kubernetes.internal_traffic_policy"),
+            (service(|s| s.ip_families = vec!["IPv4".into(); 2]), "export.kubernetes.ip_families"),
+            (service(|s| s.ip_families = vec!["IPX".into()]), "export.kubernetes.ip_families"),
+            (service(|s| s.affinity_timeout_seconds = 86_401), "affinity_timeout_seconds"),
+            (service(|s| s.traffic_distribution = "a b".into()), "export.kubernetes.traffic_distribution"),
         ];
         for (record, field) in cases {
             let mut import = Import::default();

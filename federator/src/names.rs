@@ -11,7 +11,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use tombolo_model::names::ServiceKey;
+use tombolo_model::names::{ClusterName, ServiceKey};
 use tombolo_model::resource::service_export::ServiceType;
 use tombolo_model::resource::{ObjectKey, Spec};
 use tombolo_model::sync::Freshness;
@@ -100,15 +100,7 @@ fn endpoints(facts: &Facts, service: &ServiceKey) -> Vec<v1::NamedEndpoint> {
     });
     let mut endpoints: Vec<_> = own.collect();
     for link in facts.live_links() {
-        let Some(import) = facts.imports.get(&link.peer) else { continue };
-        let Some(export) = import.exports.get(service) else { continue };
-        let flat = facts.link_spec(&link.peer).is_some_and(|spec| spec.flat);
-        if import.freshness == Freshness::Expired || !flat {
-            continue;
-        }
-        let ranges = facts.allowed_ranges(&link.peer);
-        let within = |host: &&NamedEndpoint| ranges.allows(SocketAddr::new(host.address, 1));
-        endpoints.extend(export.named.iter().filter(within).map(|host| v1::NamedEndpoint {
+        endpoints.extend(reachable(facts, &link.peer, service).map(|host| v1::NamedEndpoint {
             cluster: link.peer.to_string(),
             hostname: host.hostname.clone(),
             address: host.address.to_string(),
@@ -116,6 +108,20 @@ fn endpoints(facts: &Facts, service: &ServiceKey) -> Vec<v1::NamedEndpoint> {
     }
     endpoints.truncate(MAX_ENDPOINTS);
     endpoints
+}
+
+/// The named endpoints of a peer's service that can be reached at their addresses: over a flat link, inside its ranges,
+/// and as long as the peer is believed.
+pub fn reachable<'a>(
+    facts: &'a Facts,
+    peer: &ClusterName,
+    service: &ServiceKey,
+) -> impl Iterator<Item = &'a NamedEndpoint> {
+    let flat = facts.link_spec(peer).is_some_and(|spec| spec.flat);
+    let import = facts.imports.get(peer).filter(|import| flat && import.freshness != Freshness::Expired);
+    let named = import.and_then(|import| import.exports.get(service)).map(|export| &export.named);
+    let ranges = facts.allowed_ranges(peer);
+    named.into_iter().flatten().filter(move |host| ranges.allows(SocketAddr::new(host.address, 1)))
 }
 
 /// This cluster's ready endpoints of a service, as they are named.

@@ -4,6 +4,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use tombolo_model::mcs::ServiceProperties;
 use tombolo_model::names::{ClusterName, ServiceKey};
 use tombolo_model::resource::Spec;
 use tombolo_model::resource::service_export::ServiceType;
@@ -11,7 +12,7 @@ use tombolo_proto::v1;
 use tombolo_proto::v1::record::Value;
 
 use crate::exports;
-use crate::facts::{CONTROL, Facts};
+use crate::facts::{CONTROL, Facts, NamedEndpoint};
 use crate::import::{GATEWAYS, MAX_ENDPOINTS, PROPERTIES, export_key};
 use crate::jwt;
 use crate::names;
@@ -61,13 +62,16 @@ fn exported<'a>(
     let flat = facts.link_spec(peer).is_some_and(|spec| spec.flat);
     facts.handles_of(peer).filter(|record| record.service != CONTROL).filter_map(move |record| {
         let service: ServiceKey = record.service.parse().ok()?;
-        let stored = exports::export_of(facts, &service)?.stored;
+        let export = exports::export_of(facts, &service).filter(exports::Export::is_valid)?;
+        let stored = export.stored;
         let Spec::ServiceExport(spec) = &stored.object.spec else { return None };
         // Its own word; which type holds is for each importer to find out.
-        let headless = exports::type_of(facts, &service, &facts.cluster.name) == ServiceType::Headless;
+        let headless = export.service_type() == ServiceType::Headless;
+        let kubernetes =
+            facts.kubernetes_hosts.get(&service).filter(|_| flat && export.kubernetes().is_some());
         let identities: BTreeSet<String> =
             facts.registry.serving(&service).map(|member| member.spiffe_id.to_string()).collect();
-        let ports = exports::served_ports(facts.registry.serving(&service), &service);
+        let ports = export.ports(facts.registry.serving(&service));
         let (healthy, total) = facts.registry.counts(&service);
         let export = v1::ExportRecord {
             service: service.to_string(),
@@ -82,10 +86,39 @@ fn exported<'a>(
             annotations: spec.exported_annotations.clone().into_iter().collect(),
             endpoints: if flat { endpoints(facts, &service) } else { Vec::new() },
             headless,
-            hosts: if flat && headless { names::hosts(facts, &service) } else { Vec::new() },
+            hosts: match kubernetes {
+                Some(found) => found.hosts.iter().take(MAX_ENDPOINTS).map(host_to_wire).collect(),
+                None if flat && headless => names::hosts(facts, &service),
+                None => Vec::new(),
+            },
+            kubernetes: export.kubernetes().map(|service| properties_to_wire(&service.properties)),
+            host_ports: kubernetes
+                .map(|found| found.ports.iter().map(port_to_wire).collect())
+                .unwrap_or_default(),
         };
         Some((service, export))
     })
+}
+
+fn host_to_wire(host: &NamedEndpoint) -> v1::HostAddress {
+    v1::HostAddress { hostname: host.hostname.clone(), address: host.address.to_string() }
+}
+
+fn properties_to_wire(properties: &ServiceProperties) -> v1::ServiceProperties {
+    let ServiceProperties {
+        session_affinity,
+        affinity_timeout_seconds,
+        ip_families,
+        internal_traffic_policy,
+        traffic_distribution,
+    } = properties;
+    v1::ServiceProperties {
+        session_affinity: session_affinity.as_str().to_owned(),
+        affinity_timeout_seconds: affinity_timeout_seconds.unwrap_or(0),
+        ip_families: ip_families.iter().map(|family| family.as_str().to_owned()).collect(),
+        internal_traffic_policy: internal_traffic_policy.as_str().to_owned(),
+        traffic_distribution: traffic_distribution.clone().unwrap_or_default(),
+    }
 }
 
 /// Healthy endpoints that have an address. Endpoint addresses cross flat links only.

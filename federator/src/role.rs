@@ -54,6 +54,8 @@ use crate::crl::{self, CrlTask};
 use crate::facts::FederatorEndpoint;
 use crate::foreign::client::{Patience, WebRoots};
 use crate::foreign::task::FederationTask;
+use crate::kubernetes::metrics::Metrics as KubernetesMetrics;
+use crate::kubernetes::{KubernetesConfig, KubernetesTask};
 use crate::metrics::Metrics;
 use crate::peers::PeersTask;
 use crate::registry::HeldTrust;
@@ -101,6 +103,8 @@ pub struct FederatorConfig {
     pub bundle_endpoint: Option<BundleEndpointConfig>,
     /// Whom to ask about pods' tokens; `None`: pods do not join.
     pub kubernetes: Option<KubernetesAccess>,
+    /// Whose services are exported and imported; `None`: those of no Kubernetes.
+    pub kubernetes_services: Option<KubernetesConfig>,
     /// The web's CAs, for foreign bundle endpoints of profile `https_web`.
     pub web_roots: WebRoots,
     /// Where services get their virtual addresses from.
@@ -174,6 +178,7 @@ pub struct Bound {
     crl: crl::Published,
     bundle_endpoint: Option<BundleEndpoint>,
     reviewer: Arc<dyn TokenReviewer>,
+    kubernetes_services: Option<(KubernetesConfig, KubernetesMetrics)>,
     web_roots: WebRoots,
     names: Option<(names_server::Bound, names_metrics::Metrics)>,
     bind: IpAddr,
@@ -198,6 +203,7 @@ impl Federator {
             audit,
             bundle_endpoint,
             kubernetes,
+            kubernetes_services,
             web_roots,
             virtual_ranges,
             names,
@@ -217,6 +223,8 @@ impl Federator {
         let mut registry = MetricsRegistry::default();
         let metrics = Metrics::register(&mut registry);
         let crl = crl::Published::register(&mut registry);
+        let kubernetes_services =
+            kubernetes_services.map(|config| (config, KubernetesMetrics::register(&mut registry)));
         let names = match &names {
             Some(config) => {
                 let metrics = names_metrics::Metrics::register(&mut registry);
@@ -285,6 +293,7 @@ impl Federator {
             crl,
             bundle_endpoint,
             reviewer,
+            kubernetes_services,
             web_roots,
             names,
             bind: listen.ip(),
@@ -321,6 +330,7 @@ impl Bound {
             crl,
             bundle_endpoint,
             reviewer,
+            kubernetes_services,
             web_roots,
             names: bound_names,
             bind,
@@ -337,6 +347,10 @@ impl Bound {
         }
         let federations = FederationTask { core: core.clone(), web_roots, patience: Patience::default() };
         tasks.spawn("foreign bundles", federations.run());
+        if let Some((config, metrics)) = kubernetes_services {
+            let task = KubernetesTask { core: core.clone(), config, metrics, tasks: tasks.clone() };
+            tasks.spawn("Kubernetes", task.run());
+        }
         let names = Names::new(&core.facts());
         tasks.spawn("names", names.clone().follow(core.clone()));
         let _serving_names = match bound_names {

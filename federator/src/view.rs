@@ -8,6 +8,7 @@
 //! ages of what peers said.
 
 mod conditions;
+pub mod kubernetes;
 mod links;
 mod members;
 mod objects;

@@ -13,6 +13,7 @@ pub mod capability;
 pub mod captured;
 pub mod datagrams;
 pub mod hostile;
+pub mod kube;
 pub mod link;
 pub mod machine;
 pub mod mesh;

@@ -9,9 +9,10 @@ use serde::Deserialize;
 use tombolo_federator::bundle_endpoint::{BundleEndpointConfig, WebCertificate};
 use tombolo_federator::core::audit::Retention;
 use tombolo_federator::foreign::client::WebRoots;
+use tombolo_federator::kubernetes::KubernetesConfig;
 use tombolo_federator::role::{DEFAULT_LISTEN, Federator, FederatorConfig};
 use tombolo_federator::token_review::access::{IN_CLUSTER_DIR, KubernetesAccess};
-use tombolo_model::names::ClusterName;
+use tombolo_model::names::{ClusterName, Namespace};
 use tombolo_model::virtual_ranges::VirtualRanges;
 use tombolo_runtime::dirs::Dirs;
 use tombolo_runtime::tasks::TaskGroup;
@@ -30,6 +31,7 @@ Examples:
   tombolo federator --config /etc/tombolo/federator.yaml --log-format json
   tombolo federator --cluster east --bundle-endpoint 0.0.0.0:8443
   tombolo federator --cluster east --kubernetes in-cluster          pods join as their service account
+  tombolo federator --cluster east --kubernetes in-cluster --kubernetes-services
   tombolo federator --cluster east --dns-listen 10.0.0.5 --virtual-range 10.96.0.0/16 --virtual-range fd00:96::/112")]
 pub struct FederatorArgs {
     #[command(flatten)]
@@ -114,6 +116,13 @@ struct Settings {
     /// Let pods join as their service account, by the word of this Kubernetes API server: `in-cluster`, or a kubeconfig
     #[arg(long, env = "TOMBOLO_KUBERNETES", value_name = "in-cluster|FILE")]
     kubernetes: Option<String>,
+    /// Export and import the services of that Kubernetes (ServiceExport, ServiceImport): needs the rights of
+    /// deploy/kubernetes/rbac.yaml and the CRDs of `tombolo kube crds`
+    #[arg(long, env = "TOMBOLO_KUBERNETES_SERVICES", num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
+    kubernetes_services: Option<bool>,
+    /// Namespace of the Lease by which federators agree on who writes [default: the pod's, else tombolo-system]
+    #[arg(long, env = "TOMBOLO_KUBERNETES_NAMESPACE", value_name = "NAMESPACE")]
+    kubernetes_namespace: Option<String>,
     /// CA certificates (PEM) by which foreign bundle endpoints of profile https_web are verified [default: the system's]
     #[arg(
         long,
@@ -144,6 +153,8 @@ layered!(Settings {
     bundle_endpoint_certificate,
     bundle_endpoint_key,
     kubernetes,
+    kubernetes_services,
+    kubernetes_namespace,
     bundle_client_roots,
     virtual_ranges,
     dns_listen,
@@ -181,6 +192,8 @@ impl Settings {
             bundle_endpoint_certificate,
             bundle_endpoint_key,
             kubernetes,
+            kubernetes_services,
+            kubernetes_namespace,
             bundle_client_roots,
             virtual_ranges,
             dns_listen,
@@ -213,6 +226,9 @@ impl Settings {
             (None, Ok(dirs)) => Ok(default(dirs)),
             (None, Err(failure)) => Err(Failure::new(failure)),
         };
+        let kubernetes = kubernetes.map(|place| api_server(&place)).transpose()?;
+        let kubernetes_services =
+            services(kubernetes.as_ref(), kubernetes_services.unwrap_or(false), kubernetes_namespace)?;
         Ok(FederatorConfig {
             trust_dir: place(trust_dir, &|dirs| dirs.trust().join("clusters").join(&name))?,
             state_dir: place(state_dir, &|dirs| dirs.role_state(&name, "federator"))?,
@@ -228,7 +244,8 @@ impl Settings {
                 .map(|text| property(text))
                 .collect::<Result<_, _>>()?,
             bundle_endpoint: endpoint(bundle_endpoint, bundle_endpoint_certificate, bundle_endpoint_key)?,
-            kubernetes: kubernetes.map(|place| api_server(&place)).transpose()?,
+            kubernetes,
+            kubernetes_services,
             web_roots: WebRoots::new(bundle_client_roots),
             virtual_ranges: ranges(virtual_ranges)?,
             names: names::config(dns_listen, dns_upstreams)?,
@@ -251,6 +268,31 @@ fn api_server(place: &str) -> Result<KubernetesAccess, Failure> {
     let host = if host.contains(':') { format!("[{host}]") } else { host };
     let dir = PathBuf::from(IN_CLUSTER_DIR);
     Ok(KubernetesAccess::InCluster { server: format!("https://{host}:{port}"), dir })
+}
+
+/// Whose services are exported and imported.
+fn services(
+    access: Option<&KubernetesAccess>,
+    wanted: bool,
+    namespace: Option<String>,
+) -> Result<Option<KubernetesConfig>, Failure> {
+    if !wanted {
+        return Ok(None);
+    }
+    let Some(access) = access.cloned() else {
+        return Err(Failure::usage("--kubernetes-services: there is no --kubernetes")
+            .remedy("give --kubernetes in-cluster, or --kubernetes with a kubeconfig"));
+    };
+    // Kubernetes writes it beside the token.
+    let own = |access: &KubernetesAccess| match access {
+        KubernetesAccess::InCluster { dir, .. } => std::fs::read_to_string(dir.join("namespace")).ok(),
+        KubernetesAccess::Kubeconfig(_) => None,
+    };
+    let namespace = namespace.or_else(|| own(&access)).unwrap_or_else(|| "tombolo-system".to_owned());
+    let parsed: Result<Namespace, _> = namespace.trim().parse();
+    let namespace =
+        parsed.map_err(|error| Failure::usage(format_args!("--kubernetes-namespace: {error}")))?.to_string();
+    Ok(Some(KubernetesConfig { access, namespace }))
 }
 
 /// One per family.

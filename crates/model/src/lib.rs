@@ -1,4 +1,4 @@
-//! The pure core of Tombolo: names, resources, sync, failover, access, load balancing, status,
+//! The pure core of Tombolo: names, resources, multi-cluster services, sync, failover, access, load balancing, status,
 //! audit.
 //!
 //! Nothing here performs IO, spawns, or reads a clock: decisions are functions of state, event and a time that is
@@ -10,6 +10,7 @@ pub mod balance;
 pub mod expiry;
 pub mod failover;
 pub mod ids;
+pub mod mcs;
 pub mod names;
 pub mod protocol;
 pub mod ranges;

@@ -53,9 +53,12 @@ pub enum TelemetryError {
     Twice,
 }
 
+/// Libraries that call every failed attempt an error; who asks them says once what it means. A filter may name them.
+const TALKATIVE: &str = "kube_client=off,kube_runtime=off";
+
 /// Sets up logging for the whole process. `filter` is a level or a list of `target=level`.
 pub fn init(format: LogFormat, filter: &str) -> Result<(), TelemetryError> {
-    let filter = EnvFilter::try_new(filter)
+    let filter = EnvFilter::try_new(format!("{TALKATIVE},{filter}"))
         .map_err(|e| TelemetryError::Filter { value: filter.to_owned(), reason: e.to_string() })?;
     let builder =
         tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_timer(Rfc3339);

@@ -7,7 +7,7 @@ use tombolo_model::ids::{Block, Handle};
 use tombolo_model::names::ClusterName;
 
 use super::{Core, CoreError, Moment};
-use crate::exports::exported_to;
+use crate::exports::{self, exported_to};
 use crate::facts::{CONTROL, HandleRecord};
 use crate::store::{Table, Transaction};
 
@@ -103,6 +103,11 @@ impl Core {
                     wanted.insert((link.peer.clone(), service.to_string()));
                 }
             }
+        }
+        // Importers are told of a Kubernetes service before any of its pods has joined.
+        for export in exports::exports(&self.facts).filter(|export| export.kubernetes().is_some()) {
+            let importers = self.facts.live_links().filter(|link| export.includes(&link.peer));
+            wanted.extend(importers.map(|link| (link.peer.clone(), export.service.to_string())));
         }
         wanted
     }

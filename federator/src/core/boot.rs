@@ -110,6 +110,7 @@ impl Core {
             federations: BTreeMap::new(),
             upstream: None,
             addresses: Arc::default(),
+            kubernetes_hosts: BTreeMap::new(),
             store_writable: true,
         };
         facts.federations = super::federations::load(&*store, &facts, unix.as_secs())?;
@@ -204,13 +205,19 @@ fn objects(
     store: &dyn Store,
 ) -> Result<BTreeMap<tombolo_model::resource::ObjectKey, Arc<StoredObject>>, StoreError> {
     let mut objects = BTreeMap::new();
-    for (key, ObjectRecord { json, uid, created_unix, generation }) in all::<ObjectRecord>(store)? {
-        let object = Object::from_json(json).map_err(|e| StoreError::Value {
+    for (key, ObjectRecord { json, uid, created_unix, generation, kubernetes }) in all::<ObjectRecord>(store)?
+    {
+        // What Kubernetes keeps may break rules that `apply` holds up: it says so by its conditions.
+        let read = match kubernetes {
+            Some(_) => Object::from_json_unchecked(json),
+            None => Object::from_json(json),
+        };
+        let object = read.map_err(|e| StoreError::Value {
             table: Table::Objects,
             key: key.clone(),
             reason: e.to_string(),
         })?;
-        let stored = StoredObject { object, uid, created_unix, generation };
+        let stored = StoredObject { object, uid, created_unix, generation, kubernetes };
         objects.insert(stored.object.key(), Arc::new(stored));
     }
     Ok(objects)

@@ -16,7 +16,7 @@ use crate::revocations::{self, MAX_REVOCATIONS};
 use crate::store::{Table, Transaction};
 
 /// Objects of one cluster.
-const MAX_STORED: usize = 50_000;
+pub(super) const MAX_STORED: usize = 50_000;
 
 /// What applying an object did.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -41,6 +41,7 @@ impl Core {
     pub fn apply(&mut self, object: Object, dry_run: bool, moment: Moment) -> Result<Outcome, CoreError> {
         let key = object.key();
         let existing = self.facts.objects.get(&key);
+        kept_by_kubernetes(existing, &key)?;
         let outcome = match existing {
             Some(stored) if same(&stored.object, &object) => return Ok(Outcome::Unchanged),
             Some(_) => Outcome::Configured,
@@ -66,14 +67,9 @@ impl Core {
             created_unix: existing.map_or(moment.unix.as_secs(), |s| s.created_unix),
             generation: existing.map_or(1, |s| s.generation + 1),
             object,
+            kubernetes: None,
         };
-        let record = ObjectRecord {
-            json: stored.object.to_json(),
-            uid: stored.uid.clone(),
-            created_unix: stored.created_unix,
-            generation: stored.generation,
-        };
-        let mut transaction = Transaction::new().put(key.to_string(), &record);
+        let mut transaction = Transaction::new().put(key.to_string(), &record_of(&stored));
         if let Some(before) = existing {
             transaction = Self::forgetting_other_domain(transaction, &before.object, &stored.object);
         }
@@ -128,6 +124,7 @@ impl Core {
     /// Removes an object; whether it was there.
     pub fn delete(&mut self, key: &ObjectKey, dry_run: bool, moment: Moment) -> Result<bool, CoreError> {
         let Some(stored) = self.facts.objects.get(key).cloned() else { return Ok(false) };
+        kept_by_kubernetes(Some(&stored), key)?;
         if dry_run {
             return Ok(true);
         }
@@ -155,6 +152,27 @@ impl Core {
         let import = Arc::make_mut(import);
         import.gateways.retain(|gateway| scope.ranges.allows(gateway.address));
         view.records().for_each(|(_, record)| import::put(import, &scope, record));
+    }
+}
+
+/// As it is stored.
+pub(super) fn record_of(stored: &StoredObject) -> ObjectRecord {
+    ObjectRecord {
+        json: stored.object.to_json(),
+        uid: stored.uid.clone(),
+        created_unix: stored.created_unix,
+        generation: stored.generation,
+        kubernetes: stored.kubernetes.clone(),
+    }
+}
+
+/// One that Kubernetes keeps is changed there, or it would be changed back.
+fn kept_by_kubernetes(existing: Option<&Arc<StoredObject>>, key: &ObjectKey) -> Result<(), CoreError> {
+    match existing {
+        Some(stored) if stored.kubernetes.is_some() => Err(CoreError::Precondition(format!(
+            "{key} is kept by this cluster's Kubernetes: change it there, with kubectl"
+        ))),
+        _ => Ok(()),
     }
 }
 

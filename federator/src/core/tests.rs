@@ -12,6 +12,7 @@ mod handles;
 mod imports;
 mod joining;
 mod jwt;
+mod kubernetes;
 mod lapsed;
 mod leases;
 mod leaving;

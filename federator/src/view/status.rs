@@ -18,7 +18,7 @@ use super::supply::{self, Share};
 use super::text::{message, rfc3339, rfc3339_seconds};
 use super::{View, conditions};
 use crate::authorities;
-use crate::exports::{Export, exports};
+use crate::exports::{Export, all_exports, exports};
 use crate::facts::{IdentityRecord, Role, ShiftRecord};
 use crate::policies::policy_for;
 use crate::registry::{Gateway, Member, Presence};
@@ -44,7 +44,7 @@ pub fn document(view: &View<'_>) -> ClusterStatus {
         },
         gateways: facts.registry.gateways.values().map(gateway).collect(),
         links: linked_or_named(view).iter().map(|peer| link(view, peer)).collect(),
-        exports: exports(facts).map(|export| exported(view, &export)).collect(),
+        exports: all_exports(facts).map(|export| exported(view, &export)).collect(),
         imports: imports(view),
         endpoints: facts.registry.members.values().map(|member| endpoint(view, member)).collect(),
         identities: identities(view),

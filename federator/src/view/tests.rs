@@ -3,6 +3,7 @@
 mod access;
 mod derived;
 mod exports;
+mod kubernetes;
 mod links;
 mod odd;
 mod policies;
@@ -105,6 +106,7 @@ pub fn east() -> Facts {
         federations: BTreeMap::new(),
         upstream: None,
         addresses: Arc::default(),
+        kubernetes_hosts: Default::default(),
         store_writable: true,
     }
 }
@@ -130,7 +132,7 @@ impl Fill for Facts {
     fn apply_at(&mut self, created_unix: u64, object: Value) {
         let object = Object::from_json(object).unwrap();
         let uid = format!("uid-of-{}", object.metadata.name);
-        let stored = StoredObject { uid, created_unix, generation: 3, object };
+        let stored = StoredObject { uid, created_unix, generation: 3, object, kubernetes: None };
         self.objects.insert(stored.object.key(), Arc::new(stored));
     }
     fn export(&mut self, name: &str, to: Option<&str>) {
@@ -250,6 +252,10 @@ pub fn exported(healthy: u32, total: u32, ports: &[Port]) -> ImportedExport {
         endpoints: Vec::new(),
         headless: false,
         named: Vec::new(),
+        named_ports: Vec::new(),
+        labels: Default::default(),
+        annotations: Default::default(),
+        service: None,
     }
 }
 

@@ -87,6 +87,7 @@ fn config(dir: &Path, cluster: &str, listen: SocketAddr) -> FederatorConfig {
         audit: Default::default(),
         bundle_endpoint: None,
         kubernetes: None,
+        kubernetes_services: None,
         web_roots: Default::default(),
         virtual_ranges: Default::default(),
         names: None,

@@ -7,15 +7,18 @@ use tombolo_model::resource::{Condition, Spec};
 use super::super::text::{listed, sentences};
 use super::super::{View, links, members};
 use super::condition;
-use crate::exports::{Export, Exporter, exporters, merge_ports, type_of};
-use crate::facts::Port;
+use crate::exports::{Export, exporters, merge};
+use crate::facts::KubernetesService;
 
 pub fn of(view: &View<'_>, export: &Export<'_>) -> Vec<Condition> {
-    let valid = valid(view, &export.service);
+    let valid = match &export.stored.kubernetes {
+        Some(found) => valid_in_kubernetes(&export.service, found),
+        None => valid(view, &export.service),
+    };
     let ready = if valid.status == "True" {
         ready(view, export)
     } else {
-        condition("Ready", false, "Pending", "waits for an endpoint to export: see Valid")
+        condition("Ready", false, "Pending", "waits for something to export: see Valid")
     };
     vec![valid, ready, conflict(view, &export.service)]
 }
@@ -72,6 +75,12 @@ struct Reach {
 }
 
 fn ready(view: &View<'_>, export: &Export<'_>) -> Condition {
+    if let Err(name) = ExportTo::of(&export.stored.object.metadata) {
+        let text = format!(
+            "metadata.annotations[{EXPORT_TO}]: {name:?} is no cluster name: give names separated by commas, or *"
+        );
+        return condition("Ready", false, "Failed", text);
+    }
     let targets = match &export.to {
         ExportTo::Everyone if view.facts.links.is_empty() => {
             let text = "no cluster is linked yet: run `tombolo link token PEER`";
@@ -100,6 +109,15 @@ fn ready(view: &View<'_>, export: &Export<'_>) -> Condition {
         let text = if text.is_empty() { "names no cluster but this one".to_owned() } else { text };
         return condition("Ready", false, if failed { "Failed" } else { "Pending" }, text);
     }
+    let unheard = (!reach.unheard.is_empty()).then(|| {
+        format!("{} can't be told of changes now: see `tombolo get clusterlinks`", listed(&reach.unheard))
+    });
+    if export.kubernetes().is_some() {
+        // Without counts: every one of them would be a write to the API server.
+        let told = format!("exported to {}", listed(&reach.usable));
+        let text = sentences(std::iter::once(told).chain(unheard).chain(waiting).chain(reach.blocked));
+        return condition("Ready", true, "Exported", text);
+    }
     let (healthy, total) = view.local_counts(&export.service);
     if healthy == 0 {
         let text = format!(
@@ -109,9 +127,6 @@ fn ready(view: &View<'_>, export: &Export<'_>) -> Condition {
         return condition("Ready", false, "Pending", text);
     }
     let usable = format!("{} can use {healthy} of {total} endpoints", listed(&reach.usable));
-    let unheard = (!reach.unheard.is_empty()).then(|| {
-        format!("{} can't be told of changes now: see `tombolo get clusterlinks`", listed(&reach.unheard))
-    });
     let text = sentences(std::iter::once(usable).chain(unheard).chain(waiting).chain(reach.blocked));
     condition("Ready", true, "Exported", text)
 }
@@ -136,58 +151,32 @@ fn reach(view: &View<'_>, service: &ServiceKey, targets: &[ClusterName]) -> Reac
 
 /// Each property on which exporters disagree; several reasons are joined by commas, as the MCS API has it.
 fn conflict(view: &View<'_>, service: &ServiceKey) -> Condition {
-    let exporters = exporters(view.facts, service, view.serving(service).iter().copied());
-    let found = [type_conflict(view, service, &exporters), port_conflict(&exporters)];
-    let (reasons, texts): (Vec<&str>, Vec<String>) = found.into_iter().flatten().unzip();
-    if reasons.is_empty() {
-        return condition("Conflict", false, "NoConflicts", "every exporter has the same ports");
+    let merged = merge(&exporters(view.facts, service, view.serving(service).iter().copied()));
+    if merged.conflicts.is_empty() {
+        return condition("Conflict", false, "NoConflicts", "no exporter disagrees");
     }
-    condition("Conflict", true, &reasons.join(","), texts.join("; "))
+    condition("Conflict", true, &merged.reasons(), merged.messages())
 }
 
-fn type_conflict(
-    view: &View<'_>,
-    service: &ServiceKey,
-    exporters: &[Exporter],
-) -> Option<(&'static str, String)> {
-    let kind = |exporter: &Exporter| type_of(view.facts, service, &exporter.cluster);
-    let (oldest, others) = exporters.split_first()?;
-    let disagreeing: Vec<&Exporter> = others.iter().filter(|other| kind(other) != kind(oldest)).collect();
-    let has = |exporter: &&Exporter| format!("{} has {}", exporter.cluster, kind(exporter).as_str());
-    (!disagreeing.is_empty()).then(|| {
-        let text = format!(
-            "using {} from the oldest export, in {}. {}/{} clusters disagree: {}",
-            kind(oldest).as_str(),
-            oldest.cluster,
-            disagreeing.len(),
-            exporters.len(),
-            sentences(disagreeing.iter().map(has))
-        );
-        ("TypeConflict", text)
-    })
-}
-
-fn port_conflict(exporters: &[Exporter]) -> Option<(&'static str, String)> {
-    let merged = merge_ports(exporters);
-    let winner = merged.winner?;
-    let has = |exporter: &Exporter| format!("{} has {}", exporter.cluster, ports(&exporter.ports));
-    let text = format!(
-        "using the ports of the oldest export, in {} ({}), and from others what does not clash. {}/{} clusters disagree: {}",
-        winner.cluster,
-        ports(&winner.ports),
-        merged.disagreeing.len(),
-        merged.counted,
-        sentences(merged.disagreeing.iter().map(has))
-    );
-    Some(("PortConflict", text))
-}
-
-/// `http 80/TCP (h2c), 9000/TCP`.
-fn ports(ports: &[Port]) -> String {
-    listed(ports.iter().map(|port| {
-        let Port { name, port, app_protocol, protocol } = port;
-        let name = if name.is_empty() { String::new() } else { format!("{name} ") };
-        let spoken = if app_protocol.is_empty() { String::new() } else { format!(" ({app_protocol})") };
-        format!("{name}{port}/{protocol}{spoken}")
-    }))
+/// By the word of Kubernetes: there is a service of a type that can be exported.
+fn valid_in_kubernetes(service: &ServiceKey, found: &KubernetesService) -> Condition {
+    match found {
+        KubernetesService::Found(_) => {
+            condition("Valid", true, "Valid", format!("Service {service} can be exported"))
+        }
+        KubernetesService::Missing => condition(
+            "Valid",
+            false,
+            "NoService",
+            format!("there is no Service {service}: make it, or delete this export"),
+        ),
+        KubernetesService::ExternalName => condition(
+            "Valid",
+            false,
+            "InvalidServiceType",
+            format!(
+                "Service {service} is of type ExternalName, a name elsewhere: it has no endpoints to export"
+            ),
+        ),
+    }
 }

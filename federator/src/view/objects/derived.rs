@@ -55,11 +55,11 @@ pub fn imports(view: &View<'_>) -> Vec<Object> {
 
 fn import(view: &View<'_>, service: &ServiceKey) -> Object {
     let exporters = exporters(view.facts, service, view.serving(service).iter().copied());
-    let ports = crate::exports::merge_ports(&exporters).ports;
+    let merged = crate::exports::merge(&exporters);
     let addresses = view.facts.addresses.of.get(service).copied().unwrap_or_default();
     let spec = ServiceImportSpec {
-        ports: ports.into_iter().map(import_port).collect(),
-        r#type: crate::exports::service_type(view.facts, service).as_str().to_owned(),
+        ports: merged.ports.into_iter().map(import_port).collect(),
+        r#type: merged.kind.as_str().to_owned(),
         ips: addresses.all().map(|address| address.to_string()).collect(),
         ip_families: addresses.all().map(|a| if a.is_ipv4() { "IPv4" } else { "IPv6" }.to_owned()).collect(),
         ..ServiceImportSpec::default()

@@ -1,0 +1,70 @@
+//! `tombolo kube`: what a Kubernetes cluster needs before a federator works with it.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Subcommand};
+use serde_json::Value;
+use tombolo_federator::kubernetes::client::connect;
+use tombolo_federator::kubernetes::crds::{self, Installed};
+use tombolo_federator::token_review::access::KubernetesAccess;
+
+use crate::failure::{Exit, Failure};
+use crate::output;
+
+/// Prepare a Kubernetes cluster
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  tombolo kube crds | kubectl apply --server-side -f -
+  tombolo kube crds --install ~/.kube/config")]
+pub struct KubeArgs {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    Crds(CrdsArgs),
+}
+
+/// Print the definitions of ServiceExport and ServiceImport, or install them
+#[derive(Debug, Args)]
+#[command(after_help = "\
+A definition of a later version that is there already is left as it is.
+
+Examples:
+  tombolo kube crds | kubectl apply --server-side -f -
+  tombolo kube crds --install ~/.kube/config")]
+struct CrdsArgs {
+    /// Install them in the cluster of this kubeconfig
+    #[arg(long, value_name = "KUBECONFIG")]
+    install: Option<PathBuf>,
+}
+
+pub async fn run(args: KubeArgs, patience: Duration) -> Result<Exit, Failure> {
+    let KubeArgs { verb: Verb::Crds(CrdsArgs { install }) } = args;
+    let Some(kubeconfig) = install else {
+        for document in crds::all() {
+            output::line(format!("---\n{}", yaml(&document)?))?;
+        }
+        return Ok(Exit::Done);
+    };
+    let client = connect(&KubernetesAccess::Kubeconfig(kubeconfig)).await.map_err(Failure::new)?;
+    let installed = tokio::time::timeout(patience, crds::install(client)).await;
+    let installed = installed.map_err(|_| {
+        Failure::new(format_args!("the API server has not answered within {} s", patience.as_secs()))
+    })?;
+    for (name, what) in installed.map_err(Failure::new)? {
+        let said = match what {
+            Installed::Applied => "applied",
+            Installed::LeftNewer => "left as it is: a later version is installed",
+        };
+        output::line(format!("customresourcedefinition/{name} {said}"))?;
+    }
+    Ok(Exit::Done)
+}
+
+fn yaml(document: &Value) -> Result<String, Failure> {
+    serde_saphyr::to_string(document).map(|text| text.trim_end().to_owned()).map_err(Failure::new)
+}

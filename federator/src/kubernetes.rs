@@ -1,0 +1,134 @@
+//! The cluster's Kubernetes: its `ServiceExport`s feed the same code as applied ones, and what follows from them is
+//! written back: `ServiceImport`s, derived `Service`s, `EndpointSlice`s, conditions, Events.
+//!
+//! One task owns everything here ([`driver`]). It watches five kinds ([`tables`]), hands exports to the core
+//! ([`crate::core::kubernetes`]), and looks at each service that has changed, here or in the facts: what it is to look like
+//! ([`desired`]), what of it is to be written next ([`plan`]), and writes that ([`write`]), a few services at a time. Only
+//! the leader writes ([`lease`]); every replica watches. The API server may be away for as long as it likes: what is known
+//! stays, and peers keep what they have been told. When our credentials are refused everything begins anew with those
+//! that the files hold now.
+
+pub mod client;
+pub mod crds;
+mod desired;
+mod driver;
+mod labels;
+pub mod lease;
+pub mod metrics;
+mod plan;
+mod rows;
+mod tables;
+mod write;
+
+use std::time::Duration;
+
+use futures::StreamExt;
+use futures::stream::{BoxStream, SelectAll};
+use kube::Client;
+use kube::runtime::WatchStreamExt;
+use kube::runtime::events::{Recorder, Reporter};
+use kube::runtime::watcher::{self, watcher};
+use tokio::sync::watch;
+use tombolo_runtime::tasks::TaskGroup;
+
+use crate::core::CoreHandle;
+use crate::token_review::access::KubernetesAccess;
+use client::Resources;
+use driver::{Driver, SessionEnd, Watched};
+use lease::LeaseTask;
+use metrics::Metrics;
+use tables::Kind;
+use write::Writer;
+
+/// Without an answer, and without the CRDs, it is tried again.
+const AGAIN: Duration = Duration::from_secs(5);
+
+/// What the federator has to do with its Kubernetes beside reviewing tokens.
+#[derive(Clone, Debug)]
+pub struct KubernetesConfig {
+    pub access: KubernetesAccess,
+    /// Where the `Lease` is.
+    pub namespace: String,
+}
+
+/// Exports and imports services of the cluster's Kubernetes.
+pub struct KubernetesTask {
+    pub core: CoreHandle,
+    pub config: KubernetesConfig,
+    pub metrics: Metrics,
+    pub tasks: TaskGroup,
+}
+
+impl KubernetesTask {
+    /// Runs until the core has ended.
+    pub async fn run(self) {
+        let mut said = String::new();
+        loop {
+            let end = match self.session().await {
+                Ok(never) => match never {},
+                Err(SessionEnd::Gone(_)) => return,
+                Err(end) => end.to_string(),
+            };
+            // Once per reason: this may last for days.
+            if end != said {
+                tracing::warn!(
+                    error = end,
+                    "Kubernetes can't be used now; tried again every {} s",
+                    AGAIN.as_secs()
+                );
+                said = end;
+            }
+            tokio::time::sleep(AGAIN).await;
+        }
+    }
+
+    async fn session(&self) -> Result<std::convert::Infallible, SessionEnd> {
+        let client = client::connect(&self.config.access).await?;
+        let resources = Resources::discover(&client).await?;
+        let facts = self.core.facts();
+        let identity = format!("{}-{:x}", hostname(), facts.cluster.epoch.0);
+        tracing::info!(
+            mcs = resources.api_version,
+            identity,
+            "services of Kubernetes are exported and imported"
+        );
+        let (leads, leading) = watch::channel(None);
+        let task = LeaseTask {
+            client: client.clone(),
+            namespace: self.config.namespace.clone(),
+            identity: identity.clone(),
+            leads,
+        };
+        let lease = self.tasks.spawn("Kubernetes lease", task.run());
+        let _ends_with_the_session = AbortOnDrop(lease.abort_handle());
+        let reporter = Reporter { controller: "tombolo.dev/federator".to_owned(), instance: Some(identity) };
+        let recorder = Recorder::new(client.clone(), reporter);
+        let writer = Writer { client: client.clone(), resources: resources.clone(), recorder };
+        let driver = Driver::new(self.core.clone(), writer, leading, self.metrics.clone());
+        driver.run(watches(&client, &resources)).await
+    }
+}
+
+struct AbortOnDrop(tokio::task::AbortHandle);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// In a pod, its name.
+fn hostname() -> String {
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    if name.trim().is_empty() { "federator".to_owned() } else { name.trim().to_owned() }
+}
+
+/// A stream per kind, which begins anew after whatever ends it, ever more slowly.
+fn watches(client: &Client, resources: &Resources) -> SelectAll<BoxStream<'static, Watched>> {
+    let stream = |kind: Kind| {
+        let config = watcher::Config::default();
+        let events = watcher(resources.all(client, kind), config).default_backoff();
+        events.map(move |event| (kind, event)).boxed()
+    };
+    futures::stream::select_all(Kind::ALL.map(stream))
+}

@@ -1,0 +1,273 @@
+//! Plans against an API server that does what it is told, and against what others do.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use kube::core::DynamicObject;
+use kube::runtime::watcher::Event;
+use tombolo_model::mcs::{Exporter, IpFamily, Port, ServiceProperties, merge};
+
+use super::*;
+use crate::facts::{KubernetesHosts, NamedEndpoint};
+
+const API: &str = "multicluster.x-k8s.io/v1beta1";
+
+fn web() -> ServiceKey {
+    "shop/web".parse().unwrap()
+}
+
+fn exporter(cluster: &str, kind: ServiceType) -> Exporter {
+    Exporter {
+        cluster: cluster.parse().unwrap(),
+        since: Duration::from_secs(1),
+        kind,
+        ports: vec![Port {
+            name: "http".into(),
+            port: 80,
+            app_protocol: String::new(),
+            protocol: "TCP".into(),
+        }],
+        labels: [("team".to_owned(), "shop".to_owned())].into(),
+        annotations: BTreeMap::new(),
+        service: Some(ServiceProperties { ip_families: vec![IpFamily::IPv4], ..Default::default() }),
+    }
+}
+
+fn host(address: &str) -> NamedEndpoint {
+    NamedEndpoint {
+        hostname: super::super::tables::dashed(&address.parse().unwrap()),
+        address: address.parse().unwrap(),
+    }
+}
+
+fn shown(kind: ServiceType) -> ShownService {
+    let exporters = [exporter("east", kind), exporter("west", kind)];
+    let hosts = |addresses: &[&str]| KubernetesHosts {
+        hosts: addresses.iter().map(|address| host(address)).collect(),
+        ports: exporters[0].ports.clone(),
+    };
+    let endpoints = BTreeMap::from([
+        ("east".parse().unwrap(), hosts(&["10.1.0.1", "fd00::1", "127.0.0.1", "169.254.169.254"])),
+        ("west".parse().unwrap(), hosts(&[])),
+    ]);
+    let clusters = exporters.iter().map(|exporter| exporter.cluster.clone()).collect();
+    ShownService {
+        export: None,
+        import: Some(ShownImport { merged: merge(&exporters), clusters, endpoints }),
+    }
+}
+
+/// An API server as far as plans see one.
+#[derive(Default)]
+struct Server {
+    tables: Tables,
+    version: u64,
+    written: Vec<String>,
+}
+
+impl Server {
+    fn with_namespace() -> Self {
+        let mut server = Self::default();
+        server.put(Kind::Namespace, json!({ "metadata": { "name": "shop" } }));
+        server
+    }
+
+    fn put(&mut self, kind: Kind, mut document: Value) {
+        self.version += 1;
+        let name = document.pointer("/metadata/name").and_then(Value::as_str).unwrap().to_owned();
+        document["metadata"]["resourceVersion"] = self.version.to_string().into();
+        document["metadata"]["uid"] = format!("{}-{name}", kind.as_str()).into();
+        let object: DynamicObject = serde_json::from_value(document).unwrap();
+        self.tables.apply(kind, Event::Apply(object));
+    }
+
+    fn perform(&mut self, write: Write) {
+        match write {
+            Write::Apply { kind, mut document, .. } => {
+                self.written.push(format!("apply {}", kind.as_str()));
+                if kind == Kind::Service {
+                    document["spec"]["clusterIP"] = "10.96.0.7".into();
+                    document["spec"]["clusterIPs"] = json!(["10.96.0.7"]);
+                }
+                if kind == Kind::ServiceImport {
+                    document["status"] =
+                        self.tables.import_row(&web()).map(|row| row.status.clone()).unwrap_or_default();
+                }
+                self.put(kind, document);
+            }
+            Write::Status { kind, document, .. } => {
+                self.written.push(format!("status {}", kind.as_str()));
+                let row = self.tables.import_row(&web()).unwrap();
+                let metadata = json!({
+                    "name": "web", "namespace": "shop",
+                    "labels": { super::super::labels::MANAGED_BY: "tombolo" },
+                    "annotations": { super::super::labels::APPLIED: row.meta.applied },
+                });
+                let whole = json!({ "metadata": metadata, "spec": row.spec, "status": document["status"] });
+                self.put(kind, whole);
+            }
+            Write::Delete { kind, name, uid } => {
+                self.written.push(format!("delete {}", kind.as_str()));
+                let metadata = json!({ "name": name, "namespace": "shop", "uid": uid });
+                let object = serde_json::from_value(json!({ "metadata": metadata })).unwrap();
+                self.tables.apply(kind, Event::Delete(object));
+            }
+        }
+    }
+
+    fn plan(&self, shown: &ShownService) -> Plan {
+        let cluster = "east".parse().unwrap();
+        let now = "2026-11-24T02:15:05Z";
+        let with = Surroundings { api_version: API, cluster: &cluster, now, refusal: None };
+        plan(&web(), shown, &self.tables, &with)
+    }
+
+    /// Until nothing is left to be written; what was written.
+    fn settle(&mut self, shown: &ShownService) -> Vec<String> {
+        for _ in 0..10 {
+            let Plan { writes, .. } = self.plan(shown);
+            if writes.is_empty() {
+                return std::mem::take(&mut self.written);
+            }
+            writes.into_iter().for_each(|write| self.perform(write));
+        }
+        panic!("it does not settle: {:?}", self.written);
+    }
+}
+
+#[test]
+fn an_import_gets_an_address_and_slices_and_is_taken_away_whole() {
+    let mut server = Server::with_namespace();
+    let wanted = shown(ServiceType::ClusterSetIp);
+    let written = server.settle(&wanted);
+    assert_eq!(
+        written,
+        [
+            "apply ServiceImport",
+            "apply Service",
+            "apply EndpointSlice",
+            "apply EndpointSlice",
+            "apply ServiceImport",
+            "status ServiceImport"
+        ],
+        "one slice per family; loopback and link-local addresses are nobody's"
+    );
+    let row = server.tables.import_row(&web()).unwrap();
+    assert_eq!(row.spec["ips"], json!(["10.96.0.7"]));
+    assert_eq!(row.spec["ipFamilies"], json!(["IPv4"]));
+    assert_eq!(row.status["clusters"], json!([{ "cluster": "east" }, { "cluster": "west" }]));
+    assert_eq!(row.status["conditions"][0]["reason"], "Ready");
+    assert_eq!(server.settle(&wanted), Vec::<String>::new(), "settled is settled");
+    assert_eq!(
+        server.settle(&ShownService::default()),
+        ["delete EndpointSlice", "delete EndpointSlice", "delete Service", "delete ServiceImport"]
+    );
+    assert!(server.tables.known().is_empty());
+}
+
+#[test]
+fn a_headless_import_has_no_address_and_one_that_becomes_headless_loses_it() {
+    let mut server = Server::with_namespace();
+    server.settle(&shown(ServiceType::ClusterSetIp));
+    let written = server.settle(&shown(ServiceType::Headless));
+    assert_eq!(
+        written,
+        ["apply ServiceImport", "delete Service", "status ServiceImport"].to_vec()[..2].to_vec()
+    );
+    let row = server.tables.import_row(&web()).unwrap();
+    assert_eq!((row.spec.get("ips"), &row.spec["type"]), (None, &json!("Headless")));
+}
+
+#[test]
+fn without_the_namespace_nothing_is_made() {
+    let mut server = Server::default();
+    assert_eq!(server.settle(&shown(ServiceType::ClusterSetIp)), Vec::<String>::new());
+}
+
+#[test]
+fn what_somebody_else_keeps_is_not_touched_and_said() {
+    let mut server = Server::with_namespace();
+    let foreign =
+        json!({ "metadata": { "name": "web", "namespace": "shop" }, "spec": { "type": "Headless" } });
+    server.put(Kind::ServiceImport, foreign.clone());
+    let planned = server.plan(&shown(ServiceType::ClusterSetIp));
+    assert!(planned.writes.is_empty());
+    assert!(planned.obstacle.unwrap().contains("a ServiceImport shop/web is there that somebody else keeps"));
+    assert_eq!(server.plan(&ShownService::default()), Plan::default(), "nor deleted");
+    // Nor a Service that has the name of a derived one.
+    let mut server = Server::with_namespace();
+    let name = derived_name(&web());
+    server.put(
+        Kind::Service,
+        json!({ "metadata": { "name": name, "namespace": "shop" }, "spec": { "clusterIP": "1.2.3.4" } }),
+    );
+    server.settle(&shown(ServiceType::ClusterSetIp));
+    let row = server.tables.import_row(&web()).unwrap();
+    assert_eq!(row.spec.get("ips"), None);
+    assert_eq!(row.status["conditions"][0]["status"], "False");
+    let message = row.status["conditions"][0]["message"].as_str().unwrap();
+    assert!(message.contains("somebody else keeps"), "{message}");
+}
+
+#[test]
+fn what_others_change_is_put_right_and_what_they_add_is_left() {
+    let mut server = Server::with_namespace();
+    let wanted = shown(ServiceType::ClusterSetIp);
+    server.settle(&wanted);
+    let row = server.tables.import_row(&web()).unwrap().clone();
+    let whole = |spec: Value, labels: Value| {
+        let mut labels = labels;
+        labels[super::super::labels::MANAGED_BY] = "tombolo".into();
+        let annotations = json!({ super::super::labels::APPLIED: row.meta.applied });
+        let metadata =
+            json!({ "name": "web", "namespace": "shop", "labels": labels, "annotations": annotations });
+        json!({ "metadata": metadata, "spec": spec, "status": row.status })
+    };
+    server.put(Kind::ServiceImport, whole(row.spec.clone(), json!({ "theirs": "x" })));
+    assert_eq!(server.settle(&wanted), Vec::<String>::new());
+    let mut spec = row.spec.clone();
+    spec["ports"][0]["port"] = 81.into();
+    server.put(Kind::ServiceImport, whole(spec, json!({})));
+    assert_eq!(server.settle(&wanted), ["apply ServiceImport"]);
+}
+
+#[test]
+fn conditions_keep_the_time_of_their_last_change_and_those_of_others_are_left() {
+    let condition = |status, message: &str| Condition::new("Ready", status, "Exported", message);
+    let before = desired::conditions(&[condition(true, "a")], &[], 1, "2026-01-01T00:00:00Z");
+    let same = desired::conditions(&[condition(true, "b")], &before, 2, "2027-01-01T00:00:00Z");
+    assert_eq!(same[0]["lastTransitionTime"], "2026-01-01T00:00:00Z");
+    assert_eq!((&same[0]["message"], &same[0]["observedGeneration"]), (&json!("b"), &json!(2)));
+    let other = desired::conditions(&[condition(false, "b")], &before, 2, "2027-01-01T00:00:00Z");
+    assert_eq!(other[0]["lastTransitionTime"], "2027-01-01T00:00:00Z");
+}
+
+#[test]
+fn the_status_of_an_export_is_written_once_for_the_very_object_and_generation() {
+    let mut server = Server::with_namespace();
+    let theirs = json!({ "type": "Theirs", "status": "True", "reason": "x" });
+    let export = |conditions: Value| {
+        json!({
+            "metadata": { "name": "web", "namespace": "shop", "generation": 1 },
+            "status": { "conditions": conditions },
+        })
+    };
+    server.put(Kind::ServiceExport, export(json!([theirs])));
+    let wanted = |uid: &str, generation| ShownService {
+        export: Some(ShownExport {
+            uid: uid.into(),
+            generation,
+            conditions: vec![Condition::new("Valid", true, "Valid", "")],
+        }),
+        import: None,
+    };
+    assert!(server.plan(&wanted("another", 1)).writes.is_empty());
+    assert!(server.plan(&wanted("ServiceExport-web", 2)).writes.is_empty());
+    let writes = server.plan(&wanted("ServiceExport-web", 1)).writes;
+    let [Write::Status { document, changed, .. }] = writes.as_slice() else { panic!("{writes:?}") };
+    assert_eq!(changed.len(), 1);
+    let conditions = document["status"]["conditions"].as_array().unwrap();
+    assert_eq!(conditions.len(), 1, "theirs are theirs to apply");
+    server.put(Kind::ServiceExport, export(json!([theirs, conditions[0]])));
+    assert!(server.plan(&wanted("ServiceExport-web", 1)).writes.is_empty());
+}

@@ -1,0 +1,263 @@
+//! Objects of the API server, read into what is kept of them: each in a row without what nobody here asks for (pure).
+//!
+//! Whatever they hold was admitted by an API server, which need not be ours to trust: what does not read is left out.
+
+use std::net::IpAddr;
+
+use kube::core::DynamicObject;
+use serde_json::Value;
+use tombolo_model::mcs::{InternalTrafficPolicy, IpFamily, Port, ServiceProperties, SessionAffinity};
+use tombolo_model::names::ServiceKey;
+use tombolo_model::resource::{Object, ObjectMeta, ServiceExportSpec, Spec};
+
+use super::labels::{APPLIED, IMPORT, LOCAL_SERVICE, MANAGED_BY, SERVICE_NAME, SOURCE_CLUSTER, TOMBOLO};
+use crate::facts::{ExportedService, KubernetesService};
+
+/// Of one slice: Kubernetes' own limit.
+const MAX_ENDPOINTS: usize = 1000;
+
+/// What every row has.
+#[derive(Clone, PartialEq, Debug, Default)]
+pub struct Meta {
+    pub uid: String,
+    pub version: u64,
+    /// Written by this federator or one before it.
+    pub ours: bool,
+    /// What was written last.
+    pub applied: String,
+    pub deleting: bool,
+}
+
+impl Meta {
+    fn of(object: &DynamicObject) -> Self {
+        Self {
+            uid: object.metadata.uid.clone().unwrap_or_default(),
+            version: object.metadata.resource_version.as_deref().and_then(|v| v.parse().ok()).unwrap_or(0),
+            ours: label(object, MANAGED_BY) == Some(TOMBOLO),
+            applied: annotation(object, APPLIED).unwrap_or_default().to_owned(),
+            deleting: object.metadata.deletion_timestamp.is_some(),
+        }
+    }
+}
+
+fn label<'a>(object: &'a DynamicObject, key: &str) -> Option<&'a str> {
+    object.metadata.labels.as_ref()?.get(key).map(String::as_str)
+}
+
+fn annotation<'a>(object: &'a DynamicObject, key: &str) -> Option<&'a str> {
+    object.metadata.annotations.as_ref()?.get(key).map(String::as_str)
+}
+
+/// An object that is kept, and can be told from another of its name.
+pub trait Row: PartialEq + Sized {
+    fn read(object: DynamicObject) -> Option<Self>;
+    fn meta(&self) -> &Meta;
+}
+
+/// A namespace: whether objects can be made in it.
+#[derive(Clone, PartialEq, Debug)]
+pub struct NamespaceRow {
+    pub meta: Meta,
+}
+
+impl Row for NamespaceRow {
+    fn read(object: DynamicObject) -> Option<Self> {
+        // Its version changes with every label: nobody is to be woken by it.
+        let meta = Meta { version: 0, ..Meta::of(&object) };
+        Some(Self { meta })
+    }
+    fn meta(&self) -> &Meta {
+        &self.meta
+    }
+}
+
+/// A `Service`: one that may be exported, or a derived one.
+#[derive(Clone, PartialEq, Debug)]
+pub struct ServiceRow {
+    pub meta: Meta,
+    pub service: KubernetesService,
+    pub cluster_ips: Vec<IpAddr>,
+    /// Of a derived one: the import's name.
+    pub import: Option<String>,
+    /// Of a derived one, as it is.
+    pub spec: Value,
+}
+
+impl Row for ServiceRow {
+    fn read(object: DynamicObject) -> Option<Self> {
+        let meta = Meta::of(&object);
+        let spec = object.data.get("spec").unwrap_or(&Value::Null);
+        let ips = spec.get("clusterIPs").and_then(Value::as_array).into_iter().flatten();
+        let cluster_ips = ips.filter_map(|ip| ip.as_str()?.parse().ok()).collect();
+        let import = annotation(&object, IMPORT).map(str::to_owned).filter(|_| meta.ours);
+        let kept = if import.is_some() { spec.clone() } else { Value::Null };
+        Some(Self { meta, service: service(spec), cluster_ips, import, spec: kept })
+    }
+    fn meta(&self) -> &Meta {
+        &self.meta
+    }
+}
+
+fn text<'a>(value: &'a Value, field: &str) -> &'a str {
+    value.get(field).and_then(Value::as_str).unwrap_or_default()
+}
+
+fn service(spec: &Value) -> KubernetesService {
+    if text(spec, "type") == "ExternalName" {
+        return KubernetesService::ExternalName;
+    }
+    let ports = spec.get("ports").and_then(Value::as_array).into_iter().flatten();
+    let families = spec.get("ipFamilies").and_then(Value::as_array).into_iter().flatten();
+    let timeout = spec.pointer("/sessionAffinityConfig/clientIP/timeoutSeconds").and_then(Value::as_u64);
+    let affinity = SessionAffinity::parse(text(spec, "sessionAffinity")).unwrap_or_default();
+    KubernetesService::Found(ExportedService {
+        headless: text(spec, "clusterIP") == "None",
+        ports: ports.filter_map(|port| read_port(port, "port")).collect(),
+        properties: ServiceProperties {
+            session_affinity: affinity,
+            affinity_timeout_seconds: timeout
+                .filter(|_| affinity == SessionAffinity::ClientIP)
+                .and_then(|seconds| u32::try_from(seconds).ok()),
+            ip_families: families.filter_map(|family| IpFamily::parse(family.as_str()?)).collect(),
+            internal_traffic_policy: InternalTrafficPolicy::parse(text(spec, "internalTrafficPolicy"))
+                .unwrap_or_default(),
+            traffic_distribution: Some(text(spec, "trafficDistribution"))
+                .filter(|text| !text.is_empty())
+                .map(str::to_owned),
+        },
+    })
+}
+
+fn read_port(port: &Value, number: &str) -> Option<Port> {
+    let protocol = Some(text(port, "protocol")).filter(|text| !text.is_empty()).unwrap_or("TCP");
+    Some(Port {
+        name: text(port, "name").to_owned(),
+        port: u16::try_from(port.get(number)?.as_u64()?).ok()?,
+        app_protocol: text(port, "appProtocol").to_owned(),
+        protocol: protocol.to_owned(),
+    })
+}
+
+/// An `EndpointSlice`: of a `Service` of this cluster, or one that is written here.
+#[derive(Clone, PartialEq, Debug)]
+pub struct SliceRow {
+    pub meta: Meta,
+    /// Of this cluster's `Service`.
+    pub service: Option<String>,
+    /// The import, of one that is written here.
+    pub import: Option<String>,
+    pub ready: Vec<Endpoint>,
+    pub ports: Vec<Port>,
+}
+
+/// A ready endpoint.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct Endpoint {
+    pub address: IpAddr,
+    pub hostname: Option<String>,
+}
+
+impl Row for SliceRow {
+    fn read(object: DynamicObject) -> Option<Self> {
+        let meta = Meta::of(&object);
+        let imported = label(&object, SOURCE_CLUSTER).is_some();
+        let import = label(&object, SERVICE_NAME).map(str::to_owned).filter(|_| meta.ours && imported);
+        let service = label(&object, LOCAL_SERVICE).map(str::to_owned).filter(|_| !imported);
+        if import.is_none() && service.is_none() {
+            return None;
+        }
+        let list = |field| object.data.get(field).and_then(Value::as_array).into_iter().flatten();
+        let ready = |endpoint: &&Value| endpoint.pointer("/conditions/ready") != Some(&Value::Bool(false));
+        let mut endpoints: Vec<Endpoint> = list("endpoints")
+            .filter(ready)
+            .take(MAX_ENDPOINTS)
+            .filter_map(|endpoint| {
+                let address = endpoint.pointer("/addresses/0")?.as_str()?.parse().ok()?;
+                let hostname = endpoint.get("hostname").and_then(Value::as_str).map(str::to_owned);
+                Some(Endpoint { address, hostname })
+            })
+            .collect();
+        endpoints.sort_unstable();
+        let ports = list("ports").filter_map(|port| read_port(port, "port")).collect();
+        Some(Self { meta, service, import, ready: endpoints, ports })
+    }
+    fn meta(&self) -> &Meta {
+        &self.meta
+    }
+}
+
+/// A `ServiceExport`.
+#[derive(Clone, PartialEq, Debug)]
+pub struct ExportRow {
+    pub meta: Meta,
+    pub object: Object,
+    pub created_unix: u64,
+    pub generation: u64,
+    pub conditions: Vec<Value>,
+}
+
+impl Row for ExportRow {
+    fn read(object: DynamicObject) -> Option<Self> {
+        let meta = Meta::of(&object);
+        let spec = object.data.get("spec").cloned().filter(|spec| !spec.is_null());
+        let spec = spec.unwrap_or_else(|| Value::Object(Default::default()));
+        // Fields of a later version are theirs to use, and no reason to export nothing.
+        let map = |field: &str| serde_json::from_value(spec.get(field).cloned().unwrap_or_default());
+        let spec = ServiceExportSpec {
+            exported_labels: map("exportedLabels").unwrap_or_default(),
+            exported_annotations: map("exportedAnnotations").unwrap_or_default(),
+        };
+        let created = object.metadata.creation_timestamp.as_ref().map_or(0, |time| time.0.as_second());
+        let mut metadata = ObjectMeta::default();
+        metadata.name = object.metadata.name.clone()?;
+        metadata.namespace = object.metadata.namespace.clone();
+        let annotations = object.metadata.annotations.iter().flatten();
+        // Others are nobody's business here, and may be long.
+        let ours = annotations.filter(|(key, _)| key.starts_with("tombolo.dev/"));
+        metadata.annotations = ours.map(|(key, value)| (key.clone(), value.clone())).collect();
+        let api_version = object.types.as_ref().map(|types| types.api_version.clone()).unwrap_or_default();
+        Some(Self {
+            meta: Meta { ours: false, ..meta },
+            object: Object { api_version, metadata, spec: Spec::ServiceExport(spec) },
+            created_unix: u64::try_from(created).unwrap_or(0),
+            generation: u64::try_from(object.metadata.generation.unwrap_or(0)).unwrap_or(0),
+            conditions: conditions(&object.data),
+        })
+    }
+    fn meta(&self) -> &Meta {
+        &self.meta
+    }
+}
+
+fn conditions(data: &Value) -> Vec<Value> {
+    data.pointer("/status/conditions").and_then(Value::as_array).cloned().unwrap_or_default()
+}
+
+/// A `ServiceImport`, ours or not.
+#[derive(Clone, PartialEq, Debug)]
+pub struct ImportRow {
+    pub meta: Meta,
+    /// Null for one that is not ours.
+    pub spec: Value,
+    pub status: Value,
+}
+
+impl Row for ImportRow {
+    fn read(object: DynamicObject) -> Option<Self> {
+        let meta = Meta::of(&object);
+        let part = |field: &str| match meta.ours {
+            true => object.data.get(field).cloned().unwrap_or_default(),
+            false => Value::Null,
+        };
+        let (spec, status) = (part("spec"), part("status"));
+        Some(Self { meta, spec, status })
+    }
+    fn meta(&self) -> &Meta {
+        &self.meta
+    }
+}
+
+/// A service by the names of an object; `None` for names that no service has.
+pub fn key(namespace: &str, name: &str) -> Option<ServiceKey> {
+    Some(ServiceKey::new(namespace.parse().ok()?, name.parse().ok()?))
+}

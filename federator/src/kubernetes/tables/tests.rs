@@ -1,0 +1,158 @@
+//! Tables under events in any order, as watches and answers bring them.
+
+use serde_json::{Value, json};
+
+use super::*;
+
+fn object(kind: &str, namespace: &str, name: &str, version: u64, more: Value) -> DynamicObject {
+    let mut document = json!({
+        "apiVersion": "v1", "kind": kind,
+        "metadata": { "name": name, "namespace": namespace, "uid": format!("{kind}-{name}"), "resourceVersion": version.to_string() },
+    });
+    for (field, value) in more.as_object().unwrap() {
+        match (field.as_str(), value) {
+            ("metadata", Value::Object(fields)) => {
+                for (key, value) in fields {
+                    document["metadata"][key] = value.clone();
+                }
+            }
+            _ => document[field] = value.clone(),
+        }
+    }
+    serde_json::from_value(document).unwrap()
+}
+
+fn service(version: u64, kind: &str) -> DynamicObject {
+    let ports = json!([{ "name": "http", "port": 80, "protocol": "TCP", "targetPort": 8080 }]);
+    let spec = json!({ "type": kind, "clusterIP": "10.0.0.1", "ports": ports, "ipFamilies": ["IPv4"] });
+    object("Service", "shop", "web", version, json!({ "spec": spec }))
+}
+
+fn export(version: u64) -> DynamicObject {
+    object("ServiceExport", "shop", "web", version, json!({ "metadata": { "generation": 1 } }))
+}
+
+fn slice(name: &str, version: u64, addresses: &[&str]) -> DynamicObject {
+    let endpoints: Vec<Value> =
+        addresses.iter().map(|a| json!({ "addresses": [a], "conditions": {} })).collect();
+    let labels = json!({ LABEL: "web" });
+    let ports = json!([{ "name": "http", "port": 8080, "protocol": "TCP" }]);
+    object(
+        "EndpointSlice",
+        "shop",
+        name,
+        version,
+        json!({ "metadata": { "labels": labels }, "endpoints": endpoints, "ports": ports }),
+    )
+}
+const LABEL: &str = super::super::labels::LOCAL_SERVICE;
+
+fn web() -> ServiceKey {
+    "shop/web".parse().unwrap()
+}
+
+fn listed(tables: &mut Tables, kind: Kind, objects: Vec<DynamicObject>) -> Touched {
+    tables.apply(kind, Event::Init);
+    objects.into_iter().for_each(|object| drop(tables.apply(kind, Event::InitApply(object))));
+    tables.apply(kind, Event::InitDone)
+}
+
+#[test]
+fn an_export_is_what_its_service_and_its_endpoints_make_it() {
+    let mut tables = Tables::default();
+    let touched = tables.apply(Kind::ServiceExport, Event::Apply(export(1)));
+    assert!(touched.exports.contains(&web()) && touched.services.contains(&web()));
+    assert_eq!(tables.export(&web()).unwrap().service, KubernetesService::Missing);
+    tables.apply(Kind::Service, Event::Apply(service(2, "ExternalName")));
+    assert_eq!(tables.export(&web()).unwrap().service, KubernetesService::ExternalName);
+    let touched = tables.apply(Kind::Service, Event::Apply(service(3, "ClusterIP")));
+    assert!(touched.exports.contains(&web()));
+    let touched =
+        tables.apply(Kind::EndpointSlice, Event::Apply(slice("web-1", 4, &["10.1.0.2", "10.1.0.1"])));
+    assert!(touched.exports.contains(&web()) && touched.services.is_empty());
+    tables.apply(Kind::EndpointSlice, Event::Apply(slice("web-2", 5, &["10.1.0.1", "10.1.0.3"])));
+    let export = tables.export(&web()).unwrap();
+    let hosts: Vec<String> = export.hosts.hosts.iter().map(|host| host.address.to_string()).collect();
+    assert_eq!(hosts, ["10.1.0.1", "10.1.0.2", "10.1.0.3"], "each once, in order");
+    assert_eq!(export.hosts.ports.len(), 1);
+    assert_eq!(export.hosts.ports[0].port, 8080, "where they listen, not what callers name");
+    assert_eq!(export.service.found().unwrap().ports[0].port, 80);
+    tables.apply(Kind::EndpointSlice, Event::Delete(slice("web-2", 6, &[])));
+    assert_eq!(tables.export(&web()).unwrap().hosts.hosts.len(), 2);
+    tables.apply(Kind::Service, Event::Delete(service(7, "ClusterIP")));
+    let export = tables.export(&web()).unwrap();
+    assert_eq!((export.service, export.hosts.hosts.len()), (KubernetesService::Missing, 0));
+}
+
+#[test]
+fn a_list_that_begins_anew_deletes_nothing_until_it_is_whole() {
+    let mut tables = Tables::default();
+    for kind in Kind::ALL {
+        assert!(!tables.is_synced(), "{kind:?} is still missing");
+        listed(&mut tables, kind, Vec::new());
+    }
+    assert!(tables.is_synced());
+    listed(&mut tables, Kind::ServiceExport, vec![export(1)]);
+    assert!(tables.export_row(&web()).is_some());
+    tables.apply(Kind::ServiceExport, Event::Init);
+    assert!(tables.export_row(&web()).is_some(), "the server is away, not the export");
+    let touched = tables.apply(Kind::ServiceExport, Event::InitDone);
+    assert!(tables.export_row(&web()).is_none() && touched.exports.contains(&web()));
+}
+
+#[test]
+fn what_is_older_than_what_is_known_is_no_news() {
+    let mut tables = Tables::default();
+    tables.apply(Kind::Service, Event::Apply(service(5, "ClusterIP")));
+    let touched = tables.apply(Kind::Service, Event::Apply(service(4, "ExternalName")));
+    assert_eq!(touched, Touched::default(), "the watch is behind the answer to a write");
+    let mut other = service(6, "ClusterIP");
+    other.metadata.uid = Some("of-before".into());
+    let touched = tables.apply(Kind::Service, Event::Delete(other));
+    assert_eq!(touched, Touched::default(), "another one of this name was deleted");
+    // A server that was restored from a backup counts from lower again: with other uids.
+    let mut restored = service(1, "ExternalName");
+    restored.metadata.uid = Some("restored".into());
+    assert!(!tables.apply(Kind::Service, Event::Apply(restored)).exports.is_empty());
+}
+
+#[test]
+fn a_namespace_wakes_its_services_when_it_comes_and_when_it_ends_only() {
+    let mut tables = Tables::default();
+    let namespace = |version, more| object("Namespace", "", "shop", version, more);
+    let touched = tables.apply(Kind::Namespace, Event::Apply(namespace(1, json!({}))));
+    assert!(touched.namespaces.contains("shop") && tables.has_namespace("shop"));
+    let labelled = namespace(2, json!({ "metadata": { "labels": { "a": "b" } } }));
+    assert_eq!(tables.apply(Kind::Namespace, Event::Apply(labelled)), Touched::default());
+    let ending = namespace(3, json!({ "metadata": { "deletionTimestamp": "2026-11-24T02:15:05Z" } }));
+    assert!(!tables.apply(Kind::Namespace, Event::Apply(ending)).namespaces.is_empty());
+    assert!(!tables.has_namespace("shop"), "nothing can be made in it any more");
+}
+
+#[test]
+fn odd_objects_cost_nothing() {
+    let mut tables = Tables::default();
+    for document in [
+        json!({ "spec": null }),
+        json!({ "spec": { "ports": [{ "port": 99999 }, 7, null] } }),
+        json!({ "spec": [] }),
+    ] {
+        tables.apply(Kind::Service, Event::Apply(object("Service", "shop", "web", 1, document.clone())));
+        tables.apply(
+            Kind::ServiceExport,
+            Event::Apply(object("ServiceExport", "shop", "web", 1, document.clone())),
+        );
+        tables.apply(
+            Kind::ServiceImport,
+            Event::Apply(object("ServiceImport", "shop", "web", 1, document.clone())),
+        );
+        tables.apply(Kind::EndpointSlice, Event::Apply(object("EndpointSlice", "shop", "web", 1, document)));
+    }
+    let dotted = object("ServiceExport", "shop", "a.b", 1, json!({}));
+    assert_eq!(
+        tables.apply(Kind::ServiceExport, Event::Apply(dotted)),
+        Touched::default(),
+        "no service has it"
+    );
+    assert!(tables.export(&web()).is_some());
+}
