@@ -1,6 +1,6 @@
 //! What Kubernetes is to show of a service: conditions of its export, and what its import is made of.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -116,7 +116,7 @@ impl OwnExport {
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Changed {
     All,
-    Only(Vec<ServiceKey>),
+    Only(BTreeSet<ServiceKey>),
 }
 
 impl Inputs {
@@ -157,11 +157,12 @@ impl Inputs {
         if self.standings != before.standings {
             return Changed::All;
         }
-        let mut changed = Vec::new();
+        let mut changed = BTreeSet::new();
         differing(&before.own, &self.own, &mut changed, OwnExport::is_same);
         differing(&before.hosts, &self.hosts, &mut changed, Arc::ptr_eq);
         let none = Arc::default();
-        for peer in before.imports.keys().chain(self.imports.keys()) {
+        let peers: BTreeSet<&ClusterName> = before.imports.keys().chain(self.imports.keys()).collect();
+        for peer in peers {
             let of = |inputs: &Self| Arc::clone(inputs.imports.get(peer).unwrap_or(&none));
             let (then, now) = (of(before), of(self));
             if !Arc::ptr_eq(&then, &now) {
@@ -175,7 +176,7 @@ impl Inputs {
 fn differing<V>(
     before: &BTreeMap<ServiceKey, V>,
     now: &BTreeMap<ServiceKey, V>,
-    changed: &mut Vec<ServiceKey>,
+    changed: &mut BTreeSet<ServiceKey>,
     same: impl Fn(&V, &V) -> bool,
 ) {
     let gone = before.keys().filter(|key| !now.contains_key(*key));
