@@ -1,11 +1,12 @@
 //! Programs that know nothing of the mesh, across two clusters and 20 ms: nginx with curl and wrk, PostgreSQL with psql
 //! and pgbench, Redis with redis-benchmark.
 
+use std::io::{ErrorKind, Read as _};
 use std::os::unix::fs::chown;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use tombolo_tests::capability::{find_program, require_netns, require_programs};
 use tombolo_tests::link::Shape;
 use tombolo_tests::mesh::{Layout, Mesh};
@@ -51,6 +52,16 @@ impl Site {
             let import = entry(&status, "imports", "service", &format!("shop/{service}"))?;
             ensure!(import["clusters"][0]["healthy"] == 1, "{import}");
             Ok(())
+        })?;
+        // The caller's sidecar hears of it a moment later than the operator: until then it resets.
+        site.mesh.eventually("a connection is carried", Duration::from_secs(5), |mesh| {
+            let east = &mesh.cluster("east")?.namespace;
+            let mut stream = east.run(|| std::net::TcpStream::connect(at))??;
+            stream.set_read_timeout(Some(Duration::from_millis(300)))?;
+            match stream.read(&mut [0]) {
+                Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => Ok(()),
+                other => bail!("{other:?}"),
+            }
         })?;
         Ok(site)
     }
