@@ -15,6 +15,7 @@ pub mod config;
 mod front;
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -97,6 +98,8 @@ struct Context {
     front: Front,
     metrics: Metrics,
     up: Family<ApplicationLabels, Gauge>,
+    /// An application could not be started since the configuration was read.
+    failed: Arc<AtomicBool>,
     tasks: TaskGroup,
 }
 
@@ -120,17 +123,18 @@ impl Shared {
         Ok(Self { config, fronts, admin, readiness, metrics, up })
     }
 
-    /// Runs until `shutdown` starts and every application's drain is over. `again` reads the configuration anew:
-    /// `None` while it has not changed.
+    /// Runs until `shutdown` starts and every application's drain is over. `again` reads the configuration anew: `None`
+    /// while it has not changed, unless it is asked for all the same (what it names, such as a token, may have changed).
     pub async fn run(
         self,
         shutdown: Drain,
-        mut again: impl FnMut() -> Result<Option<SharedConfig>, String>,
+        mut again: impl FnMut(bool) -> Result<Option<SharedConfig>, String>,
     ) -> Result<(), SharedError> {
         let Self { config, fronts, admin, readiness, metrics, up } = self;
         let tasks = TaskGroup::new();
         let front = fronts.start(&shutdown, &tasks).map_err(SharedError::Front)?;
-        let context = Context { front, metrics, up, tasks: tasks.clone() };
+        let failed = Arc::new(AtomicBool::new(false));
+        let context = Context { front, metrics, up, failed: Arc::clone(&failed), tasks: tasks.clone() };
         let mut running = Running { applications: HashMap::new(), ending: HashMap::new(), context };
         running.follow(&config.applications, |name| Some(readiness.block(format!("application {name}"))));
 
@@ -139,7 +143,7 @@ impl Shared {
             let mut refused = String::new();
             loop {
                 tokio::time::sleep(LOOK_EVERY).await;
-                let read = again().and_then(|read| match read {
+                let read = again(failed.swap(false, Relaxed)).and_then(|read| match read {
                     Some(config) => config.check().map(|()| Some(config)).map_err(|e| e.to_string()),
                     None => Ok(None),
                 });
@@ -264,6 +268,7 @@ impl Context {
                 }
                 Err(error) => {
                     self.up.get_or_create(&labels).set(0);
+                    self.failed.store(true, Relaxed);
                     tracing::error!(%application, error = %chain(&error), again_in = ?pause,
                         "the application's sidecar can't be started");
                 }

@@ -83,6 +83,16 @@ impl Site {
         Ok(std::fs::write(self.mesh.path("east/shared.yaml"), text)?)
     }
 
+    /// Starts the shared sidecar.
+    fn run(&mut self) -> Result<()> {
+        let file = self.mesh.path("east/shared.yaml").display().to_string();
+        let admin = self.at(FRONT, 7445)?.to_string();
+        let args = ["sidecar", "shared", "--config", &file, "--admin", &admin];
+        let spec = self.mesh.spec("east", "shared", &args)?;
+        self.mesh.spawn("east/shared", spec)?;
+        self.mesh.ready("east", FRONT, "shared")
+    }
+
     /// What east's application at `host` gets from the front.
     fn called(&self, host: u8) -> Result<String> {
         let front = self.at(FRONT, 9080)?;
@@ -129,13 +139,13 @@ fn applications_without_a_sidecar_have_an_identity_each_and_come_and_go_without_
     let broken =
         site.application("broken", NOBODY, "")?.replace(&site.from(NOBODY)?.to_string(), "10.61.0.35");
     site.configure(&[cart.clone(), db.clone(), broken])?;
-    let (file, admin) =
-        (site.mesh.path("east/shared.yaml").display().to_string(), site.at(FRONT, 7445)?.to_string());
-    let spec =
-        site.mesh.spec("east", "shared", &["sidecar", "shared", "--config", &file, "--admin", &admin])?;
-    site.mesh.spawn("east/shared", spec)?;
-    site.mesh.ready("east", FRONT, "shared")?;
+    site.run()?;
     ensure!(site.up("cart")? == 1.0 && site.up("db")? == 1.0 && site.up("broken")? == 0.0);
+    site.mesh.token("east", "sidecar", "broken")?;
+    site.becomes("with its token it starts by itself", |site| {
+        ensure!(site.up("broken")? == 1.0, "not yet");
+        Ok(())
+    })?;
 
     site.becomes("cart is answered", |site| {
         ensure!(site.called(CART)?.contains("west"));
@@ -222,12 +232,7 @@ fn connections_outlive_the_coming_and_going_of_other_applications_and_have_the_d
         site.application("late", LATE, "")?,
     );
     site.configure(&[cart.clone(), db])?;
-    let (file, admin) =
-        (site.mesh.path("east/shared.yaml").display().to_string(), site.at(FRONT, 7445)?.to_string());
-    let spec =
-        site.mesh.spec("east", "shared", &["sidecar", "shared", "--config", &file, "--admin", &admin])?;
-    site.mesh.spawn("east/shared", spec)?;
-    site.mesh.ready("east", FRONT, "shared")?;
+    site.run()?;
     site.becomes("cart is answered", |site| site.called(CART).map(drop))?;
     let stream = site.at(FRONT, 9090)?;
     let mut open = Vec::new();

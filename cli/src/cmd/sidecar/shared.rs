@@ -83,9 +83,9 @@ pub fn run(args: SharedArgs) -> Result<Exit, Failure> {
         let tasks = TaskGroup::new();
         let drain = signals::process_drain(&tasks)?;
         let shared = Shared::build(config).await?;
-        let again = move || {
+        let again = move |all_the_same: bool| {
             let now = std::fs::read(&path).map_err(|e| format!("{}: {e}", path.display()))?;
-            if seen.as_ref() == Some(&now) {
+            if seen.as_ref() == Some(&now) && !all_the_same {
                 return Ok(None);
             }
             let config = again(&path, admin)?;
