@@ -24,7 +24,7 @@ use tombolo_overlay::{rendezvous, renewal_holder};
 use crate::counters::{Counters, Reason, Slot};
 use crate::keys::KeyCache;
 use crate::tables::{Class, Endpoint, InboundHandle, Tables};
-use crate::view::{LinkView, Origin, PathView, Side, Standing, Via, View, Who};
+use crate::view::{Holder, LinkView, Origin, PathView, Registered, Side, Standing, Via, View, Who};
 
 /// The two clocks, read once per batch.
 #[derive(Clone, Copy, Debug)]
@@ -232,14 +232,22 @@ impl Context<'_> {
         if let Some(address) = record.address.filter(|_| !record.registers) {
             return Some(forward(address, Via::Side(Side::Inner), None, Counters::ENDPOINTS, false));
         }
+        let here = |at: &Registered| {
+            forward(at.address, Via::Side(at.side), at.contacted, Counters::ENDPOINTS, false)
+        };
+        let there = |holder: &Holder| forward(holder.address, Via::Side(Side::Inner), None, holder.hop, true);
+        let handed_over = self.dcid.handed_over();
+        // Itself, wherever it is, before another process of its machine.
         if let Some(at) = self.view.registered(endpoint) {
-            return Some(forward(at.address, Via::Side(at.side), at.contacted, Counters::ENDPOINTS, false));
+            return Some(here(at));
         }
-        if self.dcid.handed_over() {
-            return None;
+        if let Some(holder) = self.view.holder(endpoint).filter(|_| !handed_over) {
+            return Some(there(holder));
         }
-        let holder = self.view.holder(endpoint)?;
-        Some(forward(holder.address, Via::Side(Side::Inner), None, holder.hop, true))
+        if let Some(at) = self.view.registered_beside(endpoint) {
+            return Some(here(at));
+        }
+        self.view.holder_beside(endpoint).filter(|_| !handed_over).map(there)
     }
 
     /// For another cluster.

@@ -166,14 +166,23 @@ impl View {
         self.link_slot(tag)
     }
 
-    /// Where an endpoint is registered; of one that is not, where another incarnation of its block is: it says what became
-    /// of the first.
+    /// Where an endpoint is registered.
     pub fn registered(&self, endpoint: EndpointId) -> Option<&Registered> {
+        self.registered.get(&endpoint)
+    }
+
+    /// The sibling that has its registration.
+    pub fn holder(&self, endpoint: EndpointId) -> Option<&Holder> {
+        self.holders.get(&endpoint)
+    }
+
+    /// Where another incarnation of its block is registered: it says what became of an endpoint that nobody has.
+    pub fn registered_beside(&self, endpoint: EndpointId) -> Option<&Registered> {
         of_block(&self.registered, endpoint)
     }
 
-    /// The sibling that has its registration, likewise.
-    pub fn holder(&self, endpoint: EndpointId) -> Option<&Holder> {
+    /// The sibling that has another incarnation of its block.
+    pub fn holder_beside(&self, endpoint: EndpointId) -> Option<&Holder> {
         of_block(&self.holders, endpoint)
     }
 
@@ -188,8 +197,6 @@ impl View {
 }
 
 fn of_block<T>(table: &HashMap<EndpointId, T>, endpoint: EndpointId) -> Option<&T> {
-    table.get(&endpoint).or_else(|| {
-        let mut others = (0..Incarnation::COUNT).rev().filter_map(Incarnation::new);
-        others.find_map(|incarnation| table.get(&endpoint.block().endpoint(incarnation)))
-    })
+    let mut incarnations = (0..Incarnation::COUNT).rev().filter_map(Incarnation::new);
+    incarnations.find_map(|incarnation| table.get(&endpoint.block().endpoint(incarnation)))
 }

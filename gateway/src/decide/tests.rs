@@ -183,6 +183,24 @@ fn what_is_admitted_goes_where_its_target_is() {
 }
 
 #[test]
+fn an_endpoint_is_reached_where_it_is_and_only_one_that_nobody_has_where_another_of_its_machine_is() {
+    // The first is registered at a sibling, a copy of its machine, with another incarnation, here.
+    let mut view = view();
+    view.registered = Arc::new(registered());
+    let holder = Holder { address: at("10.0.1.12:7441"), hop: Slot::UNKNOWN };
+    view.holders = Arc::new(HashMap::from([(endpoint(2, 1), holder)]));
+    let to = |incarnation, handed_over| {
+        let mut packet = short(&to_endpoint(endpoint(2, incarnation), 1));
+        tombolo_overlay::cid::set_handed_over(&mut packet, handed_over);
+        target(judge(&view, Side::Inner, OWN, &packet, NOW)).map(|(address, _)| address)
+    };
+    assert_eq!(to(1, false).as_deref(), Some("10.0.1.12:7441"));
+    assert_eq!(to(0, false).as_deref(), Some("198.51.100.7:40000"));
+    assert_eq!(to(2, false).as_deref(), Some("198.51.100.7:40000"), "it says what became of the second");
+    assert_eq!(to(1, true).as_deref(), Some("198.51.100.7:40000"), "not back and forth");
+}
+
+#[test]
 fn answers_leave_from_the_address_that_a_registered_endpoint_contacted() {
     let mut view = view();
     view.registered = Arc::new(registered());
