@@ -330,6 +330,9 @@ pub struct LeaseRecord {
     /// Its holder has joined anew: once this one's identity has ended it is not renewed any more.
     #[serde(default)]
     pub replaced: bool,
+    /// Its holder has left for good.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub left: bool,
     /// Of a machine: what its token said.
     #[serde(default)]
     pub group: String,

@@ -5,6 +5,7 @@ use tombolo_model::ids::Block;
 use tombolo_proto::v1;
 
 use super::allot::block_key;
+use super::members::served;
 use super::{Core, CoreError, Moment};
 use crate::clones::{self, Claim, Holder, Instance, Stray};
 use crate::facts::LeaseRecord;
@@ -12,7 +13,7 @@ use crate::registry::{self, SidecarHello};
 use crate::store::Transaction;
 
 /// Characters of a machine's name that are kept.
-const MAX_HOST: usize = 64;
+pub(super) const MAX_HOST: usize = 64;
 
 impl Core {
     /// Whether this process may hold the block.
@@ -56,7 +57,15 @@ impl Core {
                 Err(CoreError::Precondition("another process of this machine has taken its place".to_owned()))
             }
             Stray::Restore => {
-                // It was silent for so long that its own restart looked no different.
+                // It was silent for so long that its own restart looked no different. A restart of this federator must
+                // find it, too, and not the clone.
+                if let Some(known) = self.facts.leases.get(&hello.block) {
+                    let mut record = (**known).clone();
+                    record.ids.clone_from(&hello.ids);
+                    (record.address, record.registers) = (hello.address, hello.address.is_none());
+                    record.services = served(&record.services, &hello.services);
+                    self.keep_what_it_said(record, moment)?;
+                }
                 self.step(registry::Event::Sidecar(hello.clone()), moment);
                 self.handles_stale = true;
                 self.refuse_clone(hello.block, hello.spiffe_id.as_str(), other, host, moment);
@@ -99,6 +108,6 @@ impl Core {
 fn in_use(id: &str) -> String {
     let token = if id.contains("/vm/") { "tombolo vm token NAME" } else { "tombolo token create" };
     format!(
-        "{id} is in use by another process, which lives. A copy of a machine needs an identity of its own: move its state directory away, and join with a token of its own (`{token}`)"
+        "{id} is in use by another process, which lives. A copy of a machine needs an identity of its own: `tombolo vm leave` there, or move its state directory away, and join with a token of its own (`{token}`)"
     )
 }

@@ -32,6 +32,7 @@ pub fn may_come_back(facts: &Facts, unix: u64) -> impl Fn(&LeaseRecord) -> bool 
     move |lease| {
         lease.role == Role::Vm
             && !lease.replaced
+            && !lease.left
             && unix <= lease.not_after.saturating_add(RENEWABLE_FOR.as_secs())
             && (revoked.is_empty()
                 || lease.spiffe_id.parse::<SpiffeId>().is_ok_and(|id| !revoked.iter().any(|t| t.names(&id))))

@@ -103,6 +103,7 @@ impl Core {
             pinned: Vec::new(),
             gateway: None,
             replaced: false,
+            left: false,
             group: String::new(),
             pod: None,
             clones: Vec::new(),
@@ -116,6 +117,20 @@ impl Core {
 
     /// The lease that a member shows: known, or signed by us and free, which adopts it.
     pub(super) fn shown_lease(
+        &mut self,
+        caller: &SpiffeId,
+        role: Role,
+        wire: Option<&v1::EndpointLease>,
+    ) -> Result<LeaseRecord, CoreError> {
+        let lease = self.known_lease(caller, role, wire)?;
+        if lease.left {
+            return Err(CoreError::Denied(format!("{caller} has left: join again with a new token")));
+        }
+        Ok(lease)
+    }
+
+    /// The same, of one that has left, too.
+    pub(super) fn known_lease(
         &mut self,
         caller: &SpiffeId,
         role: Role,

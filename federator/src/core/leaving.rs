@@ -1,4 +1,4 @@
-//! A member that leaves for good: out of rotation at once, and its identity is not renewed once it has ended.
+//! A member that leaves for good: out of rotation at once, and its identity neither serves nor is renewed any more.
 
 use tombolo_identity::PeerIdentity;
 use tombolo_model::audit::{Action, Event, Requester};
@@ -7,11 +7,13 @@ use tombolo_proto::v1;
 use super::allot::block_key;
 use super::leases::member_role;
 use super::{Core, CoreError, Moment};
+use crate::clones::RECENT;
 use crate::facts::Role;
 use crate::store::Transaction;
 
 impl Core {
-    /// Its block stays its own until nobody remembers it; its services and registration are gone.
+    /// Its block stays its own until nobody remembers it; its services and registration are gone. Not while a process of
+    /// it lives: a copy of a machine must not take the first out.
     pub fn leave(
         &mut self,
         caller: &PeerIdentity,
@@ -23,8 +25,15 @@ impl Core {
         if role == Role::Gateway {
             return Err(CoreError::Denied(format!("{id} is a gateway: stop it, and it drains")));
         }
-        let mut record = self.shown_lease(id, role, lease)?;
-        record.replaced = true;
+        let mut record = self.known_lease(id, role, lease)?;
+        let lives =
+            self.facts.registry.members.get(&record.block).is_some_and(|holder| {
+                !holder.leaving && moment.monotonic.saturating_sub(holder.spoke) < RECENT
+            });
+        if lives {
+            return Err(CoreError::Contested(RECENT));
+        }
+        record.left = true;
         record.services.clear();
         (record.address, record.registers) = (None, false);
         let event =

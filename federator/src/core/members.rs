@@ -12,6 +12,7 @@ use tombolo_proto::convert::{self, FieldError};
 use tombolo_proto::v1;
 
 use super::boot::SHIFTS_KEPT;
+use super::clones::MAX_HOST;
 use super::leases::member_role;
 use super::{Core, CoreError, Moment};
 use crate::facts::{GatewayRecord, LeaseRecord, Port, Role, ServedRecord, ShiftRecord};
@@ -91,6 +92,8 @@ impl Core {
         }
         let record = self.keep_what_it_said(record, moment)?;
         let watch = self.draw_watch();
+        let mut plain = plain_hops(&hello.services);
+        plain.retain(|service, _| services.contains_key(service));
         let said = SidecarHello {
             block: record.block,
             spiffe_id: id.clone(),
@@ -102,8 +105,8 @@ impl Core {
             watch,
             version: hello.version.chars().take(64).collect(),
             instance,
-            host: hello.host.chars().take(64).collect(),
-            plain: plain_hops(&hello.services),
+            host: hello.host.chars().take(MAX_HOST).collect(),
+            plain,
         };
         let hello = Arc::new(said.clone());
         self.step(Event::Sidecar(said), moment);
@@ -202,7 +205,11 @@ impl Core {
 
     /// Stores what a holder says in its hello. On a full disk a known one is let in all the same, and what it says holds
     /// for this process; a lease or a right that is new here waits for the disk.
-    fn keep_what_it_said(&mut self, record: LeaseRecord, moment: Moment) -> Result<LeaseRecord, CoreError> {
+    pub(super) fn keep_what_it_said(
+        &mut self,
+        record: LeaseRecord,
+        moment: Moment,
+    ) -> Result<LeaseRecord, CoreError> {
         let known = self.facts.leases.get(&record.block).is_some_and(|known| known.pinned == record.pinned);
         match self.keep_lease(record.clone(), moment) {
             Err(CoreError::Store(error)) if known && error.is_retryable() => {
@@ -474,7 +481,7 @@ fn plain_hops(wire: &[v1::LocalService]) -> BTreeMap<ServiceKey, Vec<String>> {
 }
 
 /// What is kept of the services: their health stays as it was until it is reported.
-fn served(before: &[ServedRecord], services: &Services) -> Vec<ServedRecord> {
+pub(super) fn served(before: &[ServedRecord], services: &Services) -> Vec<ServedRecord> {
     let healthy = |key: &ServiceKey| before.iter().any(|s| s.service == *key && s.healthy);
     services
         .iter()

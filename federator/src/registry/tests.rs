@@ -135,6 +135,7 @@ fn remembered(healthy: bool) -> LeaseRecord {
         pinned: vec![],
         gateway: None,
         replaced: false,
+        left: false,
         group: String::new(),
         pod: None,
         clones: Vec::new(),

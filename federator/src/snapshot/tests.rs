@@ -44,6 +44,7 @@ fn lease(facts: &mut Facts, block: u32, role: Role) {
         pinned: Vec::new(),
         gateway: None,
         replaced: false,
+        left: false,
         group: String::new(),
         pod: None,
         clones: Vec::new(),

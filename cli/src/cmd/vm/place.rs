@@ -8,8 +8,8 @@ use crate::failure::Failure;
 
 #[derive(Clone, Debug, Args)]
 pub struct Root {
-    /// Put all files below this directory instead of /, such as an image that is prepared; what is running is this
-    /// machine's all the same
+    /// Put all files below this directory instead of /; what is written names it, and what is running is this machine's
+    /// all the same
     #[arg(long = "root", value_name = "DIR")]
     dir: Option<PathBuf>,
 }

@@ -17,13 +17,17 @@ const PACKAGED_SETTINGS: &str = "/etc/tombolo/";
 /// The file of a unit where no package and no operator has put one already.
 pub fn unit(place: &Place, name: &str, binary: &Path) -> Option<(PathBuf, String)> {
     let path = place.units().join(name);
-    let packaged = place.packaged_units();
-    let there = packaged.iter().map(|dir| dir.join(name)).chain([path.clone()]).any(|file| file.exists());
+    let there = is_there(place, name);
     let text = if name == CAPTURE_UNIT { CAPTURE } else { SIDECAR };
     let settings = format!("{}/", place.settings().display());
     let text =
         text.replace(PACKAGED_BINARY, &binary.display().to_string()).replace(PACKAGED_SETTINGS, &settings);
     (!there).then_some((path, text))
+}
+
+/// Whether a package, an operator or a join has put this unit in place.
+pub fn is_there(place: &Place, name: &str) -> bool {
+    place.packaged_units().into_iter().chain([place.units()]).any(|dir| dir.join(name).exists())
 }
 
 /// What the sidecar of a machine needs beyond the unit: to mark its connections, and to serve names on port 53.

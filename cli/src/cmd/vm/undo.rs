@@ -55,12 +55,19 @@ pub fn everything(
     let mut left = Vec::new();
     let (directories, made): (Vec<Made>, Vec<Made>) =
         std::mem::take(&mut record.made).into_iter().partition(|made| matches!(made, Made::Directory(_)));
+    let mut runs = false;
     let units = made.iter().any(|made| matches!(made, Made::Unit(_)));
     for entry in made.into_iter().rev() {
+        // Nothing is taken from under a process that could not be stopped.
+        if runs {
+            left.push(entry);
+            continue;
+        }
         match one(place, &entry, patience) {
             Ok(said) => say(said),
             Err(failure) => {
                 failures.push(failure.to_string());
+                runs = matches!(entry, Made::Unit(_));
                 left.push(entry);
             }
         }
@@ -114,6 +121,7 @@ fn one(place: &Place, made: &Made, patience: Duration) -> Result<String, Failure
             Ok(if there { "took the capture rules away" } else { "the capture rules were gone already" }
                 .to_owned())
         }
+        Made::Unit(name) if !systemd::is_there(place, name) => Ok(format!("{name} was gone already")),
         Made::Unit(name) => {
             systemd::systemctl(&["disable", "--now", name])?;
             Ok(format!("stopped and disabled {name}"))

@@ -16,6 +16,9 @@ use crate::transport::Limits;
 
 /// The temporary overlay's tasks end by then.
 const CLOSE_PATIENCE: Duration = Duration::from_secs(1);
+/// The federator waits two seconds for a process that may still live.
+const AGAIN: Duration = Duration::from_millis(500);
+const MOST_AGAIN: u32 = 6;
 
 /// Why no federator could be told.
 #[derive(Debug, thiserror::Error)]
@@ -63,6 +66,7 @@ impl Member {
     async fn say_farewell(&self, overlay: &Overlay) -> Result<(), LeaveError> {
         let lease = v1::EndpointLease { keys: None, renewal_key: Vec::new(), ..self.lease().to_wire() };
         let request = v1::LeaveRequest { lease: Some(lease) };
+        let mut again = MOST_AGAIN;
         loop {
             let channel = match self.connect(overlay).await {
                 Ok(channel) => channel,
@@ -74,6 +78,11 @@ impl Member {
                 Ok(_) => return Ok(()),
                 Err(status) if status.code() == tonic::Code::Unavailable => {
                     self.disconnect().await;
+                }
+                // A process of it was heard of a moment ago: it has ended, or is another machine's.
+                Err(status) if status.code() == tonic::Code::ResourceExhausted && again > 0 => {
+                    again -= 1;
+                    tokio::time::sleep(AGAIN).await;
                 }
                 Err(status) => return Err(LeaveError::Refused(super::join::refusal(&status))),
             }

@@ -104,6 +104,10 @@ fn a_first_that_was_cut_off_for_too_long_gets_its_place_back_from_the_clone() {
     assert_eq!((holder.ids[0].value(), holder.clones.refused), (member.endpoint(0), 1));
     assert!(matches!(east.report(&second, healthy(&[]), after(7_100)), Err(CoreError::Cloned(_))));
     assert!(matches!(east.greet(&second, &copied, after(7_200)), Err(CoreError::Cloned(_))));
+    // A restart goes on with the first.
+    drop(east);
+    let east = world.start("east", after(9_000));
+    assert_eq!(east.core.facts.registry.members[&member.block()].ids[0].value(), member.endpoint(0));
 }
 
 fn entries(core: &Core) -> Vec<String> {

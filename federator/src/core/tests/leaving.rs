@@ -11,8 +11,19 @@ fn a_machine_that_leaves_is_out_at_once_is_not_renewed_and_may_come_back_by_a_ne
     east.report(&member, healthy(&["shop/db"]), at(1)).unwrap();
     let service = "shop/db".parse().unwrap();
     assert_eq!(east.core.facts.registry.healthy(&service).len(), 1);
-    east.core.leave(&member.identity, Some(&member.lease), at(2)).unwrap();
+    // It speaks, as the first does when a copy of it wants to leave.
+    let lives = east.core.leave(&member.identity, Some(&member.lease), at(2)).unwrap_err();
+    assert!(matches!(lives, CoreError::Contested(_)), "{lives}");
+    assert_eq!(east.core.facts.registry.healthy(&service).len(), 1);
+    east.core.leave(&member.identity, Some(&member.lease), at(3)).unwrap();
     assert!(east.core.facts.registry.serving(&service).next().is_none());
+    // A copy of its disk, started later, neither serves nor renews.
+    let back = east.greet(&member, &member.hello(&["shop/db"]), at(3)).unwrap_err();
+    assert!(matches!(back, CoreError::Denied(_)), "{back}");
+    let renewal =
+        v1::RenewRequest { csr_der: csr(), lease: Some(member.lease.clone()), ..Default::default() };
+    let refused = east.core.renew(&member.identity, &renewal, at(3)).unwrap_err();
+    assert!(matches!(refused, CoreError::Denied(_)), "{refused}");
     let lapsed = v1::RenewLapsedRequest { csr_der: csr(), lease: Some(member.lease.clone()) };
     let refused = east.core.renew_lapsed(&member.identity, None, &lapsed, at(3)).unwrap_err();
     assert!(matches!(refused, CoreError::Denied(_)), "{refused}");
