@@ -28,7 +28,7 @@ size=$(du -sk --apparent-size --exclude=DEBIAN "$tree" | cut -f1)
 {
     echo "Package: tombolo"
     # Versions before the release of the same number sort before it.
-    echo "Version: ${DEB_VERSION:-$version}"
+    echo "Version: ${DEB_VERSION:-$(echo "$version" | sed 's/-/~/')}"
     echo "Architecture: $arch"
     echo "Maintainer: Tombolo developers <tombolo@example.invalid>"
     echo "Installed-Size: $size"
