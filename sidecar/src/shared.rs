@@ -259,12 +259,10 @@ impl Context {
                     let ended = bound.run(drain.clone()).await;
                     self.up.get_or_create(&labels).set(0);
                     self.front.serve(&application, None);
-                    match ended {
-                        Ok(()) => pause = FIRST_PAUSE,
-                        Err(error) => {
-                            tracing::error!(%application, %error, "the application's sidecar has ended")
-                        }
+                    if let Err(error) = ended {
+                        tracing::error!(%application, %error, "the application's sidecar has ended");
                     }
+                    pause = FIRST_PAUSE;
                 }
                 Err(error) => {
                     self.up.get_or_create(&labels).set(0);

@@ -128,7 +128,9 @@ impl SharedConfig {
 
 impl Application {
     fn named_sources(&self) -> impl Iterator<Item = (IpNet, &str)> {
-        self.sources.iter().map(|source| (source.trunc(), self.name()))
+        // Without those that lie in others of its own: what is left does not overlap.
+        let sources: Vec<IpNet> = self.sources.iter().map(IpNet::trunc).collect();
+        IpNet::aggregate(&sources).into_iter().map(|source| (source, self.name()))
     }
 
     fn check(&self) -> Result<(), SharedConfigError> {

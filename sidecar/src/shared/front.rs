@@ -107,14 +107,19 @@ impl Front {
 
     /// Hands a connection on, or resets it. What became of it.
     fn hand(&self, call: Call) -> &'static str {
-        let table = self.0.read().unwrap_or_else(PoisonError::into_inner);
-        let Some(application) = table.callers.of(call.from.ip()) else {
+        // `None`: nobody's; `Some(None)`: of one whose sidecar does not run. Nothing is done under the lock.
+        let serving = {
+            let table = self.0.read().unwrap_or_else(PoisonError::into_inner);
+            let application = table.callers.of(call.from.ip());
+            application.map(|application| table.serving.get(application).cloned())
+        };
+        let Some(serving) = serving else {
             tracing::info!(target: "access", direction = "outbound", service = %call.service, client = %call.from,
                 reason = "unknown_caller", "no application's sources contain the caller's address");
             copy::abort(call.tcp);
             return "unknown_caller";
         };
-        let Some(serving) = table.serving.get(application) else {
+        let Some(serving) = serving else {
             copy::abort(call.tcp);
             return "not_running";
         };

@@ -41,6 +41,7 @@ fn a_caller_is_told_by_the_network_that_it_calls_from() {
     let applications = [
         application("cart", "10.0.0.5:7450", &["10.0.0.11/32", "10.0.1.7/24"]),
         application("db", "10.0.0.5:7451", &["10.0.0.12/32", "fd00::/64"]),
+        application("web", "10.0.0.5:7452", &["172.16.0.0/12", "172.17.0.0/16"]),
     ];
     let callers = Callers::new(&applications);
     let of = |address: &str| callers.of(address.parse().unwrap());
@@ -49,6 +50,7 @@ fn a_caller_is_told_by_the_network_that_it_calls_from() {
     assert_eq!(of("10.0.1.255"), Some("cart"));
     assert_eq!(of("10.0.0.12"), Some("db"));
     assert_eq!(of("fd00::1"), Some("db"));
+    assert_eq!((of("172.17.0.1"), of("172.20.0.1")), (Some("web"), Some("web")), "networks in one another");
     for nobody in ["10.0.0.10", "10.0.0.13", "10.0.2.0", "9.0.0.1", "fd00:0:0:1::", "::1"] {
         assert_eq!(of(nobody), None, "{nobody}");
     }
@@ -80,6 +82,13 @@ fn contradictions_are_named_with_both_sides() {
         (
             shared(vec![good(), application("db", "10.0.0.5:7451", &["10.0.0.0/24"])]),
             "sources 10.0.0.0/24 of db and 10.0.0.11/32 of cart overlap",
+        ),
+        (
+            shared(vec![
+                application("cart", "10.0.0.5:7450", &["10.0.0.0/8", "10.1.0.0/16"]),
+                application("db", "10.0.0.5:7451", &["10.2.0.0/16"]),
+            ]),
+            "sources 10.0.0.0/8 of cart and 10.2.0.0/16 of db overlap",
         ),
         (shared(vec![application("idle", "10.0.0.5:7450", &[])]), "neither `sources` nor services"),
         (shared(vec![captures]), "`threads` is for a sidecar beside its application"),
