@@ -52,7 +52,7 @@ impl Default for UdpLimits {
     }
 }
 
-/// What all flows of a process have in common; clones share it.
+/// What all flows of a sidecar have in common; clones share it.
 #[derive(Clone, Debug)]
 pub struct UdpContext {
     pub limits: UdpLimits,

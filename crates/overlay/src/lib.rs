@@ -31,6 +31,7 @@ pub mod reuseport;
 pub mod revoking;
 pub mod routes;
 mod socket;
+pub mod socket_option;
 mod transport;
 
 pub use across::{Across, Flat, FlatEndpoint};

@@ -1,5 +1,5 @@
 //! Sockets behind one address: the kernel chooses among them by connection ID (a classic BPF program on the first
-//! payload bytes, ADR 4). The one `unsafe` of the crate is here.
+//! payload bytes, ADR 4).
 //!
 //! ```text
 //!  control datagrams, control-kind IDs  -> socket `control`
@@ -9,7 +9,9 @@
 //! run such programs it chooses by address.
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
+
+use crate::socket_option;
 
 /// Where the nonce starts within a connection ID ([`crate::cid`]).
 const NONCE: u32 = 8;
@@ -20,19 +22,8 @@ const LONG_DCID: u32 = 6;
 pub fn attach(socket: BorrowedFd<'_>, program: &[libc::sock_filter]) -> io::Result<()> {
     let len = u16::try_from(program.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
     let program = libc::sock_fprog { len, filter: program.as_ptr().cast_mut() };
-    let size =
-        libc::socklen_t::try_from(size_of::<libc::sock_fprog>()).map_err(|_| io::ErrorKind::InvalidInput)?;
-    // SAFETY: `program` is a live sock_fprog of `size` bytes, and its filter array is alive too; the kernel copies both.
-    let result = unsafe {
-        libc::setsockopt(
-            socket.as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_ATTACH_REUSEPORT_CBPF,
-            std::ptr::from_ref(&program).cast(),
-            size,
-        )
-    };
-    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    // The filter array is alive, too; the kernel copies both.
+    socket_option::set(socket, libc::SOL_SOCKET, libc::SO_ATTACH_REUSEPORT_CBPF, &program)
 }
 
 /// The program: sockets are numbered in the order in which they were bound. Loads beyond a packet's end end it with 0.

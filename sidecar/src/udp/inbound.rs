@@ -88,7 +88,12 @@ pub async fn serve(stream: &mut BiStream, early: Bytes, served: Served<'_>) -> R
                 }
             });
             match received {
-                Ok(()) => activity.touch(),
+                Ok(()) => {
+                    activity.touch();
+                    // Readiness costs no budget of the runtime's: an application that answers without a pause must not keep
+                    // the thread.
+                    tokio::task::yield_now().await;
+                }
                 Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
                 Err(error) => {
                     tracing::debug!(%error, %application, "the local application takes no datagrams");

@@ -32,21 +32,15 @@ impl Lane {
     /// Never waits: while the path carries no more, the oldest that waits gives way.
     pub fn send(&self, payload: &[u8]) -> Sent {
         let bytes = payload.len() + flow::id_bytes(self.flow);
-        match self.connection.max_datagram_size() {
-            Some(most) if bytes <= most => {}
-            _ => return Sent::TooLarge,
-        }
-        if self.connection.datagram_send_buffer_space() < bytes {
-            self.metrics.drops.count(Dropped::Congestion, 1);
-        }
+        let gives_way = self.connection.datagram_send_buffer_space() < bytes;
         match self.connection.send_datagram(flow::encode(self.flow, payload)) {
             Ok(()) => {
+                self.metrics.drops.count(Dropped::Congestion, u64::from(gives_way));
                 self.metrics.to_peer.inc();
                 Sent::Yes
             }
-            // The path has become smaller since.
-            Err(SendDatagramError::TooLarge) => Sent::TooLarge,
-            Err(_) => Sent::Lost,
+            Err(SendDatagramError::ConnectionLost(_)) => Sent::Lost,
+            Err(_) => Sent::TooLarge,
         }
     }
 }

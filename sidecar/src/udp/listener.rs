@@ -167,7 +167,6 @@ impl DatagramTask {
             tracing::debug!(%error, %to, "no socket to answer from");
             Dropped::Application
         })?;
-        context.metrics.count(Outcome::Service);
         Ok((Arc::new(UpstreamPort::new(service, port, &self.context.metrics)), Arc::new(socket)))
     }
 
@@ -220,7 +219,10 @@ impl Run {
                 Way::Upstream(_) => None,
                 Way::Captured(captured) => {
                     match captured.datagrams_routed(upstream.service(), upstream.port()).await {
-                        Ok(held) => Some(held),
+                        Ok(held) => {
+                            captured.metrics.count(Outcome::Service);
+                            Some(held)
+                        }
                         Err(outcome) => {
                             captured.metrics.count(outcome);
                             flow.refuse(Dropped::Unknown);

@@ -30,7 +30,7 @@ use crate::copy::{BiStream, End, Meter, read_failed};
 use crate::header;
 use crate::metrics::UpstreamLabels;
 use crate::outbound::{OutboundContext, UpstreamPort};
-use crate::pool::{Pool, STALLED_KICKS, StreamLease};
+use crate::pool::{STALLED_KICKS, StreamLease};
 
 /// As TCP connections: a rolling restart refuses at two of them at most.
 const MAX_ATTEMPTS: u32 = 6;
@@ -123,10 +123,17 @@ pub(super) async fn carry(
             let labels = UpstreamLabels { service: upstream.service().to_string() };
             context.metrics.retries.get_or_create(&labels).inc();
         }
-        let placed = place(flow, sink, upstream, context, avoid, carried).await;
+        let kept = Queue::new(context.udp.budget.clone());
+        let placed = place(flow, sink, upstream, context, (avoid, &kept), carried).await;
         flow.lane.store(None);
+        if !matches!(placed, Placed::Lost(_)) {
+            flow.metrics.drops.count(Dropped::Refused, kept.clear());
+        }
         match placed {
-            Placed::Over(reason) => return reason,
+            Placed::Over(reason) => {
+                flow.metrics.drops.count(Dropped::Refused, flow.queue.clear());
+                return reason;
+            }
             Placed::Lost(connection) => avoid = Some(connection),
             Placed::Refused(reason) => {
                 flow.refuse(Dropped::Refused);
@@ -153,20 +160,19 @@ async fn silence(flow: &Outgoing, context: &OutboundContext) -> &'static str {
     }
 }
 
-/// Finds an endpoint and stays there.
+/// Finds an endpoint and stays there; `kept`: what nobody has accepted yet.
 async fn place(
     flow: &Outgoing,
     sink: &Arc<LocalSink>,
     upstream: &UpstreamPort,
     context: &OutboundContext,
-    avoid: Option<usize>,
+    (avoid, kept): (Option<usize>, &Queue),
     carried: &mut Carried,
 ) -> Placed {
     let Some(route) = context.routes.of(upstream.service()) else { return Placed::Refused("no_route") };
     let deadline = Instant::now() + PATIENCE;
     let (mut tried, mut patient, mut last) = (0, false, "no_backend");
     let mut refused_by: Vec<usize> = avoid.into_iter().collect();
-    let kept = Queue::new(context.udp.budget.clone());
     let mut clusters: VecDeque<_> = route.order(rand::random).into();
     let mut slow = VecDeque::new();
     while let Some(cluster) = clusters.pop_front().or_else(|| {
@@ -184,11 +190,10 @@ async fn place(
             }
             tried += 1;
             carried.attempts += 1;
-            let opened = open_at(pool, &refused_by, patient).await;
-            let (mut stream, lease) = match opened {
+            let (mut stream, lease) = match pool.stream(&refused_by, patient).await {
                 Ok(opened) => opened,
-                Err(reason) => {
-                    last = reason;
+                Err(error) => {
+                    last = error.kind();
                     if !patient {
                         slow.push_back(cluster);
                     }
@@ -197,7 +202,7 @@ async fn place(
             };
             carried.peer =
                 lease.pooled().connection().identity().map(|id| id.spiffe_id.to_string()).unwrap_or_default();
-            match stay(flow, sink, upstream, context, &mut stream, &lease, &kept).await {
+            match stay(flow, sink, upstream, context, &mut stream, &lease, kept).await {
                 Attempt::Placed(placed) => return placed,
                 Attempt::Next(reason, connection) => {
                     last = reason;
@@ -208,14 +213,6 @@ async fn place(
     }
     tracing::info!(service = %route.service, tier = route.tier, last, "no endpoint of any cluster took the flow");
     Placed::Refused(last)
-}
-
-async fn open_at(
-    pool: &Pool,
-    avoid: &[usize],
-    patient: bool,
-) -> Result<(BiStream, StreamLease), &'static str> {
-    pool.stream(avoid, patient).await.map_err(|error| error.kind())
 }
 
 /// Opens the flow on a stream, and carries it there until it ends.

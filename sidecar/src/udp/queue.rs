@@ -48,7 +48,7 @@ impl DropOldest {
     }
 }
 
-/// What all queues of a process may hold together: thousands of flows must not add up.
+/// What all queues of a sidecar may hold together: thousands of flows must not add up.
 #[derive(Clone, Debug)]
 pub struct Budget(Arc<Inner>);
 

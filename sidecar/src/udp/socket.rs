@@ -7,7 +7,7 @@
 use std::cell::RefCell;
 use std::io::{self, IoSliceMut};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 
 use bytes::Bytes;
 use nix::sys::socket::{
@@ -18,11 +18,14 @@ use quinn_udp::{BATCH_SIZE, RecvMeta, Transmit, UdpSocketState};
 use socket2::{Domain, Protocol, Socket as Raw, Type};
 use tokio::io::Interest;
 use tokio::net::UdpSocket;
+use tombolo_overlay::socket_option::allow_fragments;
 
 /// The largest datagram; with GRO, several of one sender.
 const BUFFER_BYTES: usize = 64 * 1024;
 /// Below the largest payload of IPv4 (65,507), with which the kernel takes a batch.
 const MAX_SEND_BYTES: usize = 65_000;
+/// Datagrams that are gathered fit the usual frames.
+const MAX_GATHERED_BYTES: usize = 1452;
 /// A burst of a moment in which the thread is busy; the kernel clamps it to net.core.rmem_max.
 const KERNEL_BUFFER_BYTES: usize = 1024 * 1024;
 
@@ -136,6 +139,7 @@ impl Socket {
 
     fn new(socket: std::net::UdpSocket, captures: bool) -> io::Result<Self> {
         let state = UdpSocketState::new((&socket).into())?;
+        allow_fragments(socket.as_fd(), socket.local_addr()?.is_ipv6())?;
         Ok(Self { io: UdpSocket::from_std(socket)?, state, captures })
     }
 
@@ -280,7 +284,8 @@ impl Socket {
 /// How many datagrams from the front the kernel takes as one: of one size, the last may be smaller, none empty.
 fn run_length(payloads: &[Bytes], most: usize) -> usize {
     let size = payloads.first().map_or(0, Bytes::len);
-    if size == 0 {
+    // What may have to be cut into fragments goes by itself: the kernel refuses it among others.
+    if size == 0 || size > MAX_GATHERED_BYTES {
         return 1;
     }
     let most = most.min(MAX_SEND_BYTES / size);
