@@ -210,6 +210,8 @@ pub enum KubernetesService {
     Missing,
     /// A name elsewhere: it has no endpoints that could be exported.
     ExternalName,
+    /// More than peers take; why.
+    TooLarge(String),
     Found(ExportedService),
 }
 
@@ -217,7 +219,7 @@ impl KubernetesService {
     pub fn found(&self) -> Option<&ExportedService> {
         match self {
             Self::Found(service) => Some(service),
-            Self::Missing | Self::ExternalName => None,
+            Self::Missing | Self::ExternalName | Self::TooLarge(_) => None,
         }
     }
 }

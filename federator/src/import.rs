@@ -30,11 +30,11 @@ pub const GATEWAYS: &str = "gateways";
 pub const PROPERTIES: &str = "properties";
 /// A service runs under a handful of identities.
 const MAX_IDENTITIES: usize = 64;
-const MAX_PORTS: usize = 100;
+pub const MAX_PORTS: usize = 100;
 const MAX_GATEWAYS: usize = 64;
 /// Exported labels or annotations of one export.
-const MAX_COPIED: usize = 64;
-const MAX_COPIED_BYTES: usize = 16 * 1024;
+pub const MAX_COPIED: usize = 64;
+pub const MAX_COPIED_BYTES: usize = 16 * 1024;
 /// Endpoints of one export on a flat link: 20 KB. Each sidecar is told a few of them.
 pub const MAX_ENDPOINTS: usize = 1000;
 const MAX_PROPERTIES: usize = 64;

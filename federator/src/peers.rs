@@ -26,6 +26,8 @@ use crate::facts::Link;
 use crate::service::federation::{PROTOCOL, UNLINKED};
 
 /// Heartbeats come every second; a federator that is silent for this long is dialled anew.
+/// A peer's records in one message: 10,000 of them, mostly of 1 to 2 KB.
+const MAX_SNAPSHOT_BYTES: usize = 64 * 1024 * 1024;
 const SILENCE: Duration = Duration::from_millis(3500);
 const FIRST_WAIT: Duration = Duration::from_millis(200);
 const LONGEST_WAIT: Duration = Duration::from_secs(5);
@@ -168,7 +170,8 @@ impl Watcher {
         let Ok((epoch, revision)) = position else { return Ended::Lost("shutting down".to_owned()) };
         let request =
             v1::WatchRequest { cluster: own, epoch: epoch.0, revision: revision.0, protocol: PROTOCOL };
-        let mut client = FederationClient::new(grpc::channel(connection.clone()));
+        let mut client = FederationClient::new(grpc::channel(connection.clone()))
+            .max_decoding_message_size(MAX_SNAPSHOT_BYTES);
         let late = || Ended::Lost(format!("no word within {} s", SILENCE.as_secs_f32()));
         let opened = match tokio::time::timeout(SILENCE, client.watch(request)).await {
             Ok(opened) => opened,

@@ -10,11 +10,14 @@ use std::sync::Arc;
 use tombolo_model::names::ServiceKey;
 use tombolo_model::resource::{Object, ObjectKey};
 
-use super::objects::{MAX_STORED, record_of};
+use super::objects::record_of;
 use super::{Core, CoreError, Moment};
 use crate::exports::all_exports;
 use crate::facts::{KubernetesHosts, KubernetesService, StoredObject};
 use crate::store::{Table, Transaction};
+
+/// Peers take 10,000 records, revocations among them: tenants must not use that up.
+const MAX_EXPORTS: usize = 5000;
 
 /// A `ServiceExport` in Kubernetes, and what it is about.
 #[derive(Clone, PartialEq, Debug)]
@@ -58,7 +61,8 @@ impl Core {
         let mut transaction = Transaction::new();
         let mut installed = Vec::new();
         let mut removed = Vec::new();
-        let mut room = MAX_STORED.saturating_sub(self.facts.objects.len());
+        let stored_here = self.facts.objects.values().filter(|stored| stored.kubernetes.is_some()).count();
+        let mut room = MAX_EXPORTS.saturating_sub(stored_here);
         for (service, export) in &changes {
             let key = key_of(service);
             let before = self.facts.objects.get(&key);
@@ -75,7 +79,7 @@ impl Core {
                     }
                     if before.is_none() {
                         let Some(less) = room.checked_sub(1) else {
-                            tracing::error!(%service, "{MAX_STORED} objects are stored: this export is left out");
+                            tracing::error!(%service, "{MAX_EXPORTS} exports of Kubernetes are told: this one is left out");
                             continue;
                         };
                         room = less;

@@ -16,7 +16,7 @@ use crate::revocations::{self, MAX_REVOCATIONS};
 use crate::store::{Table, Transaction};
 
 /// Objects of one cluster.
-pub(super) const MAX_STORED: usize = 50_000;
+const MAX_STORED: usize = 50_000;
 
 /// What applying an object did.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -45,7 +45,10 @@ impl Core {
         let outcome = match existing {
             Some(stored) if same(&stored.object, &object) => return Ok(Outcome::Unchanged),
             Some(_) => Outcome::Configured,
-            None if self.facts.objects.len() >= MAX_STORED => {
+            // Those of Kubernetes have room of their own: its tenants must not lock the operator out.
+            None if self.facts.objects.values().filter(|stored| stored.kubernetes.is_none()).count()
+                >= MAX_STORED =>
+            {
                 return Err(CoreError::Exhausted(format!(
                     "{MAX_STORED} objects are stored: delete some first"
                 )));

@@ -4,7 +4,7 @@
 //! A document is applied whole by one field manager, so that what is left out of it is taken away. Each carries a
 //! fingerprint of itself ([`labels::APPLIED`]); what the API server adds does not count as a difference.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use serde_json::{Map, Value, json};
@@ -15,7 +15,7 @@ use tombolo_model::resource::service_export::ServiceType;
 
 use super::labels::{
     self, APPLIED, DERIVED_SERVICE, IMPORT, MANAGED_BY, SERVICE_NAME, SLICE_MANAGED_BY, SLICE_MANAGER,
-    SOURCE_CLUSTER, TOMBOLO, derived_name, digest,
+    SOURCE_CLUSTER, TOMBOLO, derived_name, digest, is_label, is_qualified,
 };
 use super::tables::dashed;
 use crate::facts::KubernetesHosts;
@@ -23,6 +23,8 @@ use crate::view::kubernetes::ShownImport;
 
 /// Endpoints of one slice, as Kubernetes' own controller has it.
 const PER_SLICE: usize = 100;
+/// KEP-4444, KEP-3015.
+const TRAFFIC_DISTRIBUTIONS: [&str; 3] = ["PreferClose", "PreferSameZone", "PreferSameNode"];
 
 /// Names of a document.
 fn metadata(service: &ServiceKey, name: &str) -> Map<String, Value> {
@@ -58,7 +60,7 @@ pub fn import(service: &ServiceKey, api_version: &str, merged: &Merged, ips: &[I
     let mut notes = labels::annotations(&merged.annotations);
     let mut spec = Map::new();
     spec.insert("type".to_owned(), merged.kind.as_str().into());
-    spec.insert("ports".to_owned(), merged.ports.iter().map(port).collect());
+    spec.insert("ports".to_owned(), ports(merged).map(port).collect());
     let mut families: Vec<IpFamily> = ips.iter().map(family_of).collect();
     match merged.kind {
         ServiceType::Headless => {
@@ -90,7 +92,9 @@ fn properties(merged: &Merged, spec: &mut Map<String, Value>) {
         spec.insert("sessionAffinityConfig".to_owned(), config);
     }
     spec.insert("internalTrafficPolicy".to_owned(), service.internal_traffic_policy.as_str().into());
-    if let Some(distribution) = &service.traffic_distribution {
+    // A word of a later version is refused by an API server that does not know it.
+    let known = |word: &&String| TRAFFIC_DISTRIBUTIONS.contains(&word.as_str());
+    if let Some(distribution) = service.traffic_distribution.as_ref().filter(known) {
         spec.insert("trafficDistribution".to_owned(), distribution.as_str().into());
     }
 }
@@ -99,12 +103,21 @@ fn family_of(address: &IpAddr) -> IpFamily {
     if address.is_ipv4() { IpFamily::IPv4 } else { IpFamily::IPv6 }
 }
 
+/// Ports that the API server takes. An exporter that says nonsense must not cost the others the import's address.
+fn ports(merged: &Merged) -> impl Iterator<Item = &Port> {
+    let known = |port: &&Port| {
+        ["TCP", "UDP", "SCTP"].contains(&port.protocol.as_str())
+            && (port.name.is_empty() || is_label(&port.name))
+    };
+    merged.ports.iter().filter(known)
+}
+
 fn port(port: &Port) -> Value {
     let mut value = json!({ "port": port.port, "protocol": port.protocol });
     if !port.name.is_empty() {
         value["name"] = port.name.as_str().into();
     }
-    if !port.app_protocol.is_empty() {
+    if is_qualified(&port.app_protocol) {
         value["appProtocol"] = port.app_protocol.as_str().into();
     }
     value
@@ -120,7 +133,8 @@ pub fn derived(
     api_version: &str,
 ) -> Option<Value> {
     // Kubernetes takes no service without ports.
-    if merged.kind == ServiceType::Headless || merged.ports.is_empty() {
+    let usable: Vec<&Port> = ports(merged).collect();
+    if merged.kind == ServiceType::Headless || usable.is_empty() {
         return None;
     }
     let mut metadata = metadata(service, &derived_name(service));
@@ -129,15 +143,21 @@ pub fn derived(
     let mut spec = Map::new();
     spec.insert("type".to_owned(), "ClusterIP".into());
     // A Service with several ports needs a name for each; an import does not.
-    let several = merged.ports.len() > 1;
-    let named = |of: &Port| {
+    let several = usable.len() > 1;
+    let taken: BTreeSet<&str> = usable.iter().map(|port| port.name.as_str()).collect();
+    let named = |of: &&Port| {
         let mut value = port(of);
         if several && of.name.is_empty() {
-            value["name"] = format!("{}-{}", of.protocol.to_ascii_lowercase(), of.port).into();
+            let mut name = format!("{}-{}", of.protocol.to_ascii_lowercase(), of.port);
+            // Somebody's own name.
+            while taken.contains(name.as_str()) {
+                name.push_str("-x");
+            }
+            value["name"] = name.into();
         }
         value
     };
-    spec.insert("ports".to_owned(), merged.ports.iter().map(named).collect());
+    spec.insert("ports".to_owned(), usable.iter().map(named).collect());
     properties(merged, &mut spec);
     // Nodes of this cluster have no endpoints of their own to prefer.
     spec.remove("internalTrafficPolicy");

@@ -65,15 +65,25 @@ pub fn annotations(exported: &BTreeMap<String, String>) -> Map<String, Value> {
 
 /// A qualified name (`prefix/name`) outside what is reserved.
 fn foreign_key(key: &str) -> bool {
-    let (prefix, name) = key.split_once('/').unwrap_or(("", key));
+    let (prefix, _) = key.split_once('/').unwrap_or(("", key));
     let reserved = ["tombolo.dev", "multicluster.kubernetes.io"];
+    let is_reserved = reserved.iter().any(|owner| prefix == *owner || prefix.ends_with(&format!(".{owner}")));
+    key != MANAGED_BY && !is_reserved && is_qualified(key)
+}
+
+/// A qualified name, with or without a prefix, as Kubernetes has it for labels and application protocols.
+pub fn is_qualified(key: &str) -> bool {
+    let (prefix, name) = key.split_once('/').unwrap_or(("", key));
     let subdomain = |text: &str| {
         text.len() <= 253 && text.split('.').all(|label| is_word(label, 63, |b| b.is_ascii_lowercase(), b"-"))
     };
-    key != MANAGED_BY
-        && !reserved.iter().any(|owner| prefix == *owner || prefix.ends_with(&format!(".{owner}")))
-        && (prefix.is_empty() && !key.starts_with('/') || subdomain(prefix))
+    (prefix.is_empty() && !key.starts_with('/') || subdomain(prefix))
         && is_word(name, 63, |b| b.is_ascii_alphabetic(), b"-_.")
+}
+
+/// A name of a port: a DNS label.
+pub fn is_label(text: &str) -> bool {
+    is_word(text, 63, |b| b.is_ascii_lowercase(), b"-")
 }
 
 fn is_label_value(value: &str) -> bool {

@@ -15,8 +15,6 @@ use kube::{Api, Client, Error};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use super::client::LONGEST;
-
 pub const NAME: &str = "tombolo-federator";
 /// A dead leader is replaced after this.
 pub const DURATION: Duration = Duration::from_secs(15);
@@ -77,7 +75,7 @@ impl LeaseTask {
         let mut silent = false;
         loop {
             let asked = Instant::now();
-            let turn = tokio::time::timeout(LONGEST, self.turn(&api, &mut known, &mut seen, start)).await;
+            let turn = tokio::time::timeout(RENEWED, self.turn(&api, &mut known, &mut seen, start)).await;
             let leads = match turn {
                 Ok(Ok(leads)) => {
                     silent = false;
@@ -94,7 +92,8 @@ impl LeaseTask {
             };
             let leads = leads.filter(|until| *until > Instant::now());
             self.leads.send_if_modified(|before| {
-                if before.is_some() != leads.is_some() {
+                let led = before.is_some_and(|until| until > Instant::now());
+                if led != leads.is_some() {
                     tracing::info!(
                         leads = leads.is_some(),
                         lease = NAME,
@@ -102,9 +101,8 @@ impl LeaseTask {
                         "who writes to Kubernetes has changed"
                     );
                 }
-                let changed = before.is_some() != leads.is_some();
                 *before = leads;
-                changed
+                led != leads.is_some()
             });
             tokio::time::sleep(if leads.is_some() { RENEWED } else { LOOKED.min(RENEWED) }).await;
         }
@@ -167,7 +165,7 @@ impl LeaseTask {
             lease_duration_seconds: i32::try_from(DURATION.as_secs()).ok(),
             acquire_time: if taken { Some(now.clone()) } else { before.acquire_time },
             renew_time: Some(now),
-            lease_transitions: Some(before.lease_transitions.unwrap_or(0) + i32::from(taken)),
+            lease_transitions: Some(before.lease_transitions.unwrap_or(0).saturating_add(i32::from(taken))),
             ..before
         };
         let metadata = ObjectMeta { name: Some(NAME.to_owned()), ..ObjectMeta::default() };

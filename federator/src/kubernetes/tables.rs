@@ -10,11 +10,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use kube::core::DynamicObject;
 use kube::runtime::watcher::Event;
 use tombolo_model::names::ServiceKey;
+use tombolo_model::resource::{Object, Spec};
 
 use super::labels::derived_name;
 use super::rows::{ExportRow, ImportRow, NamespaceRow, Row, ServiceRow, SliceRow, key};
 use crate::core::kubernetes::KubernetesExport;
 use crate::facts::{KubernetesHosts, KubernetesService, NamedEndpoint};
+use crate::import::{MAX_COPIED, MAX_COPIED_BYTES, MAX_PORTS};
 
 /// Namespace and name.
 pub type Place = (String, String);
@@ -265,6 +267,16 @@ impl Tables {
         let row = self.export_row(service).filter(|row| !row.meta.deleting)?;
         let found = self.services.rows.get(&place_of(service)).filter(|row| !row.meta.deleting);
         let state = found.map_or(KubernetesService::Missing, |row| row.service.clone());
+        let state = match (state, too_large(&row.object)) {
+            (KubernetesService::Found(_), Some(why)) => KubernetesService::TooLarge(why),
+            (KubernetesService::Found(of), None) if of.ports.len() > MAX_PORTS => {
+                KubernetesService::TooLarge(format!(
+                    "the Service has {} ports, at most {MAX_PORTS} can be exported",
+                    of.ports.len()
+                ))
+            }
+            (state, _) => state,
+        };
         Some(KubernetesExport {
             object: row.object.clone(),
             uid: row.meta.uid.clone(),
@@ -293,6 +305,19 @@ impl Tables {
         ports.dedup_by(|a, b| (&a.name, &a.protocol) == (&b.name, &b.protocol));
         KubernetesHosts { hosts: hosts.into_values().collect(), ports }
     }
+}
+
+/// Why peers would refuse what an export copies.
+fn too_large(object: &Object) -> Option<String> {
+    let Spec::ServiceExport(spec) = &object.spec else { return None };
+    let fields =
+        [("exportedLabels", &spec.exported_labels), ("exportedAnnotations", &spec.exported_annotations)];
+    fields.into_iter().find_map(|(field, map)| {
+        let bytes: usize = map.iter().map(|(key, value)| key.len() + value.len()).sum();
+        (map.len() > MAX_COPIED || bytes > MAX_COPIED_BYTES).then(|| {
+            format!("spec.{field} has {} entries of {bytes} bytes, at most {MAX_COPIED} of {MAX_COPIED_BYTES} bytes together can be exported", map.len())
+        })
+    })
 }
 
 /// The host name of an endpoint that has none of its own.

@@ -146,7 +146,8 @@ fn failure(write: &Write, error: &Error) -> Option<Failure> {
     match (status.code, write) {
         (404, Write::Status { .. }) => None,
         (401, _) => Some(Failure::Unauthenticated(status.message.clone())),
-        (429 | 500..=599, _) => Some(Failure::Away(status.message.clone())),
+        // 500 is how a schema that lacks a field refuses, or a webhook that is broken: waiting alone mends neither.
+        (429 | 502..=504, _) => Some(Failure::Away(status.message.clone())),
         _ => Some(Failure::Refused(status.message.clone())),
     }
 }

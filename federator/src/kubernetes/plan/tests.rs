@@ -166,6 +166,33 @@ fn an_import_gets_an_address_and_slices_and_is_taken_away_whole() {
 }
 
 #[test]
+fn an_exporter_that_says_nonsense_costs_the_others_nothing() {
+    let port = |name: &str, port, protocol: &str, app_protocol: &str| Port {
+        name: name.into(),
+        port,
+        app_protocol: app_protocol.into(),
+        protocol: protocol.into(),
+    };
+    let mut bad = exporter("east", ServiceType::ClusterSetIp);
+    bad.ports = vec![
+        port("", 80, "FOO", ""),
+        port("A b", 81, "TCP", ""),
+        port("", 82, "TCP", "not a name"),
+        port("tcp-82", 83, "TCP", ""),
+    ];
+    bad.service =
+        Some(ServiceProperties { traffic_distribution: Some("Nowhere".into()), ..Default::default() });
+    let good = Exporter { since: Duration::from_secs(2), ..exporter("west", ServiceType::ClusterSetIp) };
+    let merged = merge(&[bad, good]);
+    let service = super::super::desired::derived(&web(), &merged, None, "uid", "v1").unwrap();
+    let ports: Vec<_> = service["spec"]["ports"].as_array().unwrap().clone();
+    let names: Vec<_> = ports.iter().map(|port| port["name"].as_str().unwrap_or_default()).collect();
+    assert_eq!(names, ["tcp-82-x", "tcp-82", "http"], "{ports:?}");
+    assert!(ports.iter().all(|port| port.get("appProtocol").is_none()), "{ports:?}");
+    assert!(service["spec"].get("trafficDistribution").is_none());
+}
+
+#[test]
 fn a_headless_import_has_no_address_and_one_that_becomes_headless_loses_it() {
     let mut server = Server::with_namespace();
     server.settle(&shown(ServiceType::ClusterSetIp));

@@ -58,6 +58,19 @@ fn listed(tables: &mut Tables, kind: Kind, objects: Vec<DynamicObject>) -> Touch
 }
 
 #[test]
+fn what_peers_would_refuse_is_said_and_not_told() {
+    let mut tables = Tables::default();
+    tables.apply(Kind::Service, Event::Apply(service(1, "ClusterIP")));
+    let long = "x".repeat(MAX_COPIED_BYTES);
+    let spec = json!({ "spec": { "exportedAnnotations": { "note": long } } });
+    tables.apply(Kind::ServiceExport, Event::Apply(object("ServiceExport", "shop", "web", 2, spec)));
+    let KubernetesService::TooLarge(why) = tables.export(&web()).unwrap().service else { panic!("told") };
+    assert!(why.contains("spec.exportedAnnotations has 1 entries"), "{why}");
+    tables.apply(Kind::ServiceExport, Event::Apply(export(3)));
+    assert!(tables.export(&web()).unwrap().service.found().is_some());
+}
+
+#[test]
 fn an_export_is_what_its_service_and_its_endpoints_make_it() {
     let mut tables = Tables::default();
     let touched = tables.apply(Kind::ServiceExport, Event::Apply(export(1)));

@@ -164,6 +164,9 @@ fn valid_in_kubernetes(service: &ServiceKey, found: &KubernetesService) -> Condi
         KubernetesService::Found(_) => {
             condition("Valid", true, "Valid", format!("Service {service} can be exported"))
         }
+        KubernetesService::TooLarge(why) => {
+            condition("Valid", false, "TooLarge", format!("ServiceExport {service}: {why}"))
+        }
         KubernetesService::Missing => condition(
             "Valid",
             false,
