@@ -3,6 +3,8 @@
 //! The core thread is the only writer; everybody else reads an `Arc<Facts>` that is replaced whole. What must survive a
 //! restart has a record type here and lies in the store; [`Registry`] and freshness are volatile.
 
+pub mod pods;
+
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
@@ -148,6 +150,7 @@ pub struct Facts {
     pub addresses: Arc<AddressFacts>,
     /// Of the exported services that have any.
     pub kubernetes_hosts: BTreeMap<ServiceKey, Arc<KubernetesHosts>>,
+    pub pods: Arc<pods::Pods>,
     pub store_writable: bool,
 }
 

@@ -12,7 +12,7 @@ pub mod client;
 pub mod crds;
 mod desired;
 mod driver;
-mod labels;
+pub(crate) mod labels;
 pub mod lease;
 pub mod metrics;
 mod plan;

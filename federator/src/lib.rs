@@ -3,7 +3,7 @@
 //! [`core`] is the one writer of [`facts`] and [`store`]; [`registry`] says who is there; [`exports`] and [`policies`]
 //! read the operators' objects, [`joining`] who may join, [`authorities`] says which CAs end; [`snapshot`], [`records`] and [`view`] turn facts into what members, peers and operators
 //! are told, [`names`] says what they resolve to, [`import`] reads what peers tell; [`service`] and [`peers`] carry it over the overlay, [`linking`] makes
-//! links; [`token_review`] asks Kubernetes about pods, [`kubernetes`] exports and imports its services; [`role`] binds and runs the whole.
+//! links; [`token_review`] asks Kubernetes about pods, [`kubernetes`] exports and imports its services, [`inject`] puts sidecars into its pods; [`role`] binds and runs the whole.
 
 pub mod authorities;
 pub mod bundle_endpoint;
@@ -14,6 +14,7 @@ pub mod exports;
 pub mod facts;
 pub mod foreign;
 pub mod import;
+pub mod inject;
 pub mod joining;
 pub mod jwt;
 pub mod kubernetes;

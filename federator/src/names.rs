@@ -45,10 +45,28 @@ pub fn with_address(facts: &Facts) -> BTreeSet<ServiceKey> {
     services(facts).into_iter().filter_map(addressed).collect()
 }
 
-/// A service's virtual addresses, as they are written on the wire.
+/// What a service's names resolve to, as it is written on the wire: its ClusterSetIPs where Kubernetes has an import of it
+/// (KEP-1645), else the virtual addresses that it is given here.
 pub fn addresses(facts: &Facts, service: &ServiceKey) -> Vec<String> {
+    match facts.pods.addresses.get(service) {
+        Some(known) if !known.set.is_empty() => known.set.iter().map(ToString::to_string).collect(),
+        _ => given(facts, service).collect(),
+    }
+}
+
+fn given(facts: &Facts, service: &ServiceKey) -> impl Iterator<Item = String> {
     let known = facts.addresses.of.get(service).copied().unwrap_or_default();
-    known.all().map(|address| address.to_string()).collect()
+    known.all().map(|address| address.to_string()).collect::<Vec<_>>().into_iter()
+}
+
+/// Further addresses that stand for a service when a connection to them is captured: those given here, which caches may
+/// still hold when Kubernetes gives others; and those of this cluster's own `Service` where a `FailoverPolicy` is about it,
+/// so that whoever calls it as always fails over.
+fn aliases(facts: &Facts, service: &ServiceKey, fails_over: bool) -> Vec<String> {
+    let Some(known) = facts.pods.addresses.get(service) else { return Vec::new() };
+    let earlier = given(facts, service).filter(|_| !known.set.is_empty());
+    let own = known.local.iter().filter(|_| fails_over).map(ToString::to_string);
+    earlier.chain(own).collect()
 }
 
 /// What resolvers are told, by service.
@@ -67,6 +85,7 @@ pub fn records(facts: &Facts) -> BTreeMap<String, v1::NamedService> {
             local: !headless
                 && (facts.registry.serving(&service).next().is_some() || over.contains(&service)),
             addresses: addresses(facts, &service),
+            aliases: aliases(facts, &service, over.contains(&service)),
             ports: ports.iter().map(port_to_wire).collect(),
             headless,
             endpoints: if headless { endpoints(facts, &service) } else { Vec::new() },

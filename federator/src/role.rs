@@ -54,6 +54,8 @@ use crate::crl::{self, CrlTask};
 use crate::facts::FederatorEndpoint;
 use crate::foreign::client::{Patience, WebRoots};
 use crate::foreign::task::FederationTask;
+use crate::inject::metrics::Metrics as InjectMetrics;
+use crate::inject::{Inject, InjectConfig, InjectError};
 use crate::kubernetes::metrics::Metrics as KubernetesMetrics;
 use crate::kubernetes::{KubernetesConfig, KubernetesTask};
 use crate::metrics::Metrics;
@@ -105,6 +107,8 @@ pub struct FederatorConfig {
     pub kubernetes: Option<KubernetesAccess>,
     /// Whose services are exported and imported; `None`: those of no Kubernetes.
     pub kubernetes_services: Option<KubernetesConfig>,
+    /// Where its API server asks about new pods; `None`: nowhere.
+    pub inject: Option<InjectConfig>,
     /// The web's CAs, for foreign bundle endpoints of profile `https_web`.
     pub web_roots: WebRoots,
     /// Where services get their virtual addresses from.
@@ -149,6 +153,8 @@ pub enum BuildError {
     #[error("--kubernetes: {0}")]
     Kubernetes(#[from] AccessError),
     #[error(transparent)]
+    Inject(#[from] InjectError),
+    #[error(transparent)]
     Names(#[from] NamesError),
 }
 
@@ -179,6 +185,7 @@ pub struct Bound {
     bundle_endpoint: Option<BundleEndpoint>,
     reviewer: Arc<dyn TokenReviewer>,
     kubernetes_services: Option<(KubernetesConfig, KubernetesMetrics)>,
+    inject: Option<Inject>,
     web_roots: WebRoots,
     names: Option<(names_server::Bound, names_metrics::Metrics)>,
     bind: IpAddr,
@@ -204,6 +211,7 @@ impl Federator {
             bundle_endpoint,
             kubernetes,
             kubernetes_services,
+            inject,
             web_roots,
             virtual_ranges,
             names,
@@ -225,6 +233,10 @@ impl Federator {
         let crl = crl::Published::register(&mut registry);
         let kubernetes_services =
             kubernetes_services.map(|config| (config, KubernetesMetrics::register(&mut registry)));
+        let inject = match inject {
+            Some(config) => Some(Inject::bind(config, InjectMetrics::register(&mut registry)).await?),
+            None => None,
+        };
         let names = match &names {
             Some(config) => {
                 let metrics = names_metrics::Metrics::register(&mut registry);
@@ -294,6 +306,7 @@ impl Federator {
             bundle_endpoint,
             reviewer,
             kubernetes_services,
+            inject,
             web_roots,
             names,
             bind: listen.ip(),
@@ -331,6 +344,7 @@ impl Bound {
             bundle_endpoint,
             reviewer,
             kubernetes_services,
+            inject,
             web_roots,
             names: bound_names,
             bind,
@@ -350,6 +364,9 @@ impl Bound {
         if let Some((config, metrics)) = kubernetes_services {
             let task = KubernetesTask { core: core.clone(), config, metrics, tasks: tasks.clone() };
             tasks.spawn("Kubernetes", task.run());
+        }
+        if let Some(inject) = inject {
+            inject.spawn(&core, &tasks);
         }
         let names = Names::new(&core.facts());
         tasks.spawn("names", names.clone().follow(core.clone()));

@@ -79,6 +79,8 @@ pub struct ControlTask {
     pub enforcer: Enforcer,
     /// Services to ask for beside those of `hello`.
     pub wanted: Wanted,
+    /// Services that are served beside those of `hello`.
+    pub told: watch::Receiver<Vec<v1::LocalService>>,
 }
 
 impl ControlTask {
@@ -165,6 +167,10 @@ impl ControlTask {
                     snapshots = self.open(&mut client, &mut wanted).await?;
                     continue;
                 }
+                Ok(()) = self.told.changed() => {
+                    snapshots = self.open(&mut client, &mut wanted).await?;
+                    continue;
+                }
             };
             let Some(snapshot) = next.map_err(|status| status.message().to_owned())? else { return Ok(()) };
             self.metrics.control_connected.set(1);
@@ -187,12 +193,13 @@ impl ControlTask {
 
     /// Opens a stream with all that is asked for now.
     async fn open(
-        &self,
+        &mut self,
         client: &mut ConfigClient<tonic::transport::Channel>,
         wanted: &mut watch::Receiver<Vec<ServiceKey>>,
     ) -> Result<tonic::Streaming<v1::SidecarSnapshot>, Box<dyn std::error::Error + Send + Sync>> {
         let mut hello = v1::SidecarHello { lease: Some(self.member.lease().to_wire()), ..self.hello.clone() };
         hello.upstreams.extend(wanted.borrow_and_update().iter().map(ToString::to_string));
+        hello.services.extend(self.told.borrow_and_update().iter().cloned());
         let opened = tokio::time::timeout(CALL_TIMEOUT, client.watch_sidecar(hello)).await?;
         let opened = opened.map_err(|status| -> Box<dyn std::error::Error + Send + Sync> {
             if is_clone(&status) {
@@ -266,12 +273,17 @@ impl ControlTask {
     }
 }
 
+/// A service, and what its checks say.
+pub type Checked = (ServiceKey, watch::Receiver<Option<Verdict>>);
+
 /// Reports to the federator.
 #[derive(Debug)]
 pub struct ReportTask {
     pub member: Member,
     pub overlay: Overlay,
-    pub health: Vec<(ServiceKey, watch::Receiver<Option<Verdict>>)>,
+    pub health: Vec<Checked>,
+    /// Of services that are served beside those; changes with them.
+    pub told: watch::Receiver<Vec<Checked>>,
     /// Of each thread; they decide alike.
     pub routes: Vec<Routes>,
     pub log: ShiftLog,
@@ -286,7 +298,12 @@ impl ReportTask {
     pub async fn run(mut self) {
         let drain = self.drain.clone();
         let reports = async {
+            let fixed = self.health.len();
             loop {
+                if self.told.has_changed().unwrap_or(false) {
+                    self.health.truncate(fixed);
+                    self.health.extend(self.told.borrow_and_update().iter().cloned());
+                }
                 if let Err(error) = self.report(false).await {
                     tracing::debug!(error, "report not delivered");
                 }
@@ -297,6 +314,7 @@ impl ReportTask {
                 tokio::select! {
                     _ = tokio::time::timeout(REPORT_EVERY, changed) => {}
                     () = self.enforcer.news() => {}
+                    Ok(()) = self.told.changed() => self.told.mark_changed(),
                 }
             }
         };

@@ -1,7 +1,7 @@
 //! What a sidecar is told to do: parsed here, checked before anything is bound.
 
 use std::collections::HashMap;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -13,6 +13,7 @@ use tombolo_model::protocol::Protocol;
 use tombolo_names::server::NamesConfig;
 use tombolo_overlay::MAX_PARTS;
 use tombolo_overlay::member::EntryPoints;
+use tombolo_proto::v1;
 
 use crate::agentless::Backend;
 use crate::capture::CaptureConfig;
@@ -58,6 +59,22 @@ pub struct ServiceConfig {
 }
 
 impl ServiceConfig {
+    /// As the federator is told of it.
+    pub fn to_wire(&self) -> v1::LocalService {
+        let port = |port: &LocalPort| v1::ServicePort {
+            name: port.name.clone(),
+            port: port.port.into(),
+            app_protocol: port.app_protocol.clone(),
+            protocol: port.protocol.to_string(),
+        };
+        v1::LocalService {
+            service: self.service.to_string(),
+            ports: self.ports.iter().map(port).collect(),
+            weight: self.weight,
+            plain: self.backends.iter().map(ToString::to_string).collect(),
+        }
+    }
+
     /// How and where the application is checked: at the address that the check names, else at its first TCP port. One that
     /// has UDP ports alone is taken for healthy.
     pub fn checked(&self) -> Option<(HealthCheck, SocketAddr)> {
@@ -123,6 +140,8 @@ pub struct SidecarConfig {
     pub names: Option<NamesConfig>,
     /// Where agentless backends may be although it is dangerous.
     pub agentless_allow: Vec<IpNet>,
+    /// Of the pod that this process is in: services that Kubernetes sends to it are served there. `None`: in no pod.
+    pub pod_ip: Option<IpAddr>,
 }
 
 /// What is wrong with a setting, and what would be right.
@@ -180,6 +199,7 @@ impl SidecarConfig {
             && self.workload_api.is_none()
             && self.capture.is_none()
             && self.names.is_none()
+            && self.pod_ip.is_none()
         {
             return Err(ConfigError::Nothing);
         }

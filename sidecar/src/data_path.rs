@@ -9,6 +9,7 @@ use std::io;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
+use arc_swap::ArcSwap;
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, oneshot, watch};
 use tokio_util::sync::CancellationToken;
@@ -27,7 +28,7 @@ use crate::capture::wanted::Wanted;
 use crate::capture::{CapturedContext, CapturedTask, PlainContext, PlainTask};
 use crate::config::{LocalPort, ServiceConfig, SidecarConfig};
 use crate::failover::{Router, Routes, ShiftLog};
-use crate::inbound::{InboundContext, InboundTask, LocalTarget};
+use crate::inbound::{InboundContext, InboundTask, LocalTarget, LocalTargets};
 use crate::listening::{Listening, UpstreamListener};
 use crate::metrics::Metrics;
 use crate::outbound::{OutboundContext, UpstreamPort, UpstreamTask};
@@ -62,8 +63,8 @@ pub(crate) struct DataPath {
     /// Services that are asked for when somebody calls them.
     pub wanted: Wanted,
     pub capture: Option<Capture>,
-    /// What is in order of services whose backends have no sidecar.
-    pub agentless: Arc<HashMap<ServiceKey, watch::Receiver<Arc<Alive>>>>,
+    /// What is served here, on every thread.
+    pub local: Local,
     pub tasks: TaskGroup,
 }
 
@@ -83,13 +84,13 @@ impl DataPath {
             dialler,
             wanted,
             capture,
-            agentless,
+            local,
             tasks,
         } = self.clone();
         let plain = config.capture.as_ref().and_then(|capture| capture.inbound.as_ref());
         let plain = plain.map(|inbound| PlainContext {
             mode: inbound.mode,
-            services: config.services.clone().into(),
+            services: Arc::clone(&local.services),
             idle: config.inbound.idle,
             slots: Arc::clone(&inbound_slots),
             dialler: dialler.clone(),
@@ -106,8 +107,7 @@ impl DataPath {
             drain: drain.clone(),
             tasks: tasks.clone(),
         };
-        let services = targets(&config.services, &agentless, &metrics);
-        tasks.spawn("inbound", InboundTask::new(overlay.clone(), services, admitted, inbound).run());
+        tasks.spawn("inbound", InboundTask::new(overlay.clone(), local.targets, admitted, inbound).run());
 
         let pools = PoolContext {
             overlay: overlay.clone(),
@@ -171,25 +171,55 @@ impl DataPath {
     }
 }
 
-fn targets(
-    services: &[ServiceConfig],
-    agentless: &HashMap<ServiceKey, watch::Receiver<Arc<Alive>>>,
-    metrics: &Metrics,
-) -> HashMap<Arc<str>, Arc<LocalTarget>> {
-    let target = |service: &ServiceConfig| {
+/// What is served by this process; clones share it. One service at a time has one [`LocalTarget`], whichever thread serves.
+#[derive(Clone, Debug)]
+pub(crate) struct Local {
+    pub services: Arc<ArcSwap<Vec<ServiceConfig>>>,
+    pub targets: LocalTargets,
+    /// What is in order of services whose backends have no sidecar.
+    agentless: Arc<HashMap<ServiceKey, watch::Receiver<Arc<Alive>>>>,
+    metrics: Metrics,
+}
+
+impl Local {
+    pub fn new(
+        services: Vec<ServiceConfig>,
+        agentless: HashMap<ServiceKey, watch::Receiver<Arc<Alive>>>,
+        metrics: Metrics,
+    ) -> Self {
+        let local = Self { services: Arc::default(), targets: LocalTargets::default(), agentless: Arc::new(agentless), metrics };
+        local.replace(services);
+        local
+    }
+
+    /// Serves these from now on.
+    pub fn replace(&self, services: Vec<ServiceConfig>) {
+        let before = self.services.load_full();
+        let known = self.targets.load_full();
+        let target = |service: &ServiceConfig| {
+            let name: Arc<str> = service.service.to_string().into();
+            let same = before.contains(service).then(|| known.get(&name).cloned()).flatten();
+            (name, same.unwrap_or_else(|| self.target(service)))
+        };
+        self.targets.store(Arc::new(services.iter().map(target).collect()));
+        self.services.store(Arc::new(services));
+    }
+
+    fn target(&self, service: &ServiceConfig) -> Arc<LocalTarget> {
         let name = service.service.to_string();
-        let destination = |port: &LocalPort| match agentless.get(&service.service) {
+        let destination = |port: &LocalPort| match self.agentless.get(&service.service) {
             Some(alive) => Destination::Agentless(alive.clone()),
             None => Destination::Local(port.target),
         };
         let ports =
             service.ports.iter().map(|port| ((port.protocol, port.port), destination(port))).collect();
-        let flows = metrics.udp.service("inbound", &name);
-        let metrics = metrics.service("inbound", &name);
-        let service = service.service.clone();
-        (Arc::from(name), Arc::new(LocalTarget { service, ports, metrics, flows }))
-    };
-    services.iter().map(target).collect()
+        Arc::new(LocalTarget {
+            service: service.service.clone(),
+            ports,
+            metrics: self.metrics.service("inbound", &name),
+            flows: self.metrics.udp.service("inbound", &name),
+        })
+    }
 }
 
 /// A further part and its listeners, bound and not served yet.

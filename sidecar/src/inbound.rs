@@ -16,6 +16,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
+use arc_swap::ArcSwap;
 use quinn::VarInt;
 use tokio::sync::{Semaphore, watch};
 use tombolo_model::access::Verdict;
@@ -80,6 +81,9 @@ pub struct LocalTarget {
     pub flows: FlowMetrics,
 }
 
+/// What is served here, by service; replaced whole. A connection keeps what it was made for.
+pub type LocalTargets = Arc<ArcSwap<HashMap<Arc<str>, Arc<LocalTarget>>>>;
+
 /// What every inbound stream needs of the process.
 #[derive(Clone, Debug)]
 pub struct InboundContext {
@@ -97,7 +101,7 @@ pub struct InboundContext {
 /// Everything a stream needs, shared by all of them.
 #[derive(Debug)]
 struct Shared {
-    services: HashMap<Arc<str>, Arc<LocalTarget>>,
+    services: LocalTargets,
     context: InboundContext,
 }
 
@@ -112,7 +116,7 @@ pub struct InboundTask {
 impl InboundTask {
     pub fn new(
         overlay: Overlay,
-        services: HashMap<Arc<str>, Arc<LocalTarget>>,
+        services: LocalTargets,
         admitted: watch::Receiver<Arc<Admission>>,
         context: InboundContext,
     ) -> Self {
@@ -141,7 +145,8 @@ async fn serve_connection(
         connection.close(close_code::NOT_ADMITTED, "this is no federator");
         return;
     }
-    let Some(target) = connection.service().and_then(|service| shared.services.get(service)).cloned() else {
+    let served = |service: &Arc<str>| shared.services.load().get(service).cloned();
+    let Some(target) = connection.service().and_then(served) else {
         connection.close(close_code::NOT_ADMITTED, "the service is not served here");
         return;
     };

@@ -6,7 +6,7 @@
 //! [`role`] builds and runs a sidecar from a [`config`]; [`client`] keeps the configuration coming; [`tables`] is that
 //! configuration, parsed once; [`access`] says who may open streams here; [`copy`] is the byte path, [`udp`] that of
 //! datagrams. [`capture`] takes what applications connect to without knowing of the mesh; [`shared`] is many sidecars in one
-//! process; [`workload_api`] hands the application its own identity.
+//! process; [`told`] serves what Kubernetes sends to a pod; [`workload_api`] hands the application its own identity.
 
 pub mod access;
 pub mod agentless;
@@ -29,5 +29,6 @@ pub mod pool;
 pub mod role;
 pub mod shared;
 pub mod tables;
+pub mod told;
 pub mod udp;
 pub mod workload_api;

@@ -38,7 +38,7 @@ use crate::capture::wanted::Wanted;
 use crate::carry::Carry;
 use crate::client::{ControlTask, ReportTask};
 use crate::config::{ConfigError, ServiceConfig, SidecarConfig};
-use crate::data_path::{Capture, DataPath, Further, Threads};
+use crate::data_path::{Capture, DataPath, Further, Local, Threads};
 use crate::failover::ShiftLog;
 use crate::health;
 use crate::listening::{ListenError, Listening};
@@ -46,6 +46,7 @@ use crate::metrics::Metrics;
 use crate::names::NamesTask;
 use crate::shared::Call;
 use crate::tables::Tables;
+use crate::told::ToldTask;
 use crate::udp::UdpContext;
 use crate::workload_api::{self, WorkloadApi};
 
@@ -258,6 +259,7 @@ impl Bound {
 
         let enforcer = Enforcer::new(member.svid().clone());
         let wanted = Wanted::new(asked_for(&config).collect());
+        let (said, told) = (watch::channel(Vec::new()).0, watch::channel(Vec::new()).0);
         let mut control = ControlTask {
             hello: hello(&config, &overlay),
             member: member.clone(),
@@ -268,6 +270,7 @@ impl Bound {
             zone: config.zone.clone(),
             enforcer: enforcer.clone(),
             wanted: wanted.clone(),
+            told: said.subscribe(),
         };
         control.restore();
         tasks.spawn("ready once configured", ready_once_configured(received.clone(), configured));
@@ -307,6 +310,12 @@ impl Bound {
             _ => (Dialler::plain(), None),
         };
         let (watched, agentless) = agentless::watch::of(&config);
+        let local = Local::new(config.services.clone(), agentless, metrics.clone());
+        let reported = told.subscribe();
+        if let Some(address) = config.pod_ip {
+            let task = ToldTask::new(&config, address, local.clone(), (said, told), watcher.clone(), tasks.clone());
+            tasks.spawn("services of the pod", task.run(received.clone()));
+        }
         let udp = UdpContext::new(config.udp, metrics.udp.clone());
         let path = DataPath {
             config: Arc::clone(&config),
@@ -321,7 +330,7 @@ impl Bound {
             dialler,
             wanted,
             capture,
-            agentless: Arc::new(agentless),
+            local,
             tasks: tasks.clone(),
         };
         let mut threads = Threads::default();
@@ -358,6 +367,7 @@ impl Bound {
             member,
             overlay: overlay.clone(),
             health: verdicts,
+            told: reported,
             routes,
             log,
             tables: received,
@@ -488,28 +498,13 @@ fn hello(config: &SidecarConfig, overlay: &Overlay) -> v1::SidecarHello {
         None if config.registers() => String::new(),
         None => bound.to_string(),
     };
-    let service = |service: &ServiceConfig| v1::LocalService {
-        service: service.service.to_string(),
-        ports: service
-            .ports
-            .iter()
-            .map(|port| v1::ServicePort {
-                name: port.name.clone(),
-                port: port.port.into(),
-                app_protocol: port.app_protocol.clone(),
-                protocol: port.protocol.to_string(),
-            })
-            .collect(),
-        weight: service.weight,
-        plain: service.backends.iter().map(ToString::to_string).collect(),
-    };
     let mut upstreams: Vec<_> = asked_for(config).map(|service| service.to_string()).collect();
     upstreams.sort();
     upstreams.dedup();
     v1::SidecarHello {
         endpoint_addresses: vec![address],
         endpoints: vec![overlay.endpoint_id().value()],
-        services: config.services.iter().map(service).collect(),
+        services: config.services.iter().map(ServiceConfig::to_wire).collect(),
         upstreams,
         version: env!("CARGO_PKG_VERSION").to_owned(),
         lease: None,

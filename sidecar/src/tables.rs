@@ -24,6 +24,7 @@ use tombolo_proto::convert::{self, FieldError};
 use tombolo_proto::v1;
 
 use crate::access::Access;
+use crate::told::{self, PodService};
 
 /// Identities that may serve one backend: a service runs under a handful; more is a mistake or an attack.
 const MAX_IDENTITIES: usize = 64;
@@ -95,6 +96,8 @@ pub struct Tables {
     pub federated: Arc<BTreeMap<TrustDomain, ForeignBundle>>,
     /// Of the authority above the cluster's CA: for the Workload API alone, too.
     pub upstream_roots: Arc<[CertificateDer<'static>]>,
+    /// What Kubernetes sends to this pod; `None`: not known.
+    pub pod_services: Option<Vec<PodService>>,
     pub rejected: Vec<Rejected>,
 }
 
@@ -158,6 +161,10 @@ impl Tables {
         let federated =
             wire.federated_bundles.iter().filter_map(|b| sieve.take("federated bundle", federated_bundle(b)));
         let federated = federated.map(|bundle| (bundle.trust_domain().clone(), bundle)).collect();
+        let pod_services = wire.pod_services.as_ref().map(|told| {
+            let services = told.services.iter().take(told::MAX_SERVICES);
+            services.filter_map(|service| sieve.take("pod service", told::read(service))).collect()
+        });
         let lease = wire.lease.as_ref().and_then(|l| sieve.take("lease", EndpointLease::from_wire(l)));
         Ok(Self {
             revision: wire.revision,
@@ -173,6 +180,7 @@ impl Tables {
             jwt_authorities,
             federated: Arc::new(federated),
             upstream_roots: wire.upstream_roots.iter().cloned().map(CertificateDer::from).collect(),
+            pod_services,
             rejected: sieve.0,
         })
     }

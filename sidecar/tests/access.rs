@@ -102,6 +102,7 @@ impl World {
             tasks: world.tasks.clone(),
         };
         let services = HashMap::from([(Arc::from(SERVICE), Arc::new(target))]);
+        let services = Arc::new(arc_swap::ArcSwap::from_pointee(services));
         let inbound = InboundTask::new(server.clone(), services, world.admitted.subscribe(), context);
         world.tasks.spawn("inbound", inbound.run());
         world.server = Some(server);

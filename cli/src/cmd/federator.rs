@@ -18,9 +18,12 @@ use tombolo_runtime::dirs::Dirs;
 use tombolo_runtime::tasks::TaskGroup;
 use tombolo_runtime::{admin, settings, signals};
 
+use self::injected::Injected;
 use super::names;
 use super::role::{self, layered};
 use crate::failure::{Exit, Failure};
+
+mod injected;
 
 /// Run the control plane of one cluster
 #[derive(Debug, Args)]
@@ -32,6 +35,7 @@ Examples:
   tombolo federator --cluster east --bundle-endpoint 0.0.0.0:8443
   tombolo federator --cluster east --kubernetes in-cluster          pods join as their service account
   tombolo federator --cluster east --kubernetes in-cluster --kubernetes-services
+  tombolo federator --cluster east --kubernetes in-cluster --kubernetes-services --kubernetes-inject
   tombolo federator --cluster east --dns-listen 10.0.0.5 --virtual-range 10.96.0.0/16 --virtual-range fd00:96::/112")]
 pub struct FederatorArgs {
     #[command(flatten)]
@@ -123,6 +127,22 @@ struct Settings {
     /// Namespace of the Lease by which federators agree on who writes [default: the pod's, else tombolo-system]
     #[arg(long, env = "TOMBOLO_KUBERNETES_NAMESPACE", value_name = "NAMESPACE")]
     kubernetes_namespace: Option<String>,
+    /// Put sidecars into pods of that Kubernetes: serve its mutating webhook here, HTTPS. Needs deploy/kubernetes/webhook.yaml
+    /// and the rights of rbac.yaml [default without a value: 0.0.0.0:9443]
+    #[arg(long, env = "TOMBOLO_KUBERNETES_INJECT", num_args = 0..=1, default_missing_value = "0.0.0.0:9443", value_name = "ADDRESS:PORT", help_heading = "Injected sidecars")]
+    kubernetes_inject: Option<SocketAddr>,
+    /// Image of injected sidecars [default: tombolo:<version>]
+    #[arg(long, env = "TOMBOLO_INJECT_IMAGE", value_name = "IMAGE", help_heading = "Injected sidecars")]
+    inject_image: Option<String>,
+    /// Where they reach a federator [default: tombolo-federator.<namespace>.svc:7443]
+    #[arg(long, env = "TOMBOLO_INJECT_FEDERATOR", value_name = "HOST:PORT", help_heading = "Injected sidecars")]
+    inject_federator: Option<String>,
+    /// Resources that they ask for [default: cpu=10m,memory=32Mi]
+    #[arg(long, env = "TOMBOLO_INJECT_REQUESTS", value_name = "AMOUNTS", help_heading = "Injected sidecars")]
+    inject_requests: Option<String>,
+    /// Resources that they get at most [default: memory=256Mi]
+    #[arg(long, env = "TOMBOLO_INJECT_LIMITS", value_name = "AMOUNTS", help_heading = "Injected sidecars")]
+    inject_limits: Option<String>,
     /// CA certificates (PEM) by which foreign bundle endpoints of profile https_web are verified [default: the system's]
     #[arg(
         long,
@@ -155,6 +175,11 @@ layered!(Settings {
     kubernetes,
     kubernetes_services,
     kubernetes_namespace,
+    kubernetes_inject,
+    inject_image,
+    inject_federator,
+    inject_requests,
+    inject_limits,
     bundle_client_roots,
     virtual_ranges,
     dns_listen,
@@ -194,6 +219,11 @@ impl Settings {
             kubernetes,
             kubernetes_services,
             kubernetes_namespace,
+            kubernetes_inject,
+            inject_image,
+            inject_federator,
+            inject_requests,
+            inject_limits,
             bundle_client_roots,
             virtual_ranges,
             dns_listen,
@@ -227,8 +257,19 @@ impl Settings {
             (None, Err(failure)) => Err(Failure::new(failure)),
         };
         let kubernetes = kubernetes.map(|place| api_server(&place)).transpose()?;
-        let kubernetes_services =
-            services(kubernetes.as_ref(), kubernetes_services.unwrap_or(false), kubernetes_namespace)?;
+        let driven = match kubernetes_services.unwrap_or(false) || kubernetes_inject.is_some() {
+            true => Some(driven(kubernetes.as_ref(), kubernetes_inject.is_some(), kubernetes_namespace)?),
+            false => None,
+        };
+        let injected = Injected {
+            listen: kubernetes_inject,
+            image: inject_image,
+            federator: inject_federator,
+            requests: inject_requests,
+            limits: inject_limits,
+        };
+        let inject = injected.config(driven.as_ref())?;
+        let kubernetes_services = driven.filter(|_| kubernetes_services.unwrap_or(false));
         Ok(FederatorConfig {
             trust_dir: place(trust_dir, &|dirs| dirs.trust().join("clusters").join(&name))?,
             state_dir: place(state_dir, &|dirs| dirs.role_state(&name, "federator"))?,
@@ -246,6 +287,7 @@ impl Settings {
             bundle_endpoint: endpoint(bundle_endpoint, bundle_endpoint_certificate, bundle_endpoint_key)?,
             kubernetes,
             kubernetes_services,
+            inject,
             web_roots: WebRoots::new(bundle_client_roots),
             virtual_ranges: ranges(virtual_ranges)?,
             names: names::config(dns_listen, dns_upstreams)?,
@@ -270,17 +312,15 @@ fn api_server(place: &str) -> Result<KubernetesAccess, Failure> {
     Ok(KubernetesAccess::InCluster { server: format!("https://{host}:{port}"), dir })
 }
 
-/// Whose services are exported and imported.
-fn services(
+/// The Kubernetes that more is done with than reviewing tokens.
+fn driven(
     access: Option<&KubernetesAccess>,
-    wanted: bool,
+    injects: bool,
     namespace: Option<String>,
-) -> Result<Option<KubernetesConfig>, Failure> {
-    if !wanted {
-        return Ok(None);
-    }
+) -> Result<KubernetesConfig, Failure> {
     let Some(access) = access.cloned() else {
-        return Err(Failure::usage("--kubernetes-services: there is no --kubernetes")
+        let flag = if injects { "--kubernetes-inject" } else { "--kubernetes-services" };
+        return Err(Failure::usage(format_args!("{flag}: there is no --kubernetes"))
             .remedy("give --kubernetes in-cluster, or --kubernetes with a kubeconfig"));
     };
     // Kubernetes writes it beside the token.
@@ -292,7 +332,7 @@ fn services(
     let parsed: Result<Namespace, _> = namespace.trim().parse();
     let namespace =
         parsed.map_err(|error| Failure::usage(format_args!("--kubernetes-namespace: {error}")))?.to_string();
-    Ok(Some(KubernetesConfig { access, namespace }))
+    Ok(KubernetesConfig { access, namespace })
 }
 
 /// One per family.

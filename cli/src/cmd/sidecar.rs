@@ -103,6 +103,10 @@ struct Settings {
     /// keeps itself registered with the gateways
     #[arg(long, env = "TOMBOLO_ANNOUNCE", value_name = "ADDRESS:PORT")]
     announce: Option<SocketAddr>,
+    /// In Kubernetes: this pod's address (the downward API's status.podIP). --bind and --admin are there then unless they are
+    /// given, and services that the cluster's Kubernetes sends to the pod are served without a --service
+    #[arg(long, env = "TOMBOLO_POD_IP", value_name = "ADDRESS")]
+    pod_ip: Option<IpAddr>,
     /// Where this workload runs, e.g. eu-west-1a: gateways of the same zone are used first
     #[arg(long, env = "TOMBOLO_ZONE", value_name = "ZONE")]
     zone: Option<String>,
@@ -254,6 +258,7 @@ layered!(Settings {
     state_dir,
     bind,
     announce,
+    pod_ip,
     zone,
     gateways,
     max_udp_payload,
@@ -314,6 +319,7 @@ impl Settings {
     fn of_the_process(&self) -> Option<&'static str> {
         let given = [
             ("admin", self.admin.is_some()),
+            ("podIp", self.pod_ip.is_some()),
             ("logLevel", self.log_level.is_some()),
             ("logFormat", self.log_format.is_some()),
         ];
@@ -329,6 +335,7 @@ impl Settings {
             state_dir,
             bind,
             announce,
+            pod_ip,
             zone,
             gateways,
             max_udp_payload,
@@ -379,14 +386,20 @@ impl Settings {
             token: join_token_file.as_deref().map(role::join_token).transpose()?.flatten(),
             service_account_token,
             name,
-            bind: bind.unwrap_or_else(|| (Ipv4Addr::UNSPECIFIED, config::DEFAULT_PORT).into()),
+            bind: bind.unwrap_or_else(|| match pod_ip {
+                Some(address) => (address, config::DEFAULT_PORT).into(),
+                None => (Ipv4Addr::UNSPECIFIED, config::DEFAULT_PORT).into(),
+            }),
             announce,
             zone: role::zone(zone)?,
             gateways: entry_points(gateways)?,
             max_udp_payload_bytes: max_udp_payload.unwrap_or(config::DEFAULT_UDP_PAYLOAD),
             services,
             upstreams,
-            admin: admin.unwrap_or(admin::DEFAULT_ADDRESS),
+            admin: admin.unwrap_or_else(|| match pod_ip {
+                Some(address) => (address, admin::DEFAULT_PORT).into(),
+                None => admin::DEFAULT_ADDRESS,
+            }),
             threads: threads.map_or(NonZeroUsize::MIN, Threads::count),
             drain: drain.map_or(config::DEFAULT_DRAIN, |Span(drain)| drain),
             inbound,
@@ -404,6 +417,7 @@ impl Settings {
             .config()?,
             names: names::config(dns_listen, dns_upstreams)?,
             agentless_allow: cidrs("--agentless-allow", agentless_allow)?,
+            pod_ip,
         };
         if alone {
             config.check().map_err(Failure::usage)?;

@@ -1,7 +1,7 @@
 //! Identities of the federation: SPIFFE IDs, the offline root, cluster intermediates, leaves, bundles, verification.
 //!
 //! [`authority`] signs clusters (offline) with a key that [`signer`] holds, [`rotation`] is what a federation is told to trust,
-//! [`issuer`] signs leaves and [`jwt`] JWT-SVIDs (federator), [`verify`] is the one place where a
+//! [`issuer`] signs leaves and [`jwt`] JWT-SVIDs (federator), [`server_certificate`] makes certificates for callers outside the mesh, [`verify`] is the one place where a
 //! chain becomes a [`PeerIdentity`], [`foreign`] judges what other trust domains show, [`tls`] puts it under rustls with hot-swappable snapshots. No clock is read
 //! except inside the rustls verifiers, which are handed the time by rustls.
 
@@ -16,6 +16,7 @@ pub mod issuer;
 pub mod jwt;
 pub mod revocation;
 pub mod rotation;
+pub mod server_certificate;
 pub mod signer;
 pub mod spiffe_id;
 pub mod tls;

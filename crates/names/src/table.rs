@@ -53,6 +53,8 @@ pub struct NamedService {
     pub local: bool,
     pub v4: Vec<Ipv4Addr>,
     pub v6: Vec<Ipv6Addr>,
+    /// Stand for it as well, and are no answer.
+    pub aliases: Vec<IpAddr>,
     pub ports: Vec<NamedPort>,
     /// It resolves to its endpoints.
     pub headless: bool,
@@ -155,11 +157,12 @@ impl NameTable {
         (table, refused)
     }
 
-    /// Every virtual address and the service, `namespace/name`, that it stands for.
+    /// Every address that is captured, and the service, `namespace/name`, that it stands for.
     pub fn virtual_addresses(&self) -> impl Iterator<Item = (IpAddr, &str)> {
         self.services.iter().flat_map(|(key, service)| {
             let v4 = service.v4.iter().copied().map(IpAddr::V4);
-            v4.chain(service.v6.iter().copied().map(IpAddr::V6)).map(|address| (address, &**key))
+            let all = v4.chain(service.v6.iter().copied().map(IpAddr::V6)).chain(service.aliases.iter().copied());
+            all.map(|address| (address, &**key))
         })
     }
 
@@ -178,12 +181,18 @@ impl NamedService {
             Err(FieldError::new(field, count, format!("at most {most}")))
         };
         bounded("services.addresses", wire.addresses.len(), MAX_ADDRESSES)?;
+        bounded("services.aliases", wire.aliases.len(), MAX_ADDRESSES)?;
         bounded("services.ports", wire.ports.len(), MAX_PORTS)?;
         bounded("services.endpoints", wire.endpoints.len(), MAX_ENDPOINTS)?;
         let mut service = Self {
             clusterset: wire.clusterset,
             local: wire.local,
             headless: wire.headless,
+            aliases: wire
+                .aliases
+                .iter()
+                .map(|address| convert::parse("services.aliases", address))
+                .collect::<Result<_, _>>()?,
             ports: wire.ports.iter().map(port).collect::<Result<_, _>>()?,
             endpoints: wire.endpoints.iter().map(endpoint).collect::<Result<_, _>>()?,
             ..Self::default()
@@ -198,13 +207,14 @@ impl NamedService {
     }
 
     fn to_wire(&self, key: &str) -> v1::NamedService {
-        let Self { clusterset, local, v4, v6, ports, headless, endpoints } = self;
+        let Self { clusterset, local, v4, v6, aliases, ports, headless, endpoints } = self;
         let v4 = v4.iter().map(ToString::to_string);
         v1::NamedService {
             service: key.to_owned(),
             clusterset: *clusterset,
             local: *local,
             addresses: v4.chain(v6.iter().map(ToString::to_string)).collect(),
+            aliases: aliases.iter().map(ToString::to_string).collect(),
             ports: ports
                 .iter()
                 .map(|port| v1::ServicePort {
@@ -320,6 +330,7 @@ pub(crate) mod tests {
     #[test]
     fn a_table_is_read_again_as_it_was_written() {
         let mut service = wire("shop/db", &["241.64.0.1", "fd00::1"]);
+        service.aliases = vec!["10.96.0.7".into()];
         service.ports = vec![v1::ServicePort { name: "sql".into(), port: 5432, ..Default::default() }];
         service.endpoints = vec![v1::NamedEndpoint {
             cluster: "east.prod".into(),
@@ -330,5 +341,6 @@ pub(crate) mod tests {
         let (again, refused) = NameTable::default().updated(true, &table.to_wire(), &[]);
         assert!(refused.is_empty());
         assert_eq!(again.service("shop", "db"), table.service("shop", "db"));
+        assert_eq!(again.virtual_addresses().count(), 3, "an alias is captured, too");
     }
 }

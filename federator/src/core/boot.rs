@@ -111,6 +111,7 @@ impl Core {
             upstream: None,
             addresses: Arc::default(),
             kubernetes_hosts: BTreeMap::new(),
+            pods: Arc::default(),
             store_writable: true,
         };
         facts.federations = super::federations::load(&*store, &facts, unix.as_secs())?;

@@ -13,6 +13,7 @@ use tombolo_model::resource::{Object, ObjectKey};
 use super::objects::record_of;
 use super::{Core, CoreError, Moment};
 use crate::exports::all_exports;
+use crate::facts::pods::{KubernetesAddresses, PodGroup};
 use crate::facts::{KubernetesHosts, KubernetesService, StoredObject};
 use crate::store::{Table, Transaction};
 
@@ -30,6 +31,8 @@ pub struct KubernetesExport {
     pub generation: u64,
     pub service: KubernetesService,
     pub hosts: KubernetesHosts,
+    /// That the service is sent to.
+    pub pods: Vec<PodGroup>,
 }
 
 /// What has changed in Kubernetes; `None`: there is no such export any more.
@@ -101,9 +104,35 @@ impl Core {
             self.facts.objects.insert(key, Arc::new(stored));
         }
         for (service, export) in changes {
-            self.set_hosts(service, export.map(|export| export.hosts).unwrap_or_default());
+            let (hosts, pods) = export.map(|export| (export.hosts, export.pods)).unwrap_or_default();
+            if self.facts.pods.differ(&service, &pods) {
+                self.dirty = true;
+                Arc::make_mut(&mut self.facts.pods).set(&service, pods);
+            }
+            self.set_hosts(service, hosts);
+        }
+        if complete && !self.facts.pods.told {
+            self.dirty = true;
+            Arc::make_mut(&mut self.facts.pods).told = true;
         }
         Ok(())
+    }
+
+    /// Addresses that Kubernetes gives services; none: it gives the service no more.
+    pub fn set_kubernetes_addresses(&mut self, changes: BTreeMap<ServiceKey, KubernetesAddresses>) {
+        for (service, addresses) in changes {
+            let before = self.facts.pods.addresses.get(&service);
+            if before.map_or(addresses == KubernetesAddresses::default(), |before| *before == addresses) {
+                continue;
+            }
+            self.dirty = true;
+            let known = &mut Arc::make_mut(&mut self.facts.pods).addresses;
+            if addresses == KubernetesAddresses::default() {
+                known.remove(&service);
+            } else {
+                known.insert(service, addresses);
+            }
+        }
     }
 
     fn set_hosts(&mut self, service: ServiceKey, hosts: KubernetesHosts) {

@@ -77,6 +77,8 @@ pub(super) struct Driver {
     inputs: Inputs,
     /// Exports to hand to the core.
     exports: BTreeSet<ServiceKey>,
+    /// Services whose addresses may have changed.
+    addresses: BTreeSet<ServiceKey>,
     /// Services to look at.
     dirty: BTreeSet<ServiceKey>,
     /// Services that are being written.
@@ -104,6 +106,7 @@ impl Driver {
             tables: Tables::default(),
             inputs: Inputs::default(),
             exports: BTreeSet::new(),
+            addresses: BTreeSet::new(),
             dirty: BTreeSet::new(),
             busy: BTreeSet::new(),
             trouble: HashMap::new(),
@@ -226,6 +229,7 @@ impl Driver {
 
     fn touch(&mut self, kind: Kind, event: Event<DynamicObject>) {
         let touched = self.tables.apply(kind, event);
+        self.addresses.extend(touched.exports.iter().chain(&touched.services).cloned());
         self.exports.extend(touched.exports);
         self.dirty.extend(touched.services);
         if !touched.namespaces.is_empty() {
@@ -240,7 +244,15 @@ impl Driver {
 
     /// Tells the core which exports there are, once all are known, and then what changes.
     async fn hand_over(&mut self) -> Result<(), SessionEnd> {
-        if !self.tables.is_synced() || (self.told && self.exports.is_empty()) {
+        if !self.tables.is_synced() {
+            return Ok(());
+        }
+        if !self.addresses.is_empty() {
+            let services = std::mem::take(&mut self.addresses).into_iter();
+            let addresses = services.map(|service| (service.clone(), self.tables.addresses(&service))).collect();
+            self.core.call(move |core, _| core.set_kubernetes_addresses(addresses)).await?;
+        }
+        if self.told && self.exports.is_empty() {
             return Ok(());
         }
         let complete = !self.told;

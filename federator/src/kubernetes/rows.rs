@@ -3,6 +3,7 @@
 //! Whatever they hold was admitted by an API server, which need not be ours to trust: what does not read is left out.
 
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use kube::core::DynamicObject;
 use serde_json::Value;
@@ -15,6 +16,8 @@ use crate::facts::{ExportedService, KubernetesService};
 
 /// Of one slice: Kubernetes' own limit.
 const MAX_ENDPOINTS: usize = 1000;
+/// Kubernetes' are UUIDs.
+const MAX_UID_BYTES: usize = 64;
 
 /// What every row has.
 #[derive(Clone, PartialEq, Debug, Default)]
@@ -147,6 +150,8 @@ pub struct SliceRow {
     /// The import, of one that is written here.
     pub import: Option<String>,
     pub ready: Vec<Endpoint>,
+    /// Of a slice of this cluster's `Service`: pods by uid, and whether they are ready.
+    pub pods: Vec<(Arc<str>, bool)>,
     pub ports: Vec<Port>,
 }
 
@@ -178,8 +183,18 @@ impl Row for SliceRow {
             })
             .collect();
         endpoints.sort_unstable();
+        let pod = |endpoint: &Value| {
+            let pod = endpoint.get("targetRef").filter(|target| text(target, "kind") == "Pod")?;
+            let uid = Some(text(pod, "uid")).filter(|uid| (1..=MAX_UID_BYTES).contains(&uid.len()))?;
+            Some((Arc::from(uid), ready(&endpoint)))
+        };
+        let mut pods: Vec<(Arc<str>, bool)> = match &service {
+            Some(_) => list("endpoints").take(MAX_ENDPOINTS).filter_map(pod).collect(),
+            None => Vec::new(),
+        };
+        pods.sort_unstable();
         let ports = list("ports").filter_map(|port| read_port(port, "port")).collect();
-        Some(Self { meta, service, import, ready: endpoints, ports })
+        Some(Self { meta, service, import, ready: endpoints, pods, ports })
     }
     fn meta(&self) -> &Meta {
         &self.meta

@@ -14,6 +14,7 @@ use super::across::across;
 use super::rings::Rings;
 use super::{gateways_for, port_to_wire};
 use crate::exports;
+use crate::facts::pods::SentToPod;
 use crate::facts::{Facts, Role};
 use crate::foreign;
 use crate::jwt;
@@ -67,6 +68,7 @@ pub fn snapshot(
         federated_bundles: federated_bundles(facts, block),
         upstream_roots: upstream_roots(facts),
         clones: clones(facts, block),
+        pod_services: pod_services(facts, block),
         access_policies: access_policies.into_iter().map(|(policy, _)| policy).collect(),
     }
 }
@@ -79,6 +81,28 @@ fn clones(facts: &Facts, block: Block) -> Option<v1::Clones> {
         last_unix: i64::try_from(seen.last_unix).unwrap_or(i64::MAX),
         host: seen.host.clone(),
     })
+}
+
+/// What Kubernetes sends to its pod. `None`: it is in none, or that is not known yet.
+fn pod_services(facts: &Facts, block: Block) -> Option<v1::PodServices> {
+    let pod = facts.leases.get(&block)?.pod.as_ref().filter(|_| facts.pods.told)?;
+    let sent = facts.pods.of.get(pod.uid.as_str());
+    let service = |(service, sent): (&ServiceKey, &SentToPod)| v1::PodService {
+        service: service.to_string(),
+        ready: sent.ready,
+        ports: sent
+            .ports
+            .iter()
+            .map(|port| v1::PodPort {
+                name: port.name.clone(),
+                port: port.port.into(),
+                target: port.target.into(),
+                protocol: port.protocol.clone(),
+                app_protocol: port.app_protocol.clone(),
+            })
+            .collect(),
+    };
+    Some(v1::PodServices { services: sent.into_iter().flat_map(|sent| sent.iter()).map(service).collect() })
 }
 
 /// Of the authority above this cluster's CA: peers of the same trust domain that it has certified directly.

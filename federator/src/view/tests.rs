@@ -107,6 +107,7 @@ pub fn east() -> Facts {
         upstream: None,
         addresses: Arc::default(),
         kubernetes_hosts: Default::default(),
+        pods: Arc::default(),
         store_writable: true,
     }
 }

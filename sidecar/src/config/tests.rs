@@ -24,6 +24,7 @@ fn config(services: &[&str], upstreams: &[&str]) -> SidecarConfig {
         capture: None,
         names: None,
         agentless_allow: Vec::new(),
+        pod_ip: None,
     }
 }
 

@@ -30,6 +30,7 @@ fn exported(service: KubernetesService) -> Option<KubernetesExport> {
         generation: 1,
         service,
         hosts: KubernetesHosts { hosts: vec![host], ports: Vec::new() },
+        pods: Vec::new(),
     })
 }
 

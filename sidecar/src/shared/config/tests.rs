@@ -27,6 +27,7 @@ fn application(name: &str, bind: &str, sources: &[&str]) -> Application {
         capture: None,
         names: None,
         agentless_allow: Vec::new(),
+        pod_ip: None,
     };
     let sources = sources.iter().map(|source| source.parse().unwrap()).collect();
     Application { sources, sidecar, fingerprint: String::new() }

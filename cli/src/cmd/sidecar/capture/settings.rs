@@ -75,6 +75,10 @@ pub struct Settings {
         value_name = "SOURCE"
     )]
     inbound_allow: Option<Vec<String>>,
+    /// An address of the node that this is on, whose health probes come to the workload's ports untouched (in Kubernetes the
+    /// downward API's status.hostIPs); may be repeated
+    #[arg(long = "inbound-node", env = "TOMBOLO_HOST_IPS", value_delimiter = ',', value_name = "ADDRESS")]
+    inbound_nodes: Option<Vec<String>>,
     /// Mark on the sidecar's own connections, its --capture-mark [default: 0x7462]
     #[arg(long, env = "TOMBOLO_CAPTURE_MARK", value_name = "MARK")]
     mark: Option<String>,
@@ -143,6 +147,7 @@ layered!(Settings {
     inbound,
     inbound_listen_port,
     inbound_allow,
+    inbound_nodes,
     mark,
     exclude_uids,
     exclude_gids,
@@ -167,6 +172,7 @@ impl Settings {
             inbound,
             inbound_listen_port,
             inbound_allow,
+            inbound_nodes,
             mark: own_mark,
             exclude_uids,
             exclude_gids,
@@ -200,6 +206,12 @@ impl Settings {
                 "--mark and --exclude-mark: {DATAGRAM_MARK:#x} is what the rules put on captured datagrams"
             ))
             .remedy("choose another"));
+        }
+        let mut inbound_allow = inbound_allow;
+        // Where nothing is captured from outside, nodes are no reason to ask for ports.
+        if let Some(nodes) = inbound_nodes.filter(|_| inbound_ports.is_some()) {
+            let each = nodes.into_iter().map(|node| node.trim().to_owned()).filter(|node| !node.is_empty());
+            inbound_allow.get_or_insert_default().extend(each);
         }
         let addresses: BTreeSet<(Protocol, SocketAddr)> = each("--address", addresses, address)?;
         let plan = Plan {

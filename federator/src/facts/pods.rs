@@ -1,0 +1,127 @@
+//! What Kubernetes says of pods and addresses of services: news, held in memory alone, since what was said before a restart may
+//! be anything now. Until all of it was heard once ([`Pods::told`]) nobody is told that something is not there.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use tombolo_model::names::ServiceKey;
+
+/// A port of a service, as one pod has it.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct PodPort {
+    pub name: String,
+    /// The service's.
+    pub port: u16,
+    /// The pod's.
+    pub target: u16,
+    pub protocol: String,
+    pub app_protocol: String,
+}
+
+/// Pods of one service that have the same ports: those of one EndpointSlice.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct PodGroup {
+    pub ports: Arc<[PodPort]>,
+    /// By uid; whether Kubernetes counts on it.
+    pub pods: Vec<(Arc<str>, bool)>,
+}
+
+/// A service that is sent to a pod.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct SentToPod {
+    pub ports: Arc<[PodPort]>,
+    pub ready: bool,
+}
+
+/// Addresses that Kubernetes gives a service.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct KubernetesAddresses {
+    /// ClusterSetIPs: `spec.ips` of its import here; IPv4 first.
+    pub set: Vec<IpAddr>,
+    /// ClusterIPs of this cluster's own `Service` of that name.
+    pub local: Vec<IpAddr>,
+}
+
+/// Everything of it.
+#[derive(Clone, PartialEq, Debug, Default)]
+pub struct Pods {
+    /// Whether all exports and their endpoints have been heard since the start.
+    pub told: bool,
+    /// By uid.
+    pub of: BTreeMap<Arc<str>, Arc<BTreeMap<ServiceKey, SentToPod>>>,
+    /// Whose pods are in `of`, by service.
+    groups: BTreeMap<ServiceKey, Vec<PodGroup>>,
+    pub addresses: BTreeMap<ServiceKey, KubernetesAddresses>,
+}
+
+impl Pods {
+    /// Whether a service's pods are others than these.
+    pub fn differ(&self, service: &ServiceKey, groups: &[PodGroup]) -> bool {
+        self.groups.get(service).map(Vec::as_slice).unwrap_or_default() != groups
+    }
+
+    /// These are a service's pods from now on.
+    pub fn set(&mut self, service: &ServiceKey, groups: Vec<PodGroup>) {
+        for group in self.groups.remove(service).unwrap_or_default() {
+            for (uid, _) in group.pods {
+                let Some(of) = self.of.get_mut(&uid) else { continue };
+                let of = Arc::make_mut(of);
+                of.remove(service);
+                if of.is_empty() {
+                    self.of.remove(&uid);
+                }
+            }
+        }
+        for group in &groups {
+            for (uid, ready) in &group.pods {
+                let of = Arc::make_mut(self.of.entry(Arc::clone(uid)).or_default());
+                let sent = SentToPod { ports: Arc::clone(&group.ports), ready: *ready };
+                // A pod with addresses of two families is in two slices.
+                of.entry(service.clone()).and_modify(|known| known.ready |= ready).or_insert(sent);
+            }
+        }
+        if !groups.is_empty() {
+            self.groups.insert(service.clone(), groups);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn group(pods: &[(&str, bool)], target: u16) -> PodGroup {
+        let port = PodPort {
+            name: String::new(),
+            port: 80,
+            target,
+            protocol: "TCP".into(),
+            app_protocol: String::new(),
+        };
+        PodGroup { ports: [port].into(), pods: pods.iter().map(|(uid, ready)| (Arc::from(*uid), *ready)).collect() }
+    }
+
+    fn shown(pods: &Pods, uid: &str) -> Vec<String> {
+        let of = pods.of.get(uid).into_iter().flat_map(|of| of.iter());
+        of.map(|(service, sent)| format!("{service} {} {}", sent.ports[0].target, sent.ready)).collect()
+    }
+
+    #[test]
+    fn a_pod_is_sent_what_its_services_say_and_no_more() {
+        let [web, admin]: [ServiceKey; 2] = ["shop/web".parse().unwrap(), "shop/admin".parse().unwrap()];
+        let mut pods = Pods::default();
+        let first = vec![group(&[("a", true), ("b", false)], 8080), group(&[("c", true)], 8081)];
+        assert!(pods.differ(&web, &first));
+        pods.set(&web, first.clone());
+        pods.set(&admin, vec![group(&[("a", true)], 9090), group(&[("a", false)], 9090)]);
+        assert!(!pods.differ(&web, &first));
+        assert_eq!(shown(&pods, "a"), ["shop/admin 9090 true", "shop/web 8080 true"]);
+        assert_eq!((shown(&pods, "b"), shown(&pods, "c")), (vec!["shop/web 8080 false".into()], vec!["shop/web 8081 true".into()]));
+        pods.set(&web, vec![group(&[("b", true)], 8080)]);
+        assert_eq!((shown(&pods, "a"), shown(&pods, "b")), (vec!["shop/admin 9090 true".into()], vec!["shop/web 8080 true".into()]));
+        pods.set(&web, Vec::new());
+        pods.set(&admin, Vec::new());
+        assert_eq!(pods, Pods::default(), "nothing is left of what has gone");
+    }
+}
