@@ -7,7 +7,7 @@ pub mod gateway;
 pub mod rings;
 pub mod sidecar;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use tombolo_proto::v1;
 

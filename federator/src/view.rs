@@ -12,6 +12,7 @@ pub mod kubernetes;
 mod links;
 mod members;
 mod objects;
+mod pods;
 mod status;
 mod supply;
 mod text;

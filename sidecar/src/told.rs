@@ -322,7 +322,7 @@ mod tests {
     async fn a_pod_that_kubernetes_does_not_count_on_is_unhealthy_whatever_its_check_says() {
         let healthy = || Some(Verdict { healthy: true, reason: String::new() });
         let ((own, seen), (ready, is_ready)) = (watch::channel(None), watch::channel(true));
-        let (out, mut verdict) = watch::channel(None);
+        let (out, mut verdict) = watch::channel(None::<Verdict>);
         let look = async {
             own.send_replace(healthy());
             assert!(verdict.wait_for(Option::is_some).await.unwrap().as_ref().unwrap().healthy);

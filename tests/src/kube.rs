@@ -111,6 +111,11 @@ impl ControlPlane {
 
     /// Prepares the cluster by the product's own means, and starts its federator with nothing but its service account.
     pub fn federate(&self, mesh: &mut Mesh) -> Result<()> {
+        self.federate_with(mesh, &[])
+    }
+
+    /// The same with more arguments.
+    pub fn federate_with(&self, mesh: &mut Mesh, more: &[&str]) -> Result<()> {
         let cluster = self.cluster.clone();
         self.install_crds(mesh)?;
         for document in documents(RBAC)? {
@@ -120,7 +125,14 @@ impl ControlPlane {
         let token = self.api.token(&account)?;
         let kubeconfig = self.dir.join("federator.kubeconfig");
         std::fs::write(&kubeconfig, self::kubeconfig(&self.dir, self.address, &token)?)?;
-        mesh.federator_with(&cluster, &["--kubernetes", &text(&kubeconfig), "--kubernetes-services"])
+        let kubeconfig = text(&kubeconfig);
+        let flags = [&["--kubernetes", &kubeconfig, "--kubernetes-services"], more].concat();
+        mesh.federator_with(&cluster, &flags)
+    }
+
+    /// A token of its issuer with any claims: what an API server makes, but for what it would not make.
+    pub fn sign(&self, claims: &Value) -> Result<String> {
+        signed(claims, &std::fs::read_to_string(self.dir.join("sa.key"))?)
     }
 
     /// `tombolo kube crds --install`; what it said.
@@ -213,6 +225,8 @@ fn spawn_api_server(
         &format!("--advertise-address={}", address.ip()),
         &format!("--secure-port={}", address.port()),
         "--endpoint-reconciler-type=none",
+        // Webhooks are called at their endpoints' addresses: there is no kube-proxy that would lead a Service's there.
+        "--enable-aggregator-routing=true",
         "--service-cluster-ip-range=10.96.0.0/16,fd00:96::/108",
         "--authorization-mode=RBAC",
         &format!("--token-auth-file={}", file("tokens.csv")),
@@ -261,6 +275,20 @@ fn secrets(dir: &Path, address: SocketAddr) -> Result<()> {
         std::fs::write(dir.join(name), content)?;
     }
     Ok(())
+}
+
+/// A JWT (ES256) by a PKCS#8 key.
+pub fn signed(claims: &Value, key_pem: &str) -> Result<String> {
+    use aws_lc_rs::signature::{ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair};
+    use base64::Engine as _;
+    use base64::engine::general_purpose::URL_SAFE_NO_PAD as BASE64;
+    let key = KeyPair::from_pem(key_pem)?.serialize_der();
+    let key = EcdsaKeyPair::from_pkcs8(&ECDSA_P256_SHA256_FIXED_SIGNING, &key).map_err(|e| anyhow::anyhow!("{e}"))?;
+    let part = |value: &Value| BASE64.encode(value.to_string());
+    let signed = format!("{}.{}", part(&json!({ "alg": "ES256", "typ": "JWT" })), part(claims));
+    let random = aws_lc_rs::rand::SystemRandom::new();
+    let signature = key.sign(&random, signed.as_bytes()).map_err(|e| anyhow::anyhow!("{e}"))?;
+    Ok(format!("{signed}.{}", BASE64.encode(signature.as_ref())))
 }
 
 fn kubeconfig(dir: &Path, address: SocketAddr, token: &str) -> Result<String> {

@@ -134,6 +134,15 @@ struct Settings {
     /// Image of injected sidecars [default: tombolo:<version>]
     #[arg(long, env = "TOMBOLO_INJECT_IMAGE", value_name = "IMAGE", help_heading = "Injected sidecars")]
     inject_image: Option<String>,
+    /// Image of the container that makes the rules where connections are captured: needs nft and ip beside tombolo, which
+    /// an image from scratch lacks [default: --inject-image]
+    #[arg(
+        long,
+        env = "TOMBOLO_INJECT_CAPTURE_IMAGE",
+        value_name = "IMAGE",
+        help_heading = "Injected sidecars"
+    )]
+    inject_capture_image: Option<String>,
     /// Where they reach a federator [default: tombolo-federator.<namespace>.svc:7443]
     #[arg(long, env = "TOMBOLO_INJECT_FEDERATOR", value_name = "HOST:PORT", help_heading = "Injected sidecars")]
     inject_federator: Option<String>,
@@ -177,6 +186,7 @@ layered!(Settings {
     kubernetes_namespace,
     kubernetes_inject,
     inject_image,
+    inject_capture_image,
     inject_federator,
     inject_requests,
     inject_limits,
@@ -221,6 +231,7 @@ impl Settings {
             kubernetes_namespace,
             kubernetes_inject,
             inject_image,
+    inject_capture_image,
             inject_federator,
             inject_requests,
             inject_limits,
@@ -264,6 +275,7 @@ impl Settings {
         let injected = Injected {
             listen: kubernetes_inject,
             image: inject_image,
+            capture_image: inject_capture_image,
             federator: inject_federator,
             requests: inject_requests,
             limits: inject_limits,

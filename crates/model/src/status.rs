@@ -37,7 +37,8 @@ pub struct ClusterStatus {
 pub struct Finding {
     /// `notice`, `warning` or `critical`.
     pub severity: String,
-    /// `CaExpiresSoon`, `CaExpired`, `StoreNotWritable`, `ForeignBundleStale`, `UpstreamNotShown` or `IdentityUsedTwice`.
+    /// `CaExpiresSoon`, `CaExpired`, `StoreNotWritable`, `ForeignBundleStale`, `UpstreamNotShown`, `IdentityUsedTwice` or
+    /// `PodCutOff`.
     pub reason: String,
     pub about: String,
     pub message: String,

@@ -11,6 +11,8 @@ use serde_json::{Map, Value};
 pub struct InjectSettings {
     /// Of the sidecar's container.
     pub image: String,
+    /// Of the container that makes the rules: has `nft` and `ip` beside the program.
+    pub capture_image: String,
     /// Where pods reach a federator, `HOST:PORT`; resolved by the sidecar.
     pub federator: String,
     pub requests: Quantities,

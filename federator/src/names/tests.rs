@@ -1,6 +1,8 @@
 use serde_json::json;
 
 use super::*;
+use crate::facts::VirtualAddresses;
+use crate::facts::pods::KubernetesAddresses;
 use crate::view::tests::{Fill, east, exported, port};
 
 fn of<'a>(records: &'a BTreeMap<String, v1::NamedService>, name: &str) -> &'a v1::NamedService {
@@ -82,4 +84,31 @@ fn a_peer_s_endpoints_are_resolved_over_flat_links_inside_their_ranges_only() {
     let endpoints = &of(&records, "db").endpoints;
     assert_eq!(endpoints.len(), 1, "{endpoints:?}");
     assert_eq!((endpoints[0].cluster.as_str(), endpoints[0].address.as_str()), ("west", "10.1.0.7"));
+}
+
+#[test]
+fn in_kubernetes_a_name_resolves_to_the_cluster_set_ip_and_other_addresses_are_captured_alone() {
+    let mut facts = east();
+    facts.link("west");
+    let web: ServiceKey = "shop/web".parse().unwrap();
+    facts.import("west").exports.insert(web.clone(), exported(1, 1, &[port("http", 80)]));
+    let given = VirtualAddresses { v4: Some("241.64.0.7".parse().unwrap()), v6: None };
+    Arc::make_mut(&mut facts.addresses).of.insert(web.clone(), given);
+    let told = |facts: &Facts| {
+        let records = records(facts);
+        (of(&records, "web").addresses.join(","), of(&records, "web").aliases.join(","))
+    };
+    let kubernetes = |facts: &mut Facts, set: &[&str], local: &[&str]| {
+        let ips = |texts: &[&str]| texts.iter().map(|text| text.parse().unwrap()).collect();
+        let addresses = KubernetesAddresses { set: ips(set), local: ips(local) };
+        Arc::make_mut(&mut facts.pods).addresses.insert(web.clone(), addresses);
+    };
+    assert_eq!(told(&facts), ("241.64.0.7".into(), String::new()));
+    kubernetes(&mut facts, &["10.96.0.9", "fd00:96::9"], &["10.96.0.5"]);
+    assert_eq!(told(&facts), ("10.96.0.9,fd00:96::9".into(), "241.64.0.7".into()));
+    assert_eq!(addresses(&facts, &web), ["10.96.0.9", "fd00:96::9"], "callers' snapshots say the same");
+    facts.apply(policy("Service", "web"));
+    assert_eq!(told(&facts).1, "241.64.0.7,10.96.0.5", "whoever calls the Service fails over");
+    kubernetes(&mut facts, &[], &["10.96.0.5"]);
+    assert_eq!(told(&facts), ("241.64.0.7".into(), "10.96.0.5".into()), "not imported (yet)");
 }

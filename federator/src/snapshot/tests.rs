@@ -1,6 +1,7 @@
 //! What gateways and sidecars are told, from hand-built facts of a cluster `east`.
 
 mod access;
+mod pods;
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -29,7 +30,7 @@ fn sidecar_snapshot(facts: &Facts, block: u32, upstreams: &[&str]) -> v1::Sideca
 }
 
 /// The lease of a member that [`Fill::sidecar`] has entered.
-fn lease(facts: &mut Facts, block: u32, role: Role) {
+pub(crate) fn lease(facts: &mut Facts, block: u32, role: Role) {
     let block = Block::new(block).unwrap();
     let record = LeaseRecord {
         block,

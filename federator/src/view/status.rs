@@ -16,7 +16,7 @@ use super::links::{self, PastGateways, Path};
 use super::members;
 use super::supply::{self, Share};
 use super::text::{message, rfc3339, rfc3339_seconds};
-use super::{View, conditions};
+use super::{View, conditions, pods};
 use crate::authorities;
 use crate::exports::{Export, all_exports, exports};
 use crate::facts::{IdentityRecord, Role, ShiftRecord};
@@ -49,7 +49,7 @@ pub fn document(view: &View<'_>) -> ClusterStatus {
         endpoints: facts.registry.members.values().map(|member| endpoint(view, member)).collect(),
         identities: identities(view),
         federations: conditions::federation::all(view),
-        findings: authorities::findings(facts, view.unix),
+        findings: authorities::findings(facts, view.unix).into_iter().chain(pods::findings(view)).collect(),
     }
 }
 

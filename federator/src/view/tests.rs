@@ -6,6 +6,7 @@ mod exports;
 mod kubernetes;
 mod links;
 mod odd;
+mod pods;
 mod policies;
 mod revocations;
 mod services;

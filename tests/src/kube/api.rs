@@ -136,11 +136,24 @@ impl Api {
 
     /// A token of a service account, for the API server itself.
     pub fn token(&self, account: &Object) -> Result<String> {
-        let account = account.clone();
-        let body = json!({
-            "apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest",
-            "spec": { "expirationSeconds": 7200, "audiences": [] },
+        self.token_with(account, json!({ "expirationSeconds": 7200, "audiences": [] }))
+    }
+
+    /// A token of a pod's service account that is bound to the pod, as the kubelet projects it.
+    pub fn pod_token(&self, pod: &Value, audience: &str) -> Result<String> {
+        let text = |path: &str| pod.pointer(path).and_then(Value::as_str).unwrap_or_default();
+        let account = text("/spec/serviceAccountName");
+        let account = Object::new("v1", "ServiceAccount", text("/metadata/namespace"), account);
+        let bound = json!({
+            "apiVersion": "v1", "kind": "Pod", "name": text("/metadata/name"), "uid": text("/metadata/uid"),
         });
+        self.token_with(&account, json!({ "expirationSeconds": 600, "audiences": [audience], "boundObjectRef": bound }))
+    }
+
+    /// A TokenRequest's answer.
+    pub fn token_with(&self, account: &Object, spec: Value) -> Result<String> {
+        let account = account.clone();
+        let body = json!({ "apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": spec });
         let made: TokenRequest = self.run(|client| async move {
             let api = account.api(client);
             api.create_subresource("token", &account.name, &PostParams::default(), &body).await

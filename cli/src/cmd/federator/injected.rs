@@ -17,6 +17,7 @@ const LIMITS: &str = "memory=256Mi";
 pub struct Injected {
     pub listen: Option<SocketAddr>,
     pub image: Option<String>,
+    pub capture_image: Option<String>,
     pub federator: Option<String>,
     pub requests: Option<String>,
     pub limits: Option<String>,
@@ -25,10 +26,11 @@ pub struct Injected {
 impl Injected {
     /// `None`: nothing is injected. `kubernetes`: there is one if `listen` is given.
     pub fn config(self, kubernetes: Option<&KubernetesConfig>) -> Result<Option<InjectConfig>, Failure> {
-        let Self { listen, image, federator, requests, limits } = self;
+        let Self { listen, image, capture_image, federator, requests, limits } = self;
         let (Some(listen), Some(kubernetes)) = (listen, kubernetes) else {
             let given = [
                 ("--inject-image", image.is_some()),
+                ("--inject-capture-image", capture_image.is_some()),
                 ("--inject-federator", federator.is_some()),
                 ("--inject-requests", requests.is_some()),
                 ("--inject-limits", limits.is_some()),
@@ -48,13 +50,17 @@ impl Injected {
             return Err(Failure::usage(format_args!("--inject-federator {federator:?} is not HOST:PORT"))
                 .remedy("give it as tombolo-federator.tombolo-system.svc:7443"));
         }
-        let image = image.unwrap_or_else(|| format!("tombolo:{}", env!("CARGO_PKG_VERSION")));
-        if image.trim().is_empty() || image.chars().any(char::is_whitespace) {
-            return Err(Failure::usage(format_args!("--inject-image {image:?} is no image"))
-                .remedy("give it as registry.example/tombolo:1.0"));
-        }
+        let named = |flag: &str, image: String| match image.is_empty() || image.chars().any(char::is_whitespace) {
+            true => Err(Failure::usage(format_args!("{flag} {image:?} is no image"))
+                .remedy("give it as registry.example/tombolo:1.0")),
+            false => Ok(image),
+        };
+        let default = || format!("tombolo:{}", env!("CARGO_PKG_VERSION"));
+        let image = named("--inject-image", image.unwrap_or_else(default))?;
+        let capture_image = named("--inject-capture-image", capture_image.unwrap_or_else(|| image.clone()))?;
         let settings = InjectSettings {
             image,
+            capture_image,
             federator,
             requests: amounts("--inject-requests", requests, REQUESTS)?,
             limits: amounts("--inject-limits", limits, LIMITS)?,

@@ -11,8 +11,8 @@ use super::ports::Ports;
 use super::{ALIASES, Given, JOIN_VOLUME, PodError, SIDECAR, STATE_VOLUME};
 use crate::inject::wishes::{Capture, Served, Target, Wishes};
 
-/// Nobody's in images by chance; the user of a sidecar that captures nothing.
-const USER: u32 = 7442;
+/// The image's own (deploy/package/oci.sh): of a sidecar that captures nothing.
+const USER: u32 = 65_532;
 const STATE: &str = "/var/lib/tombolo";
 const JOIN: &str = "/var/run/secrets/tombolo";
 const OVERLAY_PORT: u16 = 7442;
@@ -187,7 +187,7 @@ pub(super) fn capture(
     }
     Ok(json!({
         "name": super::CAPTURE,
-        "image": given.settings.image,
+        "image": given.settings.capture_image,
         "args": args.0,
         "env": env,
         "resources": {

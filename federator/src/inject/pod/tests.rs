@@ -8,6 +8,7 @@ use super::*;
 fn settings() -> InjectSettings {
     InjectSettings {
         image: "tombolo:1".into(),
+        capture_image: "tombolo-tools:1".into(),
         federator: "tombolo-federator.tombolo-system.svc:7443".into(),
         requests: "cpu=10m,memory=32Mi".parse().unwrap(),
         limits: "memory=256Mi".parse().unwrap(),
@@ -89,6 +90,7 @@ fn a_captured_pod_gets_rules_first_and_its_probes_and_scrapes_are_let_through() 
         "sidecar capture apply --outbound all --virtual-range 241.64.0.0/16 --exclude-port 25 --inbound strict --inbound-port 8080 --inbound-port 9090 --inbound-allow 10.0.0.9 --inbound-allow =9090"
     );
     assert_eq!(container(&pod, CAPTURE)["env"][0]["valueFrom"]["fieldRef"]["fieldPath"], "status.hostIPs");
+    assert_eq!(container(&pod, CAPTURE)["image"], "tombolo-tools:1");
     assert_eq!(container(&pod, CAPTURE)["securityContext"]["capabilities"]["add"], json!(["NET_ADMIN"]));
     assert_eq!(container(&pod, SIDECAR)["securityContext"]["capabilities"]["add"], json!(["NET_RAW"]));
     assert!(args(container(&pod, SIDECAR)).contains("--inbound strict --inbound-listen 127.0.0.1:7448"));

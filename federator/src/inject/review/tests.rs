@@ -22,6 +22,7 @@ fn request(change: impl FnOnce(&mut Value)) -> Vec<u8> {
 fn decided(asked: &Asked) -> Decision {
     let settings = InjectSettings {
         image: "tombolo:1".into(),
+        capture_image: "tombolo:1".into(),
         federator: "f:1".into(),
         requests: Default::default(),
         limits: Default::default(),

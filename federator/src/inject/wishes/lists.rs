@@ -79,10 +79,11 @@ impl<'a> List<'a> {
             Some(Served { service, port, protocol, target })
         };
         let all = self.each(read, "NAME:PORT=TARGET, such as web:80=8080 or dns:53/udp=5353")?;
-        match all.iter().find(|served| served.service.namespace.as_str() != namespace) {
-            Some(other) => {
+        let elsewhere = |(_, served): &(_, &Served)| served.service.namespace.as_str() != namespace;
+        match self.entries.iter().zip(&all).find(elsewhere) {
+            Some((entry, _)) => {
                 let reason = format!("is of another namespace: pods of {namespace} serve its services");
-                Err(annotation_error(self.key, &other.service.to_string(), reason))
+                Err(annotation_error(self.key, entry, reason))
             }
             None => Ok(all),
         }

@@ -169,3 +169,56 @@ fn odd_objects_cost_nothing() {
     );
     assert!(tables.export(&web()).is_some());
 }
+
+#[test]
+fn pods_are_those_of_the_slices_with_their_own_ports_and_whether_they_are_counted_on() {
+    let mut tables = Tables::default();
+    tables.apply(Kind::Service, Event::Apply(service(1, "ClusterIP")));
+    tables.apply(Kind::ServiceExport, Event::Apply(export(2)));
+    let pod = |name: &str, conditions: Value| {
+        let target = json!({ "kind": "Pod", "name": name, "uid": format!("of-{name}") });
+        json!({ "addresses": ["10.1.0.1"], "conditions": conditions, "targetRef": target })
+    };
+    let mut first = slice("web-1", 3, &["10.1.0.9"]);
+    first.data["endpoints"] = json!([pod("a", json!({ "ready": true })), pod("b", json!({ "ready": false })), { "addresses": ["10.1.0.2"] }]);
+    let mut second = slice("web-2", 4, &[]);
+    second.data["endpoints"] = json!([pod("c", json!({}))]);
+    second.data["ports"] = json!([{ "name": "http", "port": 8081 }, { "name": "other", "port": 1 }]);
+    for slice in [first, second] {
+        tables.apply(Kind::EndpointSlice, Event::Apply(slice));
+    }
+    let groups = tables.export(&web()).unwrap().pods;
+    let shown: Vec<String> = groups
+        .iter()
+        .map(|group| {
+            let pods: Vec<String> = group.pods.iter().map(|(uid, ready)| format!("{uid} {ready}")).collect();
+            let ports: Vec<String> = group.ports.iter().map(|port| format!("{}={}", port.port, port.target)).collect();
+            format!("{}: {}", pods.join(", "), ports.join(","))
+        })
+        .collect();
+    assert_eq!(shown, ["of-a true, of-b false: 80=8080", "of-c true: 80=8081"]);
+    let headless = json!({ "spec": { "clusterIP": "None", "ports": [] } });
+    tables.apply(Kind::Service, Event::Apply(object("Service", "shop", "web", 5, headless)));
+    assert!(tables.export(&web()).unwrap().pods.is_empty(), "no port is sent anywhere");
+}
+
+#[test]
+fn addresses_are_the_derived_services_and_those_of_an_own_service_that_is_exported() {
+    let mut tables = Tables::default();
+    let cluster_ips = |ips: &[&str]| json!({ "spec": { "clusterIPs": ips, "ports": [] } });
+    tables.apply(Kind::Service, Event::Apply(object("Service", "shop", "web", 1, cluster_ips(&["10.96.0.5"]))));
+    assert_eq!(tables.addresses(&web()), KubernetesAddresses::default(), "nobody's business");
+    tables.apply(Kind::ServiceExport, Event::Apply(export(2)));
+    let name = derived_name(&web());
+    let mut derived = object("Service", "shop", &name, 3, cluster_ips(&["fd00:96::9", "10.96.0.9"]));
+    tables.apply(Kind::Service, Event::Apply(derived.clone()));
+    assert_eq!(tables.addresses(&web()).set, [] as [std::net::IpAddr; 0], "somebody else's of that name");
+    derived.metadata.labels = Some([("app.kubernetes.io/managed-by".to_owned(), "tombolo".to_owned())].into());
+    derived.metadata.annotations = Some([("tombolo.dev/service-import".to_owned(), "web".to_owned())].into());
+    derived.metadata.resource_version = Some("4".to_owned());
+    let touched = tables.apply(Kind::Service, Event::Apply(derived));
+    assert!(touched.services.contains(&web()), "its import's addresses are looked at again");
+    let addresses = tables.addresses(&web());
+    let texts = |ips: &[std::net::IpAddr]| ips.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
+    assert_eq!((texts(&addresses.set), texts(&addresses.local)), ("10.96.0.9,fd00:96::9".into(), "10.96.0.5".into()));
+}
