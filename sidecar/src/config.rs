@@ -13,7 +13,6 @@ use tombolo_model::protocol::Protocol;
 use tombolo_names::server::NamesConfig;
 use tombolo_overlay::MAX_PARTS;
 use tombolo_overlay::member::EntryPoints;
-use tombolo_proto::v1;
 
 use crate::agentless::Backend;
 use crate::capture::CaptureConfig;
@@ -21,6 +20,7 @@ use crate::capture::settings::MAX_ADDRESSES;
 use crate::health::{HealthCheck, Probe};
 use crate::inbound::InboundLimits;
 use crate::pool::PoolLimits;
+use crate::provided::Provided;
 use crate::udp::UdpLimits;
 use crate::workload_api::WorkloadApiConfig;
 
@@ -59,22 +59,6 @@ pub struct ServiceConfig {
 }
 
 impl ServiceConfig {
-    /// As the federator is told of it.
-    pub fn to_wire(&self) -> v1::LocalService {
-        let port = |port: &LocalPort| v1::ServicePort {
-            name: port.name.clone(),
-            port: port.port.into(),
-            app_protocol: port.app_protocol.clone(),
-            protocol: port.protocol.to_string(),
-        };
-        v1::LocalService {
-            service: self.service.to_string(),
-            ports: self.ports.iter().map(port).collect(),
-            weight: self.weight,
-            plain: self.backends.iter().map(ToString::to_string).collect(),
-        }
-    }
-
     /// How and where the application is checked: at the address that the check names, else at its first TCP port. One that
     /// has UDP ports alone is taken for healthy.
     pub fn checked(&self) -> Option<(HealthCheck, SocketAddr)> {
@@ -124,6 +108,8 @@ pub struct SidecarConfig {
     /// Largest UDP payload that is tried on a path; what fits is found out.
     pub max_udp_payload_bytes: u16,
     pub services: Vec<ServiceConfig>,
+    /// Beside those: services that come, go and change while it runs; `None`: there are none.
+    pub provided: Option<Provided>,
     pub upstreams: Vec<UpstreamConfig>,
     pub admin: SocketAddr,
     /// Of the byte path, each with a runtime of its own.
@@ -195,6 +181,7 @@ impl SidecarConfig {
     /// Checks what can be checked before anything is bound.
     pub fn check(&self) -> Result<(), ConfigError> {
         if self.services.is_empty()
+            && self.provided.is_none()
             && self.upstreams.is_empty()
             && self.workload_api.is_none()
             && self.capture.is_none()

@@ -28,11 +28,12 @@ use crate::capture::wanted::Wanted;
 use crate::capture::{CapturedContext, CapturedTask, PlainContext, PlainTask};
 use crate::config::{LocalPort, ServiceConfig, SidecarConfig};
 use crate::failover::{Router, Routes, ShiftLog};
-use crate::inbound::{InboundContext, InboundTask, LocalTarget, LocalTargets};
+use crate::inbound::{InboundContext, InboundTask, LocalTarget};
 use crate::listening::{Listening, UpstreamListener};
 use crate::metrics::Metrics;
 use crate::outbound::{OutboundContext, UpstreamPort, UpstreamTask};
 use crate::pool::PoolContext;
+use crate::provided::{self, Served};
 use crate::shared::CallsTask;
 use crate::tables::Tables;
 use crate::udp::UdpContext;
@@ -63,8 +64,8 @@ pub(crate) struct DataPath {
     /// Services that are asked for when somebody calls them.
     pub wanted: Wanted,
     pub capture: Option<Capture>,
-    /// What is served here, on every thread.
-    pub local: Local,
+    /// What is in order of services whose backends have no sidecar.
+    pub agentless: Arc<HashMap<ServiceKey, watch::Receiver<Arc<Alive>>>>,
     pub tasks: TaskGroup,
 }
 
@@ -84,13 +85,13 @@ impl DataPath {
             dialler,
             wanted,
             capture,
-            local,
+            agentless,
             tasks,
         } = self.clone();
         let plain = config.capture.as_ref().and_then(|capture| capture.inbound.as_ref());
         let plain = plain.map(|inbound| PlainContext {
             mode: inbound.mode,
-            services: Arc::clone(&local.services),
+            services: config.services.clone().into(),
             idle: config.inbound.idle,
             slots: Arc::clone(&inbound_slots),
             dialler: dialler.clone(),
@@ -107,7 +108,13 @@ impl DataPath {
             drain: drain.clone(),
             tasks: tasks.clone(),
         };
-        tasks.spawn("inbound", InboundTask::new(overlay.clone(), local.targets, admitted, inbound).run());
+        let fixed = Arc::new(targets(&config.services, &agentless, &metrics));
+        let served: Served = Arc::new(ArcSwap::new(Arc::clone(&fixed)));
+        if let Some(provided) = config.provided.clone() {
+            let follow = provided::follow(provided, fixed, Arc::clone(&served), metrics.clone());
+            tasks.spawn("provided services", follow);
+        }
+        tasks.spawn("inbound", InboundTask::new(overlay.clone(), served, admitted, inbound).run());
 
         let pools = PoolContext {
             overlay: overlay.clone(),
@@ -171,55 +178,25 @@ impl DataPath {
     }
 }
 
-/// What is served by this process; clones share it. One service at a time has one [`LocalTarget`], whichever thread serves.
-#[derive(Clone, Debug)]
-pub(crate) struct Local {
-    pub services: Arc<ArcSwap<Vec<ServiceConfig>>>,
-    pub targets: LocalTargets,
-    /// What is in order of services whose backends have no sidecar.
-    agentless: Arc<HashMap<ServiceKey, watch::Receiver<Arc<Alive>>>>,
-    metrics: Metrics,
-}
-
-impl Local {
-    pub fn new(
-        services: Vec<ServiceConfig>,
-        agentless: HashMap<ServiceKey, watch::Receiver<Arc<Alive>>>,
-        metrics: Metrics,
-    ) -> Self {
-        let local = Self { services: Arc::default(), targets: LocalTargets::default(), agentless: Arc::new(agentless), metrics };
-        local.replace(services);
-        local
-    }
-
-    /// Serves these from now on.
-    pub fn replace(&self, services: Vec<ServiceConfig>) {
-        let before = self.services.load_full();
-        let known = self.targets.load_full();
-        let target = |service: &ServiceConfig| {
-            let name: Arc<str> = service.service.to_string().into();
-            let same = before.contains(service).then(|| known.get(&name).cloned()).flatten();
-            (name, same.unwrap_or_else(|| self.target(service)))
-        };
-        self.targets.store(Arc::new(services.iter().map(target).collect()));
-        self.services.store(Arc::new(services));
-    }
-
-    fn target(&self, service: &ServiceConfig) -> Arc<LocalTarget> {
+fn targets(
+    services: &[ServiceConfig],
+    agentless: &HashMap<ServiceKey, watch::Receiver<Arc<Alive>>>,
+    metrics: &Metrics,
+) -> HashMap<Arc<str>, Arc<LocalTarget>> {
+    let target = |service: &ServiceConfig| {
         let name = service.service.to_string();
-        let destination = |port: &LocalPort| match self.agentless.get(&service.service) {
+        let destination = |port: &LocalPort| match agentless.get(&service.service) {
             Some(alive) => Destination::Agentless(alive.clone()),
             None => Destination::Local(port.target),
         };
         let ports =
             service.ports.iter().map(|port| ((port.protocol, port.port), destination(port))).collect();
-        Arc::new(LocalTarget {
-            service: service.service.clone(),
-            ports,
-            metrics: self.metrics.service("inbound", &name),
-            flows: self.metrics.udp.service("inbound", &name),
-        })
-    }
+        let flows = metrics.udp.service("inbound", &name);
+        let metrics = metrics.service("inbound", &name);
+        let service = service.service.clone();
+        (Arc::from(name), Arc::new(LocalTarget { service, ports, metrics, flows }))
+    };
+    services.iter().map(target).collect()
 }
 
 /// A further part and its listeners, bound and not served yet.

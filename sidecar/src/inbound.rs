@@ -16,7 +16,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
-use arc_swap::ArcSwap;
 use quinn::VarInt;
 use tokio::sync::{Semaphore, watch};
 use tombolo_model::access::Verdict;
@@ -34,6 +33,7 @@ use crate::codes;
 use crate::copy::{self, BiStream, End, IdleLimits, Meter};
 use crate::header::{self, HeaderError};
 use crate::metrics::{self, Held, Metrics, ServiceMetrics};
+use crate::provided::Served;
 use crate::udp::UdpContext;
 use crate::udp::demux::Demux;
 use crate::udp::metrics::FlowMetrics;
@@ -81,9 +81,6 @@ pub struct LocalTarget {
     pub flows: FlowMetrics,
 }
 
-/// What is served here, by service; replaced whole. A connection keeps what it was made for.
-pub type LocalTargets = Arc<ArcSwap<HashMap<Arc<str>, Arc<LocalTarget>>>>;
-
 /// What every inbound stream needs of the process.
 #[derive(Clone, Debug)]
 pub struct InboundContext {
@@ -101,8 +98,15 @@ pub struct InboundContext {
 /// Everything a stream needs, shared by all of them.
 #[derive(Debug)]
 struct Shared {
-    services: LocalTargets,
+    services: Served,
     context: InboundContext,
+}
+
+impl Shared {
+    /// What a connection is for, as it is served now.
+    fn target(&self, connection: &PeerConnection) -> Option<Arc<LocalTarget>> {
+        self.services.load().get(&**connection.service()?).cloned()
+    }
 }
 
 /// Accepts connections of the overlay and serves their streams.
@@ -116,7 +120,7 @@ pub struct InboundTask {
 impl InboundTask {
     pub fn new(
         overlay: Overlay,
-        services: LocalTargets,
+        services: Served,
         admitted: watch::Receiver<Arc<Admission>>,
         context: InboundContext,
     ) -> Self {
@@ -145,8 +149,7 @@ async fn serve_connection(
         connection.close(close_code::NOT_ADMITTED, "this is no federator");
         return;
     }
-    let served = |service: &Arc<str>| shared.services.load().get(service).cloned();
-    let Some(target) = connection.service().and_then(served) else {
+    let Some(mut target) = shared.target(&connection) else {
         connection.close(close_code::NOT_ADMITTED, "the service is not served here");
         return;
     };
@@ -166,6 +169,8 @@ async fn serve_connection(
             () = &mut datagrams => return,
             stream = connection.quic().accept_bi() => {
                 let Ok((send, recv)) = stream else { return };
+                // Its ports may have changed since.
+                target = shared.target(&connection).unwrap_or(target);
                 let now_open = open.fetch_add(1, Relaxed) + 1;
                 if now_open.saturating_mul(4) >= limit.saturating_mul(3) && limit < shared.context.limits.max_streams {
                     limit = limit.saturating_mul(2).min(shared.context.limits.max_streams);

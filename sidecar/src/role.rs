@@ -38,7 +38,7 @@ use crate::capture::wanted::Wanted;
 use crate::carry::Carry;
 use crate::client::{ControlTask, ReportTask};
 use crate::config::{ConfigError, ServiceConfig, SidecarConfig};
-use crate::data_path::{Capture, DataPath, Further, Local, Threads};
+use crate::data_path::{Capture, DataPath, Further, Threads};
 use crate::failover::ShiftLog;
 use crate::health;
 use crate::listening::{ListenError, Listening};
@@ -253,13 +253,18 @@ impl Bound {
             metrics,
             tasks,
         } = self;
+        let mut config = config;
+        let pod = config.pod_ip.map(|address| ToldTask::new(&config, address));
+        let pod = pod.map(|(task, provided)| {
+            config.provided = Some(provided);
+            task
+        });
         let (trigger, watcher) = drain::channel();
         let log = ShiftLog::open(member.dir());
         let (tables, received) = watch::channel(None);
 
         let enforcer = Enforcer::new(member.svid().clone());
         let wanted = Wanted::new(asked_for(&config).collect());
-        let (said, told) = (watch::channel(Vec::new()).0, watch::channel(Vec::new()).0);
         let mut control = ControlTask {
             hello: hello(&config, &overlay),
             member: member.clone(),
@@ -270,8 +275,10 @@ impl Bound {
             zone: config.zone.clone(),
             enforcer: enforcer.clone(),
             wanted: wanted.clone(),
-            told: said.subscribe(),
+            provided: config.provided.clone(),
+            greeted: watch::Sender::new(0),
         };
+        let greeted = control.greeted.subscribe();
         control.restore();
         tasks.spawn("ready once configured", ready_once_configured(received.clone(), configured));
         tasks.spawn("control", control.run());
@@ -310,11 +317,8 @@ impl Bound {
             _ => (Dialler::plain(), None),
         };
         let (watched, agentless) = agentless::watch::of(&config);
-        let local = Local::new(config.services.clone(), agentless, metrics.clone());
-        let reported = told.subscribe();
-        if let Some(address) = config.pod_ip {
-            let task = ToldTask::new(&config, address, local.clone(), (said, told), watcher.clone(), tasks.clone());
-            tasks.spawn("services of the pod", task.run(received.clone()));
+        if let Some(pod) = pod {
+            tasks.spawn("services of the pod", pod.run(received.clone(), watcher.clone(), tasks.clone()));
         }
         let udp = UdpContext::new(config.udp, metrics.udp.clone());
         let path = DataPath {
@@ -330,7 +334,7 @@ impl Bound {
             dialler,
             wanted,
             capture,
-            local,
+            agentless: Arc::new(agentless),
             tasks: tasks.clone(),
         };
         let mut threads = Threads::default();
@@ -367,7 +371,8 @@ impl Bound {
             member,
             overlay: overlay.clone(),
             health: verdicts,
-            told: reported,
+            provided: config.provided.clone(),
+            greeted,
             routes,
             log,
             tables: received,
@@ -498,13 +503,28 @@ fn hello(config: &SidecarConfig, overlay: &Overlay) -> v1::SidecarHello {
         None if config.registers() => String::new(),
         None => bound.to_string(),
     };
+    let service = |service: &ServiceConfig| v1::LocalService {
+        service: service.service.to_string(),
+        ports: service
+            .ports
+            .iter()
+            .map(|port| v1::ServicePort {
+                name: port.name.clone(),
+                port: port.port.into(),
+                app_protocol: port.app_protocol.clone(),
+                protocol: port.protocol.to_string(),
+            })
+            .collect(),
+        weight: service.weight,
+        plain: service.backends.iter().map(ToString::to_string).collect(),
+    };
     let mut upstreams: Vec<_> = asked_for(config).map(|service| service.to_string()).collect();
     upstreams.sort();
     upstreams.dedup();
     v1::SidecarHello {
         endpoint_addresses: vec![address],
         endpoints: vec![overlay.endpoint_id().value()],
-        services: config.services.iter().map(ServiceConfig::to_wire).collect(),
+        services: config.services.iter().map(service).collect(),
         upstreams,
         version: env!("CARGO_PKG_VERSION").to_owned(),
         lease: None,

@@ -11,7 +11,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio::task::AbortHandle;
 use tokio::time::Instant;
 use tombolo_model::names::ServiceKey;
@@ -21,10 +21,9 @@ use tombolo_proto::v1;
 use tombolo_runtime::drain::Drain;
 use tombolo_runtime::tasks::TaskGroup;
 
-use crate::client::Checked;
 use crate::config::{LocalPort, ServiceConfig, SidecarConfig};
-use crate::data_path::Local;
 use crate::health::{self, HealthCheck, Verdict};
+use crate::provided::{Provided, ProvidedPort, ProvidedService, Services, Standing};
 use crate::tables::Tables;
 
 /// Services that select one pod: a handful.
@@ -138,7 +137,6 @@ fn config(told: &PodService, address: IpAddr) -> ServiceConfig {
 #[derive(Debug)]
 struct Check {
     config: ServiceConfig,
-    ready: watch::Sender<bool>,
     verdict: watch::Receiver<Option<Verdict>>,
     tasks: [AbortHandle; 2],
 }
@@ -155,105 +153,114 @@ pub(crate) struct ToldTask {
     fixed: Vec<ServiceConfig>,
     address: IpAddr,
     patience: Duration,
-    local: Local,
-    /// For the federator.
-    said: watch::Sender<Vec<v1::LocalService>>,
-    health: watch::Sender<Vec<Checked>>,
+    provided: watch::Sender<Services>,
     checks: BTreeMap<ServiceKey, Check>,
-    drain: Drain,
-    tasks: TaskGroup,
+    /// A check has something to say.
+    news: Arc<Notify>,
 }
 
 impl ToldTask {
-    pub fn new(
-        config: &SidecarConfig,
-        address: IpAddr,
-        local: Local,
-        (said, health): (watch::Sender<Vec<v1::LocalService>>, watch::Sender<Vec<Checked>>),
-        drain: Drain,
-        tasks: TaskGroup,
-    ) -> Self {
-        let fixed = config.services.clone();
-        Self { fixed, address, patience: config.drain, local, said, health, checks: BTreeMap::new(), drain, tasks }
+    /// With what it will provide.
+    pub fn new(config: &SidecarConfig, address: IpAddr) -> (Self, Provided) {
+        let (sender, provided) = Provided::channel(Services::default());
+        let task = Self {
+            fixed: config.services.clone(),
+            address,
+            patience: config.drain,
+            provided: sender,
+            checks: BTreeMap::new(),
+            news: Arc::default(),
+        };
+        (task, provided)
     }
 
     /// Until the configuration's sender is gone, or the drain starts.
-    pub async fn run(mut self, mut tables: watch::Receiver<Option<Arc<Tables>>>) {
+    pub async fn run(
+        mut self,
+        mut tables: watch::Receiver<Option<Arc<Tables>>>,
+        drain: Drain,
+        tasks: TaskGroup,
+    ) {
         let mut told = Told::default();
-        let drain = self.drain.clone();
+        let news = Arc::clone(&self.news);
         loop {
             let now = tables.borrow_and_update().clone();
             let services = now.as_ref().and_then(|tables| tables.pod_services.as_deref());
             told.step(services, self.address, &self.fixed, Instant::now(), self.patience);
-            self.serve(&told);
+            self.check(&told, &drain, &tasks);
+            self.provide(&told);
             let next = told.next();
             tokio::select! {
                 changed = tables.changed() => if changed.is_err() { return },
+                () = news.notified() => {}
                 () = tokio::time::sleep_until(next.unwrap_or_else(Instant::now)), if next.is_some() => {}
                 () = drain.started() => return std::future::pending().await,
             }
         }
     }
 
-    fn serve(&mut self, told: &Told) {
-        let same = |check: &Check| told.services.get(&check.config.service).is_some_and(|k| k.config == check.config);
-        let ended = self.checks.values().any(|check| !same(check));
-        self.checks.retain(|_, check| same(check));
-        let new: Vec<&Known> =
-            told.services.values().filter(|known| !self.checks.contains_key(&known.config.service)).collect();
-        let changed = ended || !new.is_empty();
-        for known in new {
-            let Some(check) = self.check(known) else { continue };
-            tracing::info!(service = %known.config.service, "Kubernetes sends a service to this pod: it is served");
-            self.checks.insert(known.config.service.clone(), check);
-        }
-        for (service, check) in &self.checks {
-            let ready = told.services.get(service).is_some_and(|known| known.ready);
-            check.ready.send_if_modified(|before| std::mem::replace(before, ready) != ready);
-        }
-        if changed {
-            let told = self.checks.values().map(|check| check.config.clone());
-            self.local.replace(self.fixed.iter().cloned().chain(told).collect());
-            self.said.send_replace(self.checks.values().map(|check| check.config.to_wire()).collect());
-            let checked = self.checks.iter().map(|(service, check)| (service.clone(), check.verdict.clone()));
-            self.health.send_replace(checked.collect());
+    /// One check for each service, as it is now.
+    fn check(&mut self, told: &Told, drain: &Drain, tasks: &TaskGroup) {
+        self.checks.retain(|service, check| {
+            told.services.get(service).is_some_and(|known| known.config == check.config)
+        });
+        for (service, known) in &told.services {
+            if self.checks.contains_key(service) {
+                continue;
+            }
+            let Some((check, target)) = known.config.checked() else { continue };
+            tracing::info!(%service, %target, "Kubernetes sends a service to this pod: it is served");
+            let (own, verdict) = watch::channel(None);
+            let checking = tasks.spawn("health", health::watch_service(check, target, own, drain.clone()));
+            let telling = tasks.spawn("health news", tell(verdict.clone(), Arc::clone(&self.news)));
+            let tasks = [checking.abort_handle(), telling.abort_handle()];
+            self.checks.insert(service.clone(), Check { config: known.config.clone(), verdict, tasks });
         }
     }
 
-    fn check(&self, known: &Known) -> Option<Check> {
-        let (check, target) = known.config.checked()?;
-        let (own, seen) = watch::channel(None);
-        let (ready, is_ready) = watch::channel(known.ready);
-        let (out, verdict) = watch::channel(None);
-        let checking = health::watch_service(check, target, own, self.drain.clone());
-        let checking = self.tasks.spawn("health", checking).abort_handle();
-        let judging = self.tasks.spawn("readiness", judge(seen, is_ready, out)).abort_handle();
-        Some(Check { config: known.config.clone(), ready, verdict, tasks: [checking, judging] })
+    fn provide(&self, told: &Told) {
+        let service = |known: &Known| {
+            let check = self.checks.get(&known.config.service);
+            let own = check.and_then(|check| check.verdict.borrow().clone());
+            provided(&known.config, judged(own, known.ready))
+        };
+        let services: Services = Arc::new(told.services.values().map(service).collect());
+        self.provided.send_if_modified(|before| {
+            let changed = **before != *services;
+            *before = services;
+            changed
+        });
     }
 }
 
-/// Until a sender is gone.
-async fn judge(
-    mut own: watch::Receiver<Option<Verdict>>,
-    mut ready: watch::Receiver<bool>,
-    out: watch::Sender<Option<Verdict>>,
-) {
-    loop {
-        let verdict = match (own.borrow_and_update().clone(), *ready.borrow_and_update()) {
-            (_, false) => {
-                let reason = "Kubernetes does not count on this pod: it is not ready, or ending".to_owned();
-                Some(Verdict { healthy: false, reason })
-            }
-            (own, true) => own,
-        };
-        out.send_if_modified(|before| *before != verdict && { *before = verdict; true });
-        let changed = tokio::select! {
-            changed = own.changed() => changed,
-            changed = ready.changed() => changed,
-        };
-        if changed.is_err() {
-            return;
-        }
+fn provided(config: &ServiceConfig, verdict: Option<Verdict>) -> ProvidedService {
+    let port = |port: &LocalPort| ProvidedPort {
+        name: port.name.clone(),
+        port: port.port,
+        protocol: port.protocol,
+        app_protocol: port.app_protocol.clone(),
+        backends: vec![port.target],
+    };
+    ProvidedService {
+        service: config.service.clone(),
+        ports: config.ports.iter().map(port).collect(),
+        standing: Standing::Own(verdict),
+    }
+}
+
+/// What its own check says, while Kubernetes counts on the pod.
+fn judged(own: Option<Verdict>, ready: bool) -> Option<Verdict> {
+    if ready {
+        return own;
+    }
+    let reason = "Kubernetes does not count on this pod: it is not ready, or ending".to_owned();
+    Some(Verdict { healthy: false, reason })
+}
+
+/// Until the check has ended.
+async fn tell(mut verdict: watch::Receiver<Option<Verdict>>, news: Arc<Notify>) {
+    while verdict.changed().await.is_ok() {
+        news.notify_one();
     }
 }
 
@@ -318,22 +325,14 @@ mod tests {
         assert!(read(&wire).unwrap_err().to_string().contains("pod_services.ports.target"));
     }
 
-    #[tokio::test]
-    async fn a_pod_that_kubernetes_does_not_count_on_is_unhealthy_whatever_its_check_says() {
-        let healthy = || Some(Verdict { healthy: true, reason: String::new() });
-        let ((own, seen), (ready, is_ready)) = (watch::channel(None), watch::channel(true));
-        let (out, mut verdict) = watch::channel(None::<Verdict>);
-        let look = async {
-            own.send_replace(healthy());
-            assert!(verdict.wait_for(Option::is_some).await.unwrap().as_ref().unwrap().healthy);
-            ready.send_replace(false);
-            let not = |verdict: &Option<Verdict>| verdict.as_ref().is_some_and(|verdict| !verdict.healthy);
-            assert!(verdict.wait_for(not).await.unwrap().as_ref().unwrap().reason.contains("Kubernetes"));
-            ready.send_replace(true);
-            let back = |verdict: &Option<Verdict>| verdict.as_ref().is_some_and(|verdict| verdict.healthy);
-            verdict.wait_for(back).await.unwrap();
-            drop((own, ready));
-        };
-        tokio::join!(judge(seen, is_ready, out), look);
+    #[test]
+    fn a_pod_that_kubernetes_does_not_count_on_is_unhealthy_whatever_its_check_says() {
+        let own = Some(Verdict { healthy: true, reason: String::new() });
+        assert_eq!(judged(own.clone(), true), own);
+        assert_eq!(judged(None, true), None, "not checked yet");
+        for own in [own, None] {
+            let verdict = judged(own, false).unwrap();
+            assert!(!verdict.healthy && verdict.reason.contains("Kubernetes"));
+        }
     }
 }

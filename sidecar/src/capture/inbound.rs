@@ -8,7 +8,6 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use arc_swap::ArcSwap;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tombolo_runtime::drain::Drain;
@@ -29,7 +28,7 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 #[derive(Clone, Debug)]
 pub struct PlainContext {
     pub mode: InboundMode,
-    pub services: Arc<ArcSwap<Vec<ServiceConfig>>>,
+    pub services: Arc<[ServiceConfig]>,
     pub idle: IdleLimits,
     /// Shared with the mesh's streams: together they are what the application has to bear.
     pub slots: Arc<Semaphore>,
@@ -109,7 +108,7 @@ async fn hand_on(context: &PlainContext, tcp: TcpStream, to: SocketAddr) -> &'st
 /// Who would be refused, or was.
 fn log(context: &PlainContext, from: SocketAddr, to: SocketAddr, duration_ms: u128, reason: &'static str) {
     let served = |service: &&ServiceConfig| service.ports.iter().any(|port| port.target.port() == to.port());
-    let service = context.services.load().iter().find(served).map(|service| service.service.to_string());
+    let service = context.services.iter().find(served).map(|service| service.service.to_string());
     tracing::info!(
         target: "access",
         direction = "inbound",

@@ -25,6 +25,7 @@ fn config(services: &[&str], upstreams: &[&str]) -> SidecarConfig {
         names: None,
         agentless_allow: Vec::new(),
         pod_ip: None,
+        provided: None,
     }
 }
 
