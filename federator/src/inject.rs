@@ -74,7 +74,8 @@ impl Inject {
 
     /// Serves until the group ends.
     pub fn spawn(self, core: &CoreHandle, tasks: &TaskGroup) {
-        let Self { listener, tls, shown, config: InjectConfig { listen: _, kubernetes, settings }, metrics } = self;
+        let Self { listener, tls, shown, config: InjectConfig { listen: _, kubernetes, settings }, metrics } =
+            self;
         let client = Arc::new(ArcSwapOption::empty());
         let keeper = Keeper {
             access: kubernetes.access,

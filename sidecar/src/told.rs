@@ -283,7 +283,8 @@ mod tests {
 
     fn served(told: &Told) -> Vec<String> {
         let shown = |known: &Known| {
-            let ports: Vec<String> = known.config.ports.iter().map(|port| format!("{}={}", port.port, port.target)).collect();
+            let ports: Vec<String> =
+                known.config.ports.iter().map(|port| format!("{}={}", port.port, port.target)).collect();
             format!("{} {} {}", known.config.service, ports.join(","), known.ready)
         };
         told.services.values().map(shown).collect()

@@ -283,7 +283,8 @@ pub fn signed(claims: &Value, key_pem: &str) -> Result<String> {
     use base64::Engine as _;
     use base64::engine::general_purpose::URL_SAFE_NO_PAD as BASE64;
     let key = KeyPair::from_pem(key_pem)?.serialize_der();
-    let key = EcdsaKeyPair::from_pkcs8(&ECDSA_P256_SHA256_FIXED_SIGNING, &key).map_err(|e| anyhow::anyhow!("{e}"))?;
+    let key = EcdsaKeyPair::from_pkcs8(&ECDSA_P256_SHA256_FIXED_SIGNING, &key)
+        .map_err(|e| anyhow::anyhow!("{e}"))?;
     let part = |value: &Value| BASE64.encode(value.to_string());
     let signed = format!("{}.{}", part(&json!({ "alg": "ES256", "typ": "JWT" })), part(claims));
     let random = aws_lc_rs::rand::SystemRandom::new();

@@ -144,7 +144,12 @@ struct Settings {
     )]
     inject_capture_image: Option<String>,
     /// Where they reach a federator [default: tombolo-federator.<namespace>.svc:7443]
-    #[arg(long, env = "TOMBOLO_INJECT_FEDERATOR", value_name = "HOST:PORT", help_heading = "Injected sidecars")]
+    #[arg(
+        long,
+        env = "TOMBOLO_INJECT_FEDERATOR",
+        value_name = "HOST:PORT",
+        help_heading = "Injected sidecars"
+    )]
     inject_federator: Option<String>,
     /// Resources that they ask for [default: cpu=10m,memory=32Mi]
     #[arg(long, env = "TOMBOLO_INJECT_REQUESTS", value_name = "AMOUNTS", help_heading = "Injected sidecars")]
@@ -231,7 +236,7 @@ impl Settings {
             kubernetes_namespace,
             kubernetes_inject,
             inject_image,
-    inject_capture_image,
+            inject_capture_image,
             inject_federator,
             inject_requests,
             inject_limits,
@@ -268,10 +273,9 @@ impl Settings {
             (None, Err(failure)) => Err(Failure::new(failure)),
         };
         let kubernetes = kubernetes.map(|place| api_server(&place)).transpose()?;
-        let driven = match kubernetes_services.unwrap_or(false) || kubernetes_inject.is_some() {
-            true => Some(driven(kubernetes.as_ref(), kubernetes_inject.is_some(), kubernetes_namespace)?),
-            false => None,
-        };
+        let more = kubernetes_services.unwrap_or(false) || kubernetes_inject.is_some();
+        let driven = || driven(kubernetes.as_ref(), kubernetes_inject.is_some(), kubernetes_namespace);
+        let driven = more.then(driven).transpose()?;
         let injected = Injected {
             listen: kubernetes_inject,
             image: inject_image,

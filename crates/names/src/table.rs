@@ -161,7 +161,8 @@ impl NameTable {
     pub fn virtual_addresses(&self) -> impl Iterator<Item = (IpAddr, &str)> {
         self.services.iter().flat_map(|(key, service)| {
             let v4 = service.v4.iter().copied().map(IpAddr::V4);
-            let all = v4.chain(service.v6.iter().copied().map(IpAddr::V6)).chain(service.aliases.iter().copied());
+            let all =
+                v4.chain(service.v6.iter().copied().map(IpAddr::V6)).chain(service.aliases.iter().copied());
             all.map(|address| (address, &**key))
         })
     }

@@ -99,7 +99,10 @@ mod tests {
             protocol: "TCP".into(),
             app_protocol: String::new(),
         };
-        PodGroup { ports: [port].into(), pods: pods.iter().map(|(uid, ready)| (Arc::from(*uid), *ready)).collect() }
+        PodGroup {
+            ports: [port].into(),
+            pods: pods.iter().map(|(uid, ready)| (Arc::from(*uid), *ready)).collect(),
+        }
     }
 
     fn shown(pods: &Pods, uid: &str) -> Vec<String> {
@@ -117,9 +120,15 @@ mod tests {
         pods.set(&admin, vec![group(&[("a", true)], 9090), group(&[("a", false)], 9090)]);
         assert!(!pods.differ(&web, &first));
         assert_eq!(shown(&pods, "a"), ["shop/admin 9090 true", "shop/web 8080 true"]);
-        assert_eq!((shown(&pods, "b"), shown(&pods, "c")), (vec!["shop/web 8080 false".into()], vec!["shop/web 8081 true".into()]));
+        assert_eq!(
+            (shown(&pods, "b"), shown(&pods, "c")),
+            (vec!["shop/web 8080 false".into()], vec!["shop/web 8081 true".into()])
+        );
         pods.set(&web, vec![group(&[("b", true)], 8080)]);
-        assert_eq!((shown(&pods, "a"), shown(&pods, "b")), (vec!["shop/admin 9090 true".into()], vec!["shop/web 8080 true".into()]));
+        assert_eq!(
+            (shown(&pods, "a"), shown(&pods, "b")),
+            (vec!["shop/admin 9090 true".into()], vec!["shop/web 8080 true".into()])
+        );
         pods.set(&web, Vec::new());
         pods.set(&admin, Vec::new());
         assert_eq!(pods, Pods::default(), "nothing is left of what has gone");

@@ -43,8 +43,8 @@ impl Generation {
     fn issue(names: &[String], now: Duration) -> Result<Self, IssueError> {
         let made = server_certificate::issue(names, now, LIFE)?;
         let (certificate, key, ca) = (made.certificate_pem, made.key_pem, made.ca_pem);
-        let described =
-            describe(&certificate).ok_or_else(|| IssueError::Sign("what was signed does not read".to_owned()))?;
+        let described = describe(&certificate)
+            .ok_or_else(|| IssueError::Sign("what was signed does not read".to_owned()))?;
         Ok(Self { certificate, key, ca, described })
     }
 
@@ -118,7 +118,8 @@ impl Stored {
         for (generation, keys) in [(&self.current, CURRENT), (&self.next, NEXT)] {
             generation.iter().for_each(|generation| generation.write(&mut data, keys));
         }
-        let previous = self.previous_ca.iter().map(|ca| (PREVIOUS_CA.to_owned(), ByteString(ca.clone().into_bytes())));
+        let previous =
+            self.previous_ca.iter().map(|ca| (PREVIOUS_CA.to_owned(), ByteString(ca.clone().into_bytes())));
         data.extend(previous);
         data
     }
@@ -129,7 +130,8 @@ impl Stored {
 
     /// The CAs to be trusted; PEM.
     pub fn bundle(&self) -> String {
-        let of = |generation: &Option<Generation>| generation.as_ref().map(|generation| generation.ca.clone());
+        let of =
+            |generation: &Option<Generation>| generation.as_ref().map(|generation| generation.ca.clone());
         [of(&self.current), of(&self.next), self.previous_ca.clone()].into_iter().flatten().collect()
     }
 
@@ -165,7 +167,9 @@ impl Stored {
                 rotated: done,
                 ..self.clone()
             },
-            Step::Prepare => Self { next: Some(Generation::issue(names, now)?), rotated: done, ..self.clone() },
+            Step::Prepare => {
+                Self { next: Some(Generation::issue(names, now)?), rotated: done, ..self.clone() }
+            }
             Step::Promote => Self {
                 current: self.next.clone(),
                 next: None,

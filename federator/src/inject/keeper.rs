@@ -87,7 +87,11 @@ impl Keeper {
             let Err(error) = self.session().await;
             let error = error.to_string();
             if error != said {
-                tracing::warn!(error, "the webhook's certificates can't be kept now; tried again every {} s", AGAIN.as_secs());
+                tracing::warn!(
+                    error,
+                    "the webhook's certificates can't be kept now; tried again every {} s",
+                    AGAIN.as_secs()
+                );
                 said = error;
             }
             tokio::time::sleep(AGAIN).await;
@@ -117,7 +121,8 @@ impl Keeper {
                 let stored = read(secret.as_ref());
                 self.show(stored.current.as_ref());
                 let bundle = stored.bundle();
-                let found: Option<&MutatingWebhookConfiguration> = configuration.as_ref().and_then(Option::as_ref);
+                let found: Option<&MutatingWebhookConfiguration> =
+                    configuration.as_ref().and_then(Option::as_ref);
                 let untold = found.map(|configuration| untold(configuration, &bundle)).unwrap_or_default();
                 if let (false, Some(configuration)) = (untold.is_empty() || bundle.is_empty(), found) {
                     tell(&configurations, configuration, &untold, &bundle).await?;
@@ -146,7 +151,12 @@ impl Keeper {
     }
 
     /// False: another replica was faster.
-    async fn store(&self, api: &Api<Secret>, before: Option<&Secret>, after: &Stored) -> Result<bool, KeeperError> {
+    async fn store(
+        &self,
+        api: &Api<Secret>,
+        before: Option<&Secret>,
+        after: &Stored,
+    ) -> Result<bool, KeeperError> {
         let mut metadata = before.map(|secret| secret.metadata.clone()).unwrap_or_else(|| ObjectMeta {
             name: Some(WEBHOOK.to_owned()),
             labels: Some([(MANAGED_BY.to_owned(), TOMBOLO.to_owned())].into()),
@@ -179,23 +189,32 @@ impl Keeper {
         let Some(generation) = generation else { return };
         match certified(generation) {
             Ok(certified) => {
-                self.metrics.certificate_ends.set(i64::try_from(generation.described.not_after).unwrap_or(i64::MAX));
+                self.metrics
+                    .certificate_ends
+                    .set(i64::try_from(generation.described.not_after).unwrap_or(i64::MAX));
                 self.shown.0.store(Some(Arc::new(certified)));
             }
-            Err(reason) => tracing::error!(reason, secret = WEBHOOK, "the webhook's certificate can't be used; delete the Secret to have a new one"),
+            Err(reason) => tracing::error!(
+                reason,
+                secret = WEBHOOK,
+                "the webhook's certificate can't be used; delete the Secret to have a new one"
+            ),
         }
     }
 }
 
 fn read(secret: Option<&Secret>) -> Stored {
-    let (data, annotations) = secret.map(|secret| (secret.data.clone(), secret.metadata.annotations.clone())).unwrap_or_default();
+    let (data, annotations) =
+        secret.map(|secret| (secret.data.clone(), secret.metadata.annotations.clone())).unwrap_or_default();
     Stored::read(&data.unwrap_or_default(), &annotations.unwrap_or_default())
 }
 
 fn certified(generation: &Generation) -> Result<CertifiedKey, String> {
-    let chain: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(generation.certificate.as_bytes()).collect();
+    let chain: Result<Vec<_>, _> =
+        CertificateDer::pem_slice_iter(generation.certificate.as_bytes()).collect();
     let chain = chain.map_err(|e| format!("the certificate: {e:?}"))?;
-    let key = PrivateKeyDer::from_pem_slice(generation.key.as_bytes()).map_err(|e| format!("the key: {e:?}"))?;
+    let key =
+        PrivateKeyDer::from_pem_slice(generation.key.as_bytes()).map_err(|e| format!("the key: {e:?}"))?;
     CertifiedKey::from_der(chain, key, &tls::provider()).map_err(|e| e.to_string())
 }
 
@@ -210,7 +229,9 @@ fn taken<K>(
 fn untold(configuration: &MutatingWebhookConfiguration, bundle: &str) -> Vec<String> {
     let ours = configuration.webhooks.iter().flatten().filter(|webhook| webhook.name.ends_with(SUFFIX));
     let told = |told: Option<&ByteString>| told.is_some_and(|told| told.0 == bundle.as_bytes());
-    ours.filter(|webhook| !told(webhook.client_config.ca_bundle.as_ref())).map(|webhook| webhook.name.clone()).collect()
+    ours.filter(|webhook| !told(webhook.client_config.ca_bundle.as_ref()))
+        .map(|webhook| webhook.name.clone())
+        .collect()
 }
 
 /// Writes `caBundle` and nothing else, if the configuration is still the one that was read.
@@ -225,7 +246,11 @@ async fn tell(
     let written = tokio::time::timeout(LONGEST, api.patch(CONFIGURATION, &params, &patch));
     match written.await.map_err(|_| KeeperError::Late)? {
         Ok(_) => {
-            tracing::info!(configuration = CONFIGURATION, webhooks = untold.len(), "the API server is told whom to trust");
+            tracing::info!(
+                configuration = CONFIGURATION,
+                webhooks = untold.len(),
+                "the API server is told whom to trust"
+            );
             Ok(())
         }
         // Changed meanwhile, or gone: the watch brings it.

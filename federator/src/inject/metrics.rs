@@ -24,13 +24,21 @@ impl Metrics {
     pub fn register(registry: &mut Registry) -> Self {
         let metrics = Self::default();
         let registry = registry.sub_registry_with_prefix("tombolo_federator_inject");
-        registry.register("reviews", "Pods that the API server asked about, by outcome", metrics.reviews.clone());
+        registry.register(
+            "reviews",
+            "Pods that the API server asked about, by outcome",
+            metrics.reviews.clone(),
+        );
         registry.register(
             "certificate_not_after_seconds",
             "End of the webhook's certificate, Unix time; 0: there is none",
             metrics.certificate_ends.clone(),
         );
-        registry.register("rotations", "Certificates that this federator has put in place", metrics.rotations.clone());
+        registry.register(
+            "rotations",
+            "Certificates that this federator has put in place",
+            metrics.rotations.clone(),
+        );
         metrics
     }
 

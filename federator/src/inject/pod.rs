@@ -61,7 +61,11 @@ impl PodError {
 pub fn inject(pod: &Value, wishes: &Wishes, given: &Given<'_>) -> Result<Value, PodError> {
     let ports = ports::Ports::of(pod)?;
     let sidecar = containers::sidecar(wishes, given, &ports)?;
-    let capture = wishes.capture.as_ref().map(|capture| containers::capture(wishes, capture, given, &ports)).transpose()?;
+    let capture = wishes
+        .capture
+        .as_ref()
+        .map(|capture| containers::capture(wishes, capture, given, &ports))
+        .transpose()?;
     let mut pod = pod.clone();
     let metadata = object(&mut pod, "metadata")?;
     object_in(metadata, "metadata", "labels")?.insert(INJECTED.to_owned(), "true".into());
@@ -69,13 +73,20 @@ pub fn inject(pod: &Value, wishes: &Wishes, given: &Given<'_>) -> Result<Value, 
         .insert(JOIN_TOKEN.to_owned(), given.join_token.as_str().into());
     let spec = object(&mut pod, "spec")?;
     if let Some(name) = named(spec.get("containers")).find(|name| [SIDECAR, CAPTURE].contains(name)) {
-        return Err(PodError::new("spec.containers", format!("{name:?} is the name of the injected container: choose another")));
+        return Err(PodError::new(
+            "spec.containers",
+            format!("{name:?} is the name of the injected container: choose another"),
+        ));
     }
     let wanted = capture.into_iter().chain([sidecar]);
     replace(list(spec, "initContainers")?, &[CAPTURE, SIDECAR], wanted.collect(), true);
     replace(list(spec, "volumes")?, &[STATE_VOLUME, JOIN_VOLUME], volumes(given), false);
     aliases(spec, wishes)?;
-    if wishes.upstreams.iter().any(|upstream| upstream.listen.map_or(upstream.port, |at| at.port()) < UNPRIVILEGED) {
+    if wishes
+        .upstreams
+        .iter()
+        .any(|upstream| upstream.listen.map_or(upstream.port, |at| at.port()) < UNPRIVILEGED)
+    {
         let context = object_in(spec, "spec", "securityContext")?;
         let sysctls = list(context, "sysctls")?;
         // One that the pod sets itself is its own business.
@@ -91,7 +102,8 @@ pub fn patch(before: &Value, after: &Value) -> Vec<Value> {
     let none = Map::new();
     let mut operations = Vec::new();
     for part in ["metadata", "spec"] {
-        let fields = |of: &Value| of.get(part).and_then(Value::as_object).cloned().unwrap_or_else(|| none.clone());
+        let fields =
+            |of: &Value| of.get(part).and_then(Value::as_object).cloned().unwrap_or_else(|| none.clone());
         let (then, now) = (fields(before), fields(after));
         let names: BTreeSet<&String> = then.keys().chain(now.keys()).collect();
         for name in names {
@@ -151,7 +163,8 @@ fn replace(entries: &mut Vec<Value>, ours: &[&str], wanted: Vec<Value>, first: b
         let same = known.iter().find(|known| name_of(known) == name_of(&wanted) && holds(known, &wanted));
         same.cloned().unwrap_or(wanted)
     });
-    *entries = if first { kept.chain(others).collect() } else { others.iter().cloned().chain(kept).collect() };
+    *entries =
+        if first { kept.chain(others).collect() } else { others.iter().cloned().chain(kept).collect() };
 }
 
 /// Whether `known` has everything that `wanted` has. Objects in lists may have others beside them, texts may not: those of a
@@ -161,7 +174,9 @@ fn holds(known: &Value, wanted: &Value) -> bool {
         (Value::Object(known), Value::Object(wanted)) => {
             wanted.iter().all(|(key, value)| known.get(key).is_some_and(|known| holds(known, value)))
         }
-        (Value::Array(known), Value::Array(wanted)) if wanted.iter().all(Value::is_object) && !wanted.is_empty() => {
+        (Value::Array(known), Value::Array(wanted))
+            if wanted.iter().all(Value::is_object) && !wanted.is_empty() =>
+        {
             wanted.iter().all(|wanted| known.iter().any(|known| holds(known, wanted)))
         }
         (known, wanted) => known == wanted,

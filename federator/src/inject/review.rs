@@ -57,7 +57,12 @@ pub fn read(body: &[u8]) -> Result<Asked, Unread> {
     let (version, kind) = (text("/apiVersion"), text("/kind"));
     if version != API_VERSION || kind != "AdmissionReview" {
         let found = format!("{:?} {:?}", shortened(&version), shortened(&kind));
-        return wrong("apiVersion", format!("{found} is not {API_VERSION} AdmissionReview: the webhook's admissionReviewVersions has to be [v1]"));
+        return wrong(
+            "apiVersion",
+            format!(
+                "{found} is not {API_VERSION} AdmissionReview: the webhook's admissionReviewVersions has to be [v1]"
+            ),
+        );
     }
     let (group, resource, sub) =
         (text("/request/resource/group"), text("/request/resource/resource"), text("/request/subResource"));
@@ -80,9 +85,16 @@ pub fn read(body: &[u8]) -> Result<Asked, Unread> {
 #[derive(Clone, Debug, PartialEq)]
 pub enum Decision {
     /// As it is: it wants no sidecar, cannot have one, or has it.
-    Unchanged { warnings: Vec<String> },
-    Injected { patch: Vec<Value>, warnings: Vec<String> },
-    Refused { message: String },
+    Unchanged {
+        warnings: Vec<String>,
+    },
+    Injected {
+        patch: Vec<Value>,
+        warnings: Vec<String>,
+    },
+    Refused {
+        message: String,
+    },
 }
 
 impl Decision {
@@ -106,7 +118,9 @@ impl Decision {
 
 /// Decides. `labels`: of the pod's namespace.
 pub fn decide(asked: &Asked, labels: &NamespaceLabels, given: &Given<'_>) -> Decision {
-    let refuse = |error: &dyn std::fmt::Display| Decision::Refused { message: format!("tombolo injects no sidecar: {error}") };
+    let refuse = |error: &dyn std::fmt::Display| Decision::Refused {
+        message: format!("tombolo injects no sidecar: {error}"),
+    };
     let wishes = match wanted(&asked.pod, &asked.namespace, labels) {
         Ok(Wanted::No) => return Decision::Unchanged { warnings: Vec::new() },
         Ok(Wanted::NotPossible(why)) => return Decision::Unchanged { warnings: vec![why] },

@@ -69,7 +69,8 @@ pub(super) async fn accept(
         let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
         match listener.accept().await {
             Ok((stream, from)) => {
-                let (acceptor, webhook, bodies) = (acceptor.clone(), Arc::clone(&webhook), Arc::clone(&bodies));
+                let (acceptor, webhook, bodies) =
+                    (acceptor.clone(), Arc::clone(&webhook), Arc::clone(&bodies));
                 tasks.spawn("injection webhook connection", async move {
                     let _place = place;
                     if let Err(error) = serve(stream, acceptor, webhook, bodies).await {
@@ -140,7 +141,8 @@ impl Webhook {
         let body = match Limited::new(request.into_body(), MAX_BODY_BYTES).collect().await {
             Ok(body) => body.to_bytes(),
             Err(error) => {
-                let text = format!("the body can't be read, or has more than {MAX_BODY_BYTES} bytes: {error}");
+                let text =
+                    format!("the body can't be read, or has more than {MAX_BODY_BYTES} bytes: {error}");
                 return bad(StatusCode::PAYLOAD_TOO_LARGE, &text);
             }
         };
@@ -161,14 +163,23 @@ impl Webhook {
             Ok(decision) => {
                 self.metrics.reviewed(decision.kind());
                 if let Decision::Refused { message } = &decision {
-                    tracing::info!(namespace = asked.namespace, pod = name(&asked), message, "a pod is refused");
+                    tracing::info!(
+                        namespace = asked.namespace,
+                        pod = name(&asked),
+                        message,
+                        "a pod is refused"
+                    );
                 }
                 respond(StatusCode::OK, "application/json", decision.answer(&asked.uid).to_string())
             }
             // Not a refusal: what becomes of the pod is what the configuration's failurePolicy says.
             Err(reason) => {
                 self.metrics.reviewed("failed");
-                tracing::warn!(namespace = asked.namespace, reason, "the API server's question can't be answered now");
+                tracing::warn!(
+                    namespace = asked.namespace,
+                    reason,
+                    "the API server's question can't be answered now"
+                );
                 said(StatusCode::SERVICE_UNAVAILABLE, &reason)
             }
         }
@@ -189,14 +200,18 @@ impl Webhook {
             federator_names: vec![self.settings.federator.clone()],
             ..v1::CreateJoinTokenRequest::default()
         };
-        let made = self.core.attempt(move |core: &mut Core, moment: Moment| core.create_join_token(&request, moment));
+        let made = self
+            .core
+            .attempt(move |core: &mut Core, moment: Moment| core.create_join_token(&request, moment));
         let facts = self.core.facts();
         let ranges = &facts.addresses.ranges;
         let given = Given {
             settings: &self.settings,
             join_token: made.await.map_err(|e| e.to_string())?.text,
             audience: audience(&facts.cluster.trust_domain),
-            virtual_ranges: std::iter::once(ranges.v4().to_string()).chain(ranges.v6().map(|v6| v6.to_string())).collect(),
+            virtual_ranges: std::iter::once(ranges.v4().to_string())
+                .chain(ranges.v6().map(|v6| v6.to_string()))
+                .collect(),
             ipv6: ranges.v6().is_some(),
         };
         Ok(decide(asked, &labels, &given))
@@ -205,6 +220,7 @@ impl Webhook {
 
 fn name(asked: &Asked) -> &str {
     let metadata = asked.pod.get("metadata");
-    let field = |field: &str| metadata.and_then(|metadata| metadata.get(field)).and_then(serde_json::Value::as_str);
+    let field =
+        |field: &str| metadata.and_then(|metadata| metadata.get(field)).and_then(serde_json::Value::as_str);
     field("name").or_else(|| field("generateName")).unwrap_or_default()
 }

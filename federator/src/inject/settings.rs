@@ -29,7 +29,9 @@ impl Quantities {
     }
 
     pub fn to_value(&self) -> Value {
-        Value::Object(self.0.iter().map(|(name, amount)| (name.clone(), amount.as_str().into())).collect::<Map<_, _>>())
+        Value::Object(
+            self.0.iter().map(|(name, amount)| (name.clone(), amount.as_str().into())).collect::<Map<_, _>>(),
+        )
     }
 
     /// These, and of `others` what is not named here.
@@ -72,7 +74,10 @@ fn is_amount(text: &str) -> bool {
     let number: String = text.chars().take_while(|c| c.is_ascii_digit() || *c == '.').collect();
     let unit = text.get(number.len()..).unwrap_or_default();
     let units = ["", "m", "k", "M", "G", "T", "Ki", "Mi", "Gi", "Ti"];
-    text.len() <= 20 && number.starts_with(|c: char| c.is_ascii_digit()) && number.parse::<f64>().is_ok() && units.contains(&unit)
+    text.len() <= 20
+        && number.starts_with(|c: char| c.is_ascii_digit())
+        && number.parse::<f64>().is_ok()
+        && units.contains(&unit)
 }
 
 #[cfg(test)]

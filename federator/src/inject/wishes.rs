@@ -223,7 +223,9 @@ pub fn wanted(pod: &Value, namespace: &str, labels: &NamespaceLabels) -> Result<
                 None | Some("off") => None,
                 Some("strict") => Some(Inbound::Strict),
                 Some("permissive") => Some(Inbound::Permissive),
-                Some(other) => return Err(annotation_error(INBOUND, other, "is not strict, permissive or off")),
+                Some(other) => {
+                    return Err(annotation_error(INBOUND, other, "is not strict, permissive or off"));
+                }
             },
             inbound_allow: list(INBOUND_ALLOW).sources()?,
             exclude_inbound_ports: list(EXCLUDE_INBOUND_PORTS).ports()?,
@@ -233,16 +235,22 @@ pub fn wanted(pod: &Value, namespace: &str, labels: &NamespaceLabels) -> Result<
     } else {
         // Somebody who counts on strict must not get a pod without it.
         if let Some(value) = annotation(INBOUND).filter(|value| *value != "off") {
-            let remedy = format!("needs captured connections: set {CAPTURE} to enabled, in a namespace that lets pods have NET_ADMIN");
+            let remedy = format!(
+                "needs captured connections: set {CAPTURE} to enabled, in a namespace that lets pods have NET_ADMIN"
+            );
             return Err(annotation_error(INBOUND, value, remedy));
         }
         let unused = only_captured.into_iter().filter(|key| *key != INBOUND && annotation(key).is_some());
-        warnings.extend(unused.map(|key| format!("annotation {key:?} means nothing without captured connections")));
+        warnings.extend(
+            unused.map(|key| format!("annotation {key:?} means nothing without captured connections")),
+        );
         None
     };
     let amounts = |key: &'static str| {
         let value = annotation(key).unwrap_or_default();
-        value.parse::<Quantities>().map_err(|error| annotation_error(key, value, format!("is not understood: {error}")))
+        value
+            .parse::<Quantities>()
+            .map_err(|error| annotation_error(key, value, format!("is not understood: {error}")))
     };
     Ok(Wanted::Yes(Box::new(Wishes {
         serve: list(SERVE).served(namespace)?,
@@ -288,7 +296,11 @@ fn captured(
 fn log_level(value: &str) -> Result<String, WishError> {
     let known = |c: char| c.is_ascii_alphanumeric() || "_-=,:".contains(c);
     if value.is_empty() || value.len() > 200 || !value.chars().all(known) {
-        return Err(annotation_error(LOG_LEVEL, value, "is neither a level (info, debug) nor target=level,..."));
+        return Err(annotation_error(
+            LOG_LEVEL,
+            value,
+            "is neither a level (info, debug) nor target=level,...",
+        ));
     }
     Ok(value.to_owned())
 }

@@ -249,7 +249,8 @@ impl Driver {
         }
         if !self.addresses.is_empty() {
             let services = std::mem::take(&mut self.addresses).into_iter();
-            let addresses = services.map(|service| (service.clone(), self.tables.addresses(&service))).collect();
+            let addresses =
+                services.map(|service| (service.clone(), self.tables.addresses(&service))).collect();
             self.core.call(move |core, _| core.set_kubernetes_addresses(addresses)).await?;
         }
         if self.told && self.exports.is_empty() {

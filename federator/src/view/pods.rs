@@ -15,8 +15,10 @@ pub fn findings(view: &View<'_>) -> Vec<Finding> {
     let cut_off = |member: &Member| {
         let pod = facts.leases.get(&member.block)?.pod.as_ref()?;
         let gateways = member.hops.iter().filter(|hop| hop.cluster.is_empty() || hop.cluster == own);
-        let silent: Vec<&str> = gateways.clone().filter(|hop| !hop.alive).map(|hop| hop.address.as_str()).collect();
-        let none = member.presence == Presence::Live && !silent.is_empty() && silent.len() == gateways.count();
+        let silent: Vec<&str> =
+            gateways.clone().filter(|hop| !hop.alive).map(|hop| hop.address.as_str()).collect();
+        let none =
+            member.presence == Presence::Live && !silent.is_empty() && silent.len() == gateways.count();
         none.then(|| {
             let namespace = member.spiffe_id.as_str().split("/ns/").nth(1).and_then(|rest| rest.split('/').next());
             let namespace = namespace.unwrap_or_default();

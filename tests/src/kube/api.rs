@@ -147,7 +147,10 @@ impl Api {
         let bound = json!({
             "apiVersion": "v1", "kind": "Pod", "name": text("/metadata/name"), "uid": text("/metadata/uid"),
         });
-        self.token_with(&account, json!({ "expirationSeconds": 600, "audiences": [audience], "boundObjectRef": bound }))
+        self.token_with(
+            &account,
+            json!({ "expirationSeconds": 600, "audiences": [audience], "boundObjectRef": bound }),
+        )
     }
 
     /// A TokenRequest's answer.

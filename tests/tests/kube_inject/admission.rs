@@ -14,7 +14,11 @@ pub fn restricted_namespaces_admit_pods_with_their_sidecar(world: &mut World) ->
     let sidecar = sidecar(&made).with_context(|| format!("no sidecar: {made}"))?;
     ensure!(container(&made, "tombolo-capture").is_none(), "{made}");
     let args = args(sidecar).join(" ");
-    for said in ["--upstream shop/web:80=127.116.98.1:80", "--upstream shop/db:5432=127.0.0.1:5432", "--service restricted/web:80=127.0.0.1:8080"] {
+    for said in [
+        "--upstream shop/web:80=127.116.98.1:80",
+        "--upstream shop/db:5432=127.0.0.1:5432",
+        "--service restricted/web:80=127.0.0.1:8080",
+    ] {
         ensure!(args.contains(said), "{said}: {args}");
     }
     ensure!(made["spec"]["hostAliases"][0]["hostnames"][0] == "web.shop.svc.clusterset.local", "{made}");
@@ -31,7 +35,9 @@ pub fn restricted_namespaces_admit_pods_with_their_sidecar(world: &mut World) ->
         list.filter_map(|container| container["name"].as_str()).map(str::to_owned).collect()
     };
     ensure!(names(&made) == names(&again), "{again}");
-    ensure!(made["spec"]["volumes"].as_array().map(Vec::len) == again["spec"]["volumes"].as_array().map(Vec::len));
+    ensure!(
+        made["spec"]["volumes"].as_array().map(Vec::len) == again["spec"]["volumes"].as_array().map(Vec::len)
+    );
     Ok(())
 }
 
@@ -44,10 +50,14 @@ pub fn baseline_forbids_capture_and_says_so(world: &mut World) -> Result<()> {
         ("marks", json!({ "tombolo.dev/capture": "enabled" }), "NET_RAW"),
     ] {
         let words = world.refused(&pod("baseline", name, annotations, json!({})))?;
-        ensure!(words.contains("violates PodSecurity \"baseline") && words.contains(capability), "{capability}: {words}");
+        ensure!(
+            words.contains("violates PodSecurity \"baseline") && words.contains(capability),
+            "{capability}: {words}"
+        );
         println!("baseline: {words}");
     }
-    let words = world.refused(&pod("baseline", "strict", json!({ "tombolo.dev/inbound": "strict" }), json!({})))?;
+    let words =
+        world.refused(&pod("baseline", "strict", json!({ "tombolo.dev/inbound": "strict" }), json!({})))?;
     ensure!(words.contains("tombolo.dev/inbound") && words.contains("needs captured connections"), "{words}");
     Ok(())
 }
@@ -61,7 +71,13 @@ pub fn pods_are_captured_where_nothing_forbids_it(world: &mut World) -> Result<(
     let made = world.create(&pod("captured", "web-0", annotations, json!({})))?;
     let rules = container(&made, "tombolo-capture").with_context(|| format!("no rules: {made}"))?;
     let said = args(rules).join(" ");
-    for flag in ["--outbound all", "--exclude-cidr 192.0.2.0/24", "--inbound strict", "--inbound-port 8080", "--inbound-allow =8080"] {
+    for flag in [
+        "--outbound all",
+        "--exclude-cidr 192.0.2.0/24",
+        "--inbound strict",
+        "--inbound-port 8080",
+        "--inbound-allow =8080",
+    ] {
         ensure!(said.contains(flag), "{flag}: {said}");
     }
     ensure!(rules["env"][0]["valueFrom"]["fieldRef"]["fieldPath"] == "status.hostIPs", "{rules}");
@@ -113,7 +129,10 @@ pub fn what_a_pod_asks_for_wrongly_is_named(world: &mut World) -> Result<()> {
     ] {
         let key = format!("tombolo.dev/{name}");
         let words = world.refused(&pod("captured", "wrong", json!({ key: value }), json!({})))?;
-        ensure!(words.contains(&format!("tombolo.dev/{name}")) && words.contains(said), "{name} {value}: {words}");
+        ensure!(
+            words.contains(&format!("tombolo.dev/{name}")) && words.contains(said),
+            "{name} {value}: {words}"
+        );
     }
     Ok(())
 }
@@ -215,7 +234,10 @@ pub fn others_webhooks_are_left_alone(world: &mut World) -> Result<()> {
         let webhooks = &found.context("no configuration")?["webhooks"];
         let told = |index: usize| webhooks[index]["clientConfig"]["caBundle"].is_string();
         ensure!(told(0) && told(1), "{webhooks}");
-        ensure!(!told(2) && webhooks[2]["failurePolicy"] == "Ignore", "somebody else's was written to: {webhooks}");
+        ensure!(
+            !told(2) && webhooks[2]["failurePolicy"] == "Ignore",
+            "somebody else's was written to: {webhooks}"
+        );
         ensure!(webhooks[0]["timeoutSeconds"] == 7, "more than caBundle was written: {webhooks}");
         Ok(())
     })

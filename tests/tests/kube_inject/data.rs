@@ -15,7 +15,10 @@ const POD: u8 = 21;
 fn service(world: &World, name: &str) -> Result<()> {
     let spec = json!({ "ports": [{ "name": "http", "port": 80, "targetPort": PORT }] });
     let metadata = json!({ "name": name, "namespace": "shop" });
-    world.west.api.apply(&json!({ "apiVersion": "v1", "kind": "Service", "metadata": metadata, "spec": spec }))?;
+    world
+        .west
+        .api
+        .apply(&json!({ "apiVersion": "v1", "kind": "Service", "metadata": metadata, "spec": spec }))?;
     Ok(())
 }
 
@@ -63,7 +66,8 @@ pub fn a_pod_serves_what_kubernetes_sends_to_it(world: &mut World) -> Result<()>
     let admin = world.mesh.cluster("west")?.address(22, 9081);
     let flags = [flag("--upstream", "web", 80, web), flag("--upstream", "admin", 80, admin)].concat();
     let names = world.mesh.cluster("west")?.address(22, 53).to_string();
-    let flags = [&flags[..], &["--dns-listen".into(), names, "--dns-upstream".into(), "none".into()]].concat();
+    let flags =
+        [&flags[..], &["--dns-listen".into(), names, "--dns-upstream".into(), "none".into()]].concat();
     let captures = ["--capture-listen".to_owned(), "127.0.0.1:7447".to_owned()];
     world.mesh.sidecar("west", "client", &[&flags[..], &captures].concat())?;
 
@@ -130,7 +134,8 @@ pub fn a_cluster_set_ip_is_the_services_address(world: &mut World) -> Result<()>
     let namespace = &world.mesh.cluster("west")?.namespace;
     let resolver = format!("@{}", world.mesh.cluster("west")?.address(22, 53).ip());
     world.mesh.eventually("its name resolves to it", SOON, |_| {
-        let asked = run(namespace, "dig", &[&resolver, "+short", "web.shop.svc.clusterset.local"], "")?.ok()?;
+        let asked =
+            run(namespace, "dig", &[&resolver, "+short", "web.shop.svc.clusterset.local"], "")?.ok()?;
         ensure!(asked.trim() == set, "{asked:?} is not {set}");
         Ok(())
     })?;

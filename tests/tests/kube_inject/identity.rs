@@ -75,17 +75,24 @@ pub fn only_the_pods_own_token_lets_it_join(world: &mut World) -> Result<()> {
     let genuine = api.pod_token(&pod, &ours)?;
     // Its middle part says another name: the signature is of what it said before.
     let mut parts: Vec<&str> = genuine.split('.').collect();
-    let other = signed(&made(now, |claims| claims["sub"] = "system:serviceaccount:bank:vault".into()), &stranger)?;
+    let other =
+        signed(&made(now, |claims| claims["sub"] = "system:serviceaccount:bank:vault".into()), &stranger)?;
     let claimed: Vec<String> = other.split('.').map(str::to_owned).collect();
     parts[1] = &claimed[1];
     let altered = parts.join(".");
     let gone = {
         let gone = world.create(&super::pod("tokens", "gone", json!({}), json!({})))?;
         let token = api.pod_token(&gone, &ours)?;
-        api.merge(&Object::new("v1", "Pod", "tokens", "gone"), json!({ "metadata": { "finalizers": null } }))?;
+        api.merge(
+            &Object::new("v1", "Pod", "tokens", "gone"),
+            json!({ "metadata": { "finalizers": null } }),
+        )?;
         let delete = Object::new("v1", "Pod", "tokens", "gone");
         api.delete(&delete)?;
-        api.until(&delete, SOON, |found| { ensure!(found.is_none(), "{found:?}"); Ok(()) })?;
+        api.until(&delete, SOON, |found| {
+            ensure!(found.is_none(), "{found:?}");
+            Ok(())
+        })?;
         token
     };
     for (name, token, said) in [
@@ -95,8 +102,18 @@ pub fn only_the_pods_own_token_lets_it_join(world: &mut World) -> Result<()> {
         ("stranger", signed(&made(now, |_| ()), &stranger)?, "does not accept the service account token"),
         ("altered", altered, "does not accept the service account token"),
         ("pod-gone", gone, "does not accept the service account token"),
-        ("other-pod", world.west.sign(&made(now, |claims| claims["kubernetes.io"]["pod"]["uid"] = "0-0".into()))?, "does not accept"),
-        ("other-account", world.west.sign(&made(now, |claims| claims["kubernetes.io"]["serviceaccount"]["name"] = "default".into()))?, "does not accept"),
+        (
+            "other-pod",
+            world.west.sign(&made(now, |claims| claims["kubernetes.io"]["pod"]["uid"] = "0-0".into()))?,
+            "does not accept",
+        ),
+        (
+            "other-account",
+            world.west.sign(&made(now, |claims| {
+                claims["kubernetes.io"]["serviceaccount"]["name"] = "default".into()
+            }))?,
+            "does not accept",
+        ),
         ("noise", "noise".to_owned(), "no service account token"),
     ] {
         let words = refused_with(world, &pod, name, &token)?;

@@ -102,7 +102,8 @@ impl World {
 
     /// A namespace with its service accounts.
     fn namespace(&self, name: &str, labels: &[(&str, &str)]) -> Result<()> {
-        let labels: serde_json::Map<_, _> = labels.iter().map(|(key, value)| ((*key).to_owned(), (*value).into())).collect();
+        let labels: serde_json::Map<_, _> =
+            labels.iter().map(|(key, value)| ((*key).to_owned(), (*value).into())).collect();
         let metadata = json!({ "name": name, "labels": labels });
         self.west.api.apply(&json!({ "apiVersion": "v1", "kind": "Namespace", "metadata": metadata }))?;
         let web = json!({ "name": "web", "namespace": name });
@@ -126,7 +127,8 @@ impl World {
 
 /// A pod that meets the standard `restricted` by itself. `annotations` and `spec` are added.
 fn pod(namespace: &str, name: &str, annotations: Value, spec: Value) -> Value {
-    let context = json!({ "runAsNonRoot": true, "runAsUser": 1000, "seccompProfile": { "type": "RuntimeDefault" } });
+    let context =
+        json!({ "runAsNonRoot": true, "runAsUser": 1000, "seccompProfile": { "type": "RuntimeDefault" } });
     let own = json!({ "allowPrivilegeEscalation": false, "capabilities": { "drop": ["ALL"] } });
     let mut pod = json!({
         "apiVersion": "v1", "kind": "Pod",
@@ -188,7 +190,8 @@ fn pods_of_a_real_api_server_get_sidecars_that_join_and_serve() -> Result<()> {
     let mut failed = Vec::new();
     #[allow(clippy::disallowed_methods)] // the test's own settings
     let only = std::env::var("TOMBOLO_CASE").ok();
-    for (name, case) in cases.into_iter().filter(|(name, _)| only.as_deref().is_none_or(|only| only == *name)) {
+    for (name, case) in cases.into_iter().filter(|(name, _)| only.as_deref().is_none_or(|only| only == *name))
+    {
         let start = Instant::now();
         match case(&mut world) {
             Ok(()) => println!("{name}: ok in {:?}", start.elapsed()),

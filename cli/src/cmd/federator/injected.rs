@@ -36,8 +36,10 @@ impl Injected {
                 ("--inject-limits", limits.is_some()),
             ];
             return match given.into_iter().find(|(_, given)| *given) {
-                Some((flag, _)) => Err(Failure::usage(format_args!("{flag}: there is no --kubernetes-inject"))
-                    .remedy("give --kubernetes-inject, or leave it out")),
+                Some((flag, _)) => {
+                    Err(Failure::usage(format_args!("{flag}: there is no --kubernetes-inject"))
+                        .remedy("give --kubernetes-inject, or leave it out"))
+                }
                 None => Ok(None),
             };
         };
@@ -50,11 +52,12 @@ impl Injected {
             return Err(Failure::usage(format_args!("--inject-federator {federator:?} is not HOST:PORT"))
                 .remedy("give it as tombolo-federator.tombolo-system.svc:7443"));
         }
-        let named = |flag: &str, image: String| match image.is_empty() || image.chars().any(char::is_whitespace) {
-            true => Err(Failure::usage(format_args!("{flag} {image:?} is no image"))
-                .remedy("give it as registry.example/tombolo:1.0")),
-            false => Ok(image),
-        };
+        let named =
+            |flag: &str, image: String| match image.is_empty() || image.chars().any(char::is_whitespace) {
+                true => Err(Failure::usage(format_args!("{flag} {image:?} is no image"))
+                    .remedy("give it as registry.example/tombolo:1.0")),
+                false => Ok(image),
+            };
         let default = || format!("tombolo:{}", env!("CARGO_PKG_VERSION"));
         let image = named("--inject-image", image.unwrap_or_else(default))?;
         let capture_image = named("--inject-capture-image", capture_image.unwrap_or_else(|| image.clone()))?;

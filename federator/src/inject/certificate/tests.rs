@@ -15,7 +15,10 @@ fn done(stored: &Stored, expected: Step, unix: u64, trusted: bool) -> Stored {
     assert_eq!(stored.step(&names(), unix, trusted), expected);
     let after = stored.after(expected, &names(), at(unix)).unwrap();
     // As the next replica reads it.
-    let annotations = BTreeMap::from([(ROTATE.to_owned(), stored.rotate.clone()), (ROTATED.to_owned(), after.rotated().to_owned())]);
+    let annotations = BTreeMap::from([
+        (ROTATE.to_owned(), stored.rotate.clone()),
+        (ROTATED.to_owned(), after.rotated().to_owned()),
+    ]);
     let again = Stored::read(&after.data(), &annotations);
     assert!(again == after, "it is read as it was written");
     again
@@ -45,7 +48,11 @@ fn a_new_certificate_is_trusted_before_it_is_shown_and_the_old_one_after_it() {
     assert_eq!(waits(&prepared, due + 20, false), 60, "nobody trusts it yet");
     let promoted = done(&prepared, Step::Promote, due + 20, true);
     assert_ne!(leaf(&promoted), leaf(&first));
-    assert_eq!(promoted.bundle().len(), old_and_new.len(), "those who hear of it later still show the old one");
+    assert_eq!(
+        promoted.bundle().len(),
+        old_and_new.len(),
+        "those who hear of it later still show the old one"
+    );
     assert!(promoted.bundle().contains(&first.bundle()));
     let again = done(&promoted, Step::Prepare, due + 60 * DAY, true);
     let again = done(&again, Step::Promote, due + 60 * DAY + 20, true);
@@ -73,6 +80,10 @@ fn what_is_of_no_use_is_replaced_at_once() {
     for damaged in ["tls.crt", "tls.key", "ca.crt"] {
         let mut data = first.data();
         data.insert(damaged.to_owned(), ByteString(b"\xff".to_vec()));
-        assert_eq!(Stored::read(&data, &BTreeMap::new()).step(&names(), START, true), Step::Issue, "{damaged}");
+        assert_eq!(
+            Stored::read(&data, &BTreeMap::new()).step(&names(), START, true),
+            Step::Issue,
+            "{damaged}"
+        );
     }
 }

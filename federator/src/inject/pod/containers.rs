@@ -61,16 +61,28 @@ fn target(served: &Served, ports: &Ports) -> Result<u16, PodError> {
     match &served.target {
         Target::Number(number) => Ok(*number),
         Target::Name(name) => ports.by_name(served.protocol, name).ok_or_else(|| {
-            let reason = format!("{}={name}: no container has a {} port of that name", served.service, served.protocol);
+            let reason = format!(
+                "{}={name}: no container has a {} port of that name",
+                served.service, served.protocol
+            );
             PodError::new("metadata.annotations[tombolo.dev/serve]", reason)
         }),
     }
 }
 
 pub(super) fn sidecar(wishes: &Wishes, given: &Given<'_>, ports: &Ports) -> Result<Value, PodError> {
-    let (join, token, state) = (format!("{JOIN}/join-token"), format!("{JOIN}/token"), format!("{STATE}/sidecar"));
+    let (join, token, state) =
+        (format!("{JOIN}/join-token"), format!("{JOIN}/token"), format!("{STATE}/sidecar"));
     let mut args = Args::default()
-        .words(&["sidecar", "--join-token-file", &join, "--service-account-token", &token, "--state-dir", &state])
+        .words(&[
+            "sidecar",
+            "--join-token-file",
+            &join,
+            "--service-account-token",
+            &token,
+            "--state-dir",
+            &state,
+        ])
         .each("--log-level", &wishes.log_level)
         .each("--drain", &wishes.drain)
         .each("--virtual-range", given.virtual_ranges.iter());
@@ -168,7 +180,8 @@ pub(super) fn capture(
         }
         own.retain(|port| !capture.exclude_inbound_ports.contains(port) && *port != ADMIN_PORT);
         if own.is_empty() {
-            let reason = format!("{:?}: no container declares a TCP port that it would be about", inbound.as_str());
+            let reason =
+                format!("{:?}: no container declares a TCP port that it would be about", inbound.as_str());
             return Err(PodError::new("metadata.annotations[tombolo.dev/inbound]", reason));
         }
         let scraped = ports.scraped.filter(|port| own.contains(port));

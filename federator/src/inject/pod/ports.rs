@@ -25,12 +25,15 @@ impl Ports {
         let containers = containers.ok_or_else(|| PodError::new("spec.containers", "there is none"))?;
         let init = spec.get("initContainers").and_then(Value::as_array).into_iter().flatten();
         let mut ports = Self::default();
-        let others = |container: &&Value| !name_of(container).is_some_and(|name| [SIDECAR, CAPTURE].contains(&name));
+        let others =
+            |container: &&Value| !name_of(container).is_some_and(|name| [SIDECAR, CAPTURE].contains(&name));
         for container in containers.iter().chain(init).filter(others) {
             for port in container.get("ports").and_then(Value::as_array).into_iter().flatten() {
                 let protocol = port.get("protocol").and_then(Value::as_str).unwrap_or_default();
-                let number = port.get("containerPort").and_then(Value::as_u64).and_then(|n| u16::try_from(n).ok());
-                let (Some(protocol), Some(number)) = (Protocol::parse(protocol), number.filter(|n| *n != 0)) else {
+                let number =
+                    port.get("containerPort").and_then(Value::as_u64).and_then(|n| u16::try_from(n).ok());
+                let (Some(protocol), Some(number)) = (Protocol::parse(protocol), number.filter(|n| *n != 0))
+                else {
                     continue;
                 };
                 if protocol == Protocol::Tcp {
@@ -43,7 +46,8 @@ impl Ports {
         }
         let annotation = |key: &str| pod.get("metadata")?.get("annotations")?.get(key)?.as_str();
         if annotation("prometheus.io/scrape") == Some("true") {
-            ports.scraped = annotation("prometheus.io/port").and_then(|port| port.parse().ok()).filter(|p| *p != 0);
+            ports.scraped =
+                annotation("prometheus.io/port").and_then(|port| port.parse().ok()).filter(|p| *p != 0);
         }
         Ok(ports)
     }

@@ -67,7 +67,10 @@ fn a_restricted_pod_gets_a_native_sidecar_without_privileges_before_all_others()
     assert_eq!(sidecar["restartPolicy"], "Always");
     let context = &sidecar["securityContext"];
     assert_eq!(context["capabilities"], json!({ "drop": ["ALL"] }));
-    assert_eq!((&context["runAsNonRoot"], &context["allowPrivilegeEscalation"]), (&json!(true), &json!(false)));
+    assert_eq!(
+        (&context["runAsNonRoot"], &context["allowPrivilegeEscalation"]),
+        (&json!(true), &json!(false))
+    );
     assert!(!args(sidecar).contains("--capture"), "{}", args(sidecar));
     assert_eq!(pod["metadata"]["labels"][INJECTED], "true");
     let token = &pod["spec"]["volumes"][1]["projected"]["sources"][0]["serviceAccountToken"];
@@ -98,10 +101,16 @@ fn a_captured_pod_gets_rules_first_and_its_probes_and_scrapes_are_let_through() 
 
 #[test]
 fn upstreams_get_an_address_and_a_name_each_unless_they_name_one() {
-    let upstreams = json!({ "tombolo.dev/upstreams": "shop/web:80,bank/db:5432,shop/web:443,bank/x:81=127.0.0.1:9081" });
+    let upstreams =
+        json!({ "tombolo.dev/upstreams": "shop/web:80,bank/db:5432,shop/web:443,bank/x:81=127.0.0.1:9081" });
     let pod = injected(&app(upstreams), Some("restricted")).unwrap();
     let said = args(container(&pod, SIDECAR));
-    for upstream in ["shop/web:80=127.116.98.2:80", "bank/db:5432=127.116.98.1:5432", "shop/web:443=127.116.98.2:443", "bank/x:81=127.0.0.1:9081"] {
+    for upstream in [
+        "shop/web:80=127.116.98.2:80",
+        "bank/db:5432=127.116.98.1:5432",
+        "shop/web:443=127.116.98.2:443",
+        "bank/x:81=127.0.0.1:9081",
+    ] {
         assert!(said.contains(upstream), "{upstream}: {said}");
     }
     let aliases = &pod["spec"]["hostAliases"];
@@ -113,15 +122,24 @@ fn upstreams_get_an_address_and_a_name_each_unless_they_name_one() {
 fn ports_are_served_by_name_and_what_can_not_be_is_said() {
     let pod = injected(&app(json!({ "tombolo.dev/serve": "web:80=http,dns:53/udp=dns" })), None).unwrap();
     let said = args(container(&pod, SIDECAR));
-    assert!(said.contains("shop/web:80=127.0.0.1:8080") && said.contains("shop/dns:53/udp=127.0.0.1:5353"), "{said}");
+    assert!(
+        said.contains("shop/web:80=127.0.0.1:8080") && said.contains("shop/dns:53/udp=127.0.0.1:5353"),
+        "{said}"
+    );
     let cases = [
         (app(json!({ "tombolo.dev/serve": "web:80=dns" })), "no container has a TCP port of that name"),
-        (app(json!({ "tombolo.dev/inbound": "strict", "tombolo.dev/exclude-inbound-ports": "8080,9090" })), "declares a TCP port"),
+        (
+            app(json!({ "tombolo.dev/inbound": "strict", "tombolo.dev/exclude-inbound-ports": "8080,9090" })),
+            "declares a TCP port",
+        ),
         (app(json!({ "tombolo.dev/outbound": "none" })), "captures nothing"),
         (json!({ "metadata": {}, "spec": {} }), "spec.containers"),
         (json!({ "metadata": {}, "spec": { "containers": [{ "name": SIDECAR }] } }), "choose another"),
         (json!({ "metadata": {}, "spec": { "containers": [{}], "volumes": 7 } }), "spec.volumes: is no list"),
-        (json!({ "metadata": { "labels": 7 }, "spec": { "containers": [{}] } }), "metadata.labels: is no object"),
+        (
+            json!({ "metadata": { "labels": 7 }, "spec": { "containers": [{}] } }),
+            "metadata.labels: is no object",
+        ),
         (json!({ "spec": { "containers": [{}] } }), "metadata: is missing"),
     ];
     for (pod, said) in cases {
@@ -186,7 +204,8 @@ fn any_json() -> impl Strategy<Value = Value> {
         ];
         prop_oneof![
             prop::collection::vec(inner.clone(), 0..4).prop_map(Value::from),
-            prop::collection::btree_map(field, inner, 0..5).prop_map(|map| Value::Object(map.into_iter().collect())),
+            prop::collection::btree_map(field, inner, 0..5)
+                .prop_map(|map| Value::Object(map.into_iter().collect())),
         ]
     })
 }

@@ -44,8 +44,12 @@ fn a_new_pod_is_answered_with_a_patch_and_an_injected_one_without() {
     let decision = decided(&asked);
     let answer = decision.answer(&asked.uid);
     let response = &answer["response"];
-    assert_eq!((&response["uid"], &response["allowed"], &response["patchType"]), (&json!("705ab4f5"), &json!(true), &json!("JSONPatch")));
-    let patch = base64::engine::general_purpose::STANDARD.decode(response["patch"].as_str().unwrap()).unwrap();
+    assert_eq!(
+        (&response["uid"], &response["allowed"], &response["patchType"]),
+        (&json!("705ab4f5"), &json!(true), &json!("JSONPatch"))
+    );
+    let patch =
+        base64::engine::general_purpose::STANDARD.decode(response["patch"].as_str().unwrap()).unwrap();
     let patch: Vec<Value> = serde_json::from_slice(&patch).unwrap();
     assert!(patch.iter().any(|operation| operation["path"] == "/spec/initContainers"), "{patch:?}");
     for operation in patch {
@@ -57,7 +61,10 @@ fn a_new_pod_is_answered_with_a_patch_and_an_injected_one_without() {
     asked.pod["metadata"]["annotations"] = json!({ "tombolo.dev/serve": "rubbish" });
     let refused = decided(&asked).answer("u");
     let message = refused["response"]["status"]["message"].as_str().unwrap();
-    assert!(message.contains("metadata.annotations[tombolo.dev/serve]") && message.contains("rubbish"), "{message}");
+    assert!(
+        message.contains("metadata.annotations[tombolo.dev/serve]") && message.contains("rubbish"),
+        "{message}"
+    );
     assert_eq!(refused["response"]["allowed"], false);
 }
 

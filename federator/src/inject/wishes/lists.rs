@@ -45,7 +45,11 @@ impl<'a> List<'a> {
     fn each<T>(&self, read: impl Fn(&'a str) -> Option<T>, expected: &str) -> Result<Vec<T>, WishError> {
         if self.entries.len() > MAX_LISTED {
             let count = self.entries.len().to_string();
-            return Err(annotation_error(self.key, &count, format!("entries are too many, at most {MAX_LISTED}")));
+            return Err(annotation_error(
+                self.key,
+                &count,
+                format!("entries are too many, at most {MAX_LISTED}"),
+            ));
         }
         let wrong = |entry: &str| annotation_error(self.key, entry, format!("is not {expected}"));
         self.entries.iter().map(|entry| read(entry).ok_or_else(|| wrong(entry))).collect()
@@ -96,7 +100,9 @@ impl<'a> List<'a> {
             let (service, port, protocol) = service_port(left, "")?;
             let listen = match listen {
                 None => None,
-                Some(at) => Some(at.parse::<SocketAddr>().ok().filter(|at| at.port() != 0 && at.ip().is_loopback())?),
+                Some(at) => {
+                    Some(at.parse::<SocketAddr>().ok().filter(|at| at.port() != 0 && at.ip().is_loopback())?)
+                }
             };
             Some(Upstream { service, port, protocol, listen })
         };
@@ -116,7 +122,10 @@ fn cidr(text: &str) -> Option<IpNet> {
 /// IANA_SVC_NAME (RFC 6335), as Kubernetes has names of ports.
 fn is_port_name(text: &str) -> bool {
     let inner = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
-    (1..=15).contains(&text.len()) && text.bytes().all(inner) && !text.starts_with('-') && !text.ends_with('-')
+    (1..=15).contains(&text.len())
+        && text.bytes().all(inner)
+        && !text.starts_with('-')
+        && !text.ends_with('-')
 }
 
 /// `namespace` is for names without one; empty: there has to be one.

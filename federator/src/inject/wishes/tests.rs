@@ -41,7 +41,9 @@ fn the_namespace_decides_unless_the_pod_says_otherwise() {
 
 #[test]
 fn pods_that_can_have_none_are_let_through_with_a_reason() {
-    for (spec, said) in [(json!({ "hostNetwork": true }), "hostNetwork"), (json!({ "os": { "name": "windows" } }), "Linux")] {
+    for (spec, said) in
+        [(json!({ "hostNetwork": true }), "hostNetwork"), (json!({ "os": { "name": "windows" } }), "Linux")]
+    {
         let pod = json!({ "metadata": {}, "spec": spec });
         match wanted(&pod, "shop", &enabled()).unwrap() {
             Wanted::NotPossible(why) => assert!(why.contains(said), "{why}"),
@@ -81,7 +83,10 @@ fn everything_that_is_asked_for_is_read() {
     )
     .unwrap();
     assert_eq!(wishes.serve[0].target, Target::Number(8080));
-    assert_eq!((wishes.serve[1].protocol, wishes.serve[1].target.clone()), (Protocol::Udp, Target::Name("dns".into())));
+    assert_eq!(
+        (wishes.serve[1].protocol, wishes.serve[1].target.clone()),
+        (Protocol::Udp, Target::Name("dns".into()))
+    );
     assert_eq!((wishes.upstreams[0].listen, wishes.upstreams[1].listen.unwrap().port()), (None, 9080));
     let capture = wishes.capture.unwrap();
     assert_eq!((capture.outbound, capture.inbound), ("services", Some(Inbound::Strict)));

@@ -3,6 +3,7 @@
 use serde_json::{Value, json};
 
 use super::*;
+use crate::facts::pods::KubernetesAddresses;
 
 fn object(kind: &str, namespace: &str, name: &str, version: u64, more: Value) -> DynamicObject {
     let mut document = json!({
@@ -192,7 +193,8 @@ fn pods_are_those_of_the_slices_with_their_own_ports_and_whether_they_are_counte
         .iter()
         .map(|group| {
             let pods: Vec<String> = group.pods.iter().map(|(uid, ready)| format!("{uid} {ready}")).collect();
-            let ports: Vec<String> = group.ports.iter().map(|port| format!("{}={}", port.port, port.target)).collect();
+            let ports: Vec<String> =
+                group.ports.iter().map(|port| format!("{}={}", port.port, port.target)).collect();
             format!("{}: {}", pods.join(", "), ports.join(","))
         })
         .collect();
@@ -206,19 +208,24 @@ fn pods_are_those_of_the_slices_with_their_own_ports_and_whether_they_are_counte
 fn addresses_are_the_derived_services_and_those_of_an_own_service_that_is_exported() {
     let mut tables = Tables::default();
     let cluster_ips = |ips: &[&str]| json!({ "spec": { "clusterIPs": ips, "ports": [] } });
-    tables.apply(Kind::Service, Event::Apply(object("Service", "shop", "web", 1, cluster_ips(&["10.96.0.5"]))));
+    tables
+        .apply(Kind::Service, Event::Apply(object("Service", "shop", "web", 1, cluster_ips(&["10.96.0.5"]))));
     assert_eq!(tables.addresses(&web()), KubernetesAddresses::default(), "nobody's business");
     tables.apply(Kind::ServiceExport, Event::Apply(export(2)));
     let name = derived_name(&web());
     let mut derived = object("Service", "shop", &name, 3, cluster_ips(&["fd00:96::9", "10.96.0.9"]));
     tables.apply(Kind::Service, Event::Apply(derived.clone()));
     assert_eq!(tables.addresses(&web()).set, [] as [std::net::IpAddr; 0], "somebody else's of that name");
-    derived.metadata.labels = Some([("app.kubernetes.io/managed-by".to_owned(), "tombolo".to_owned())].into());
+    derived.metadata.labels =
+        Some([("app.kubernetes.io/managed-by".to_owned(), "tombolo".to_owned())].into());
     derived.metadata.annotations = Some([("tombolo.dev/service-import".to_owned(), "web".to_owned())].into());
     derived.metadata.resource_version = Some("4".to_owned());
     let touched = tables.apply(Kind::Service, Event::Apply(derived));
     assert!(touched.services.contains(&web()), "its import's addresses are looked at again");
     let addresses = tables.addresses(&web());
     let texts = |ips: &[std::net::IpAddr]| ips.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
-    assert_eq!((texts(&addresses.set), texts(&addresses.local)), ("10.96.0.9,fd00:96::9".into(), "10.96.0.5".into()));
+    assert_eq!(
+        (texts(&addresses.set), texts(&addresses.local)),
+        ("10.96.0.9,fd00:96::9".into(), "10.96.0.5".into())
+    );
 }

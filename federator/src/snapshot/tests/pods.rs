@@ -10,9 +10,11 @@ use crate::facts::PodRecord;
 use crate::facts::pods::{PodGroup, PodPort};
 
 fn told(facts: &Facts, block: u32) -> Option<Vec<String>> {
-    let snapshot = super::super::sidecar::snapshot(facts, Block::new(block).unwrap(), &[], &Rings::default(), NOW, AT);
+    let snapshot =
+        super::super::sidecar::snapshot(facts, Block::new(block).unwrap(), &[], &Rings::default(), NOW, AT);
     let shown = |service: v1::PodService| {
-        let ports: Vec<String> = service.ports.iter().map(|port| format!("{}={}", port.port, port.target)).collect();
+        let ports: Vec<String> =
+            service.ports.iter().map(|port| format!("{}={}", port.port, port.target)).collect();
         format!("{} {} {}", service.service, ports.join(","), service.ready)
     };
     snapshot.pod_services.map(|told| told.services.into_iter().map(shown).collect())
@@ -36,7 +38,8 @@ fn a_pod_is_told_what_kubernetes_sends_to_it_once_that_is_known() {
         protocol: "TCP".into(),
         app_protocol: String::new(),
     };
-    let group = |uid: &str, ready| PodGroup { ports: [port.clone()].into(), pods: vec![(Arc::from(uid), ready)] };
+    let group =
+        |uid: &str, ready| PodGroup { ports: [port.clone()].into(), pods: vec![(Arc::from(uid), ready)] };
     let pods = Arc::make_mut(&mut facts.pods);
     pods.told = true;
     assert_eq!(told(&facts, 7), Some(Vec::new()), "it is known that there is nothing");

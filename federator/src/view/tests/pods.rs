@@ -22,7 +22,9 @@ fn a_pod_that_hears_no_gateway_is_found_and_the_ports_to_let_through_are_named()
     assert_eq!(found(&mut facts, vec![hop("east", false)]), [], "not known to be a pod");
     let pod = PodRecord { uid: "u".into(), name: "web-0".into(), joined_unix: UNIX };
     Arc::make_mut(facts.leases.get_mut(&Block::new(7).unwrap()).unwrap()).pod = Some(pod);
-    for hops in [vec![], vec![hop("east", true), hop("east", false)], vec![hop("east", true), hop("west", false)]] {
+    for hops in
+        [vec![], vec![hop("east", true), hop("east", false)], vec![hop("east", true), hop("west", false)]]
+    {
         assert_eq!(found(&mut facts, hops), []);
     }
     let findings = found(&mut facts, vec![hop("east", false), hop("west", true)]);
