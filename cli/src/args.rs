@@ -49,7 +49,7 @@ pub struct Connect {
 pub enum Command {
     Demo(cmd::demo::DemoArgs),
     Trust(cmd::trust::TrustArgs),
-    Federator(cmd::federator::FederatorArgs),
+    Federator(Box<cmd::federator::FederatorArgs>),
     Gateway(cmd::gateway::GatewayArgs),
     Sidecar(Box<cmd::sidecar::SidecarArgs>),
     Link(cmd::link::LinkArgs),

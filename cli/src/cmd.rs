@@ -33,7 +33,7 @@ pub fn run(cli: Cli) -> Result<Exit, Failure> {
     let Cli { connect, command } = cli;
     match command {
         // Roles set up logging and runtimes of their own.
-        Command::Federator(args) => federator::run(args, connect.socket),
+        Command::Federator(args) => federator::run(*args, connect.socket),
         Command::Gateway(args) => gateway::run(args),
         Command::Sidecar(args) => sidecar::run(*args),
         Command::Demo(args) => demo::run(args),

@@ -1,7 +1,10 @@
 //! What injected sidecars carry.
 
+use std::net::IpAddr;
+
 use tombolo_tests::captured::{capture, counter, run};
-use tombolo_tests::mesh::http_get;
+use tombolo_tests::mesh::{http_get, http_get_from};
+use tombolo_tests::netns::{Namespace, VethEnd, veth};
 use tombolo_tests::scenario::{application, flag};
 
 use super::identity::{audience, started};
@@ -12,9 +15,9 @@ const MCS: &str = "multicluster.x-k8s.io/v1beta1";
 const PORT: u16 = 8080;
 const POD: u8 = 21;
 
-fn service(world: &World, name: &str) -> Result<()> {
+fn service(world: &World, namespace: &str, name: &str) -> Result<()> {
     let spec = json!({ "ports": [{ "name": "http", "port": 80, "targetPort": PORT }] });
-    let metadata = json!({ "name": name, "namespace": "shop" });
+    let metadata = json!({ "name": name, "namespace": namespace });
     world
         .west
         .api
@@ -24,20 +27,27 @@ fn service(world: &World, name: &str) -> Result<()> {
 
 /// What the endpoints controller would say of the pod.
 fn endpoint(world: &World, service: &str, pod: &Value, ready: bool) -> Result<()> {
-    let labels = json!({ "kubernetes.io/service-name": service });
-    let target = json!({ "kind": "Pod", "namespace": "shop", "name": pod["metadata"]["name"], "uid": pod["metadata"]["uid"] });
-    let address = world.mesh.cluster("west")?.address(POD, PORT).ip().to_string();
+    let address = world.mesh.cluster("west")?.address(POD, PORT).ip();
+    endpoint_at(world, service, pod, address, ready)
+}
+
+fn endpoint_at(world: &World, service: &str, pod: &Value, address: IpAddr, ready: bool) -> Result<()> {
+    let (labels, metadata) = (json!({ "kubernetes.io/service-name": service }), &pod["metadata"]);
+    let namespace = &metadata["namespace"];
+    let target = json!({
+        "kind": "Pod", "namespace": namespace, "name": metadata["name"], "uid": metadata["uid"],
+    });
     world.west.api.apply(&json!({
         "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
-        "metadata": { "name": format!("{service}-1"), "namespace": "shop", "labels": labels },
-        "endpoints": [{ "addresses": [address], "conditions": { "ready": ready }, "targetRef": target }],
+        "metadata": { "name": format!("{service}-1"), "namespace": namespace, "labels": labels },
+        "endpoints": [{ "addresses": [address.to_string()], "conditions": { "ready": ready }, "targetRef": target }],
         "ports": [{ "name": "http", "port": PORT, "protocol": "TCP" }],
     }))?;
     Ok(())
 }
 
-fn export(world: &World, service: &str) -> Result<()> {
-    let metadata = json!({ "name": service, "namespace": "shop" });
+fn export(world: &World, namespace: &str, service: &str) -> Result<()> {
+    let metadata = json!({ "name": service, "namespace": namespace });
     world.west.api.apply(&json!({ "apiVersion": MCS, "kind": "ServiceExport", "metadata": metadata }))?;
     Ok(())
 }
@@ -71,10 +81,10 @@ pub fn a_pod_serves_what_kubernetes_sends_to_it(world: &mut World) -> Result<()>
     let captures = ["--capture-listen".to_owned(), "127.0.0.1:7447".to_owned()];
     world.mesh.sidecar("west", "client", &[&flags[..], &captures].concat())?;
 
-    service(world, "web")?;
+    service(world, "shop", "web")?;
     endpoint(world, "web", &pod, true)?;
     let start = Instant::now();
-    export(world, "web")?;
+    export(world, "shop", "web")?;
     answers(world, web, true)?;
     println!("FIGURE exported -> served by the pod that its endpoints name: {:?}", start.elapsed());
     // A second Service of the same pod costs the first one nothing.
@@ -83,9 +93,9 @@ pub fn a_pod_serves_what_kubernetes_sends_to_it(world: &mut World) -> Result<()>
         Ok(metric(&metrics, "tombolo_sidecar_inbound_connections", &[]))
     };
     let before = connections(world)?;
-    service(world, "admin")?;
+    service(world, "shop", "admin")?;
     endpoint(world, "admin", &pod, true)?;
-    export(world, "admin")?;
+    export(world, "shop", "admin")?;
     answers(world, admin, true)?;
     ensure!(connections(world)? > before, "the connection of the first service was lost");
     // Kubernetes does not count on the pod: neither does anybody here.
@@ -161,5 +171,89 @@ spec: { targetRef: { kind: Service, name: web }, tiers: [ { clusters: [ \"@self\
     // Without the import, its name has the address again that it is given here.
     capture(namespace, &["remove"])?.ok()?;
     world.mesh.operate("west", &["delete", "failoverpolicy", "web", "-n", "shop", "--yes"])?;
+    Ok(())
+}
+
+/// After [`a_cluster_set_ip_is_the_services_address`]. The pod has a network of its own, one hop from its node.
+pub fn a_captured_pod_calls_as_always_and_is_called_by_the_mesh_alone(world: &mut World) -> Result<()> {
+    const NODE: &str = "10.61.200.1";
+    const HERE: &str = "10.61.200.2";
+    world.namespace("mesh", &[("tombolo.dev/inject", "enabled")])?;
+    let pod =
+        world.create(&pod("mesh", "caller-0", json!({ "tombolo.dev/inbound": "strict" }), json!({})))?;
+    let token = world.west.api.pod_token(&pod, audience(&pod)?)?;
+    let network = Namespace::create("pod")?;
+    let node = &world.mesh.cluster("west")?.namespace;
+    veth(
+        VethEnd { namespace: node, device: "pod", address: &format!("{NODE}/24") },
+        VethEnd { namespace: &network, device: "eth0", address: &format!("{HERE}/24") },
+        1500,
+    )?;
+    network.add_route("default", NODE.parse()?)?;
+    // As a kubelet does: the rules, then the sidecar, then the application.
+    let rules = args(container(&pod, "tombolo-capture").context("no rules")?);
+    let rules: Vec<&str> = rules.iter().map(String::as_str).collect();
+    let rules = world.mesh.spec("west", "capture", &rules)?.env("TOMBOLO_HOST_IPS", NODE).within(&network);
+    rules.run(&world.mesh.logs()?, Duration::from_secs(10))?;
+    let spec = started(world, &pod, "caller-0", POD, &token)?.env("TOMBOLO_POD_IP", HERE).within(&network);
+    world.mesh.spawn("west/caller-0", spec)?;
+    let (admin, app): (SocketAddr, SocketAddr) =
+        (format!("{HERE}:7445").parse()?, format!("{HERE}:{PORT}").parse()?);
+    world.mesh.eventually("the sidecar is ready by its probe", SOON, |mesh| {
+        let answer = http_get(&mesh.cluster("west")?.namespace, admin, "/ready")?;
+        ensure!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+        Ok(())
+    })?;
+    let listen = app.to_string();
+    let spec =
+        world.mesh.spec("west", "captured-app", &["demo-app", "--listen", &listen, "--name", "captured"])?;
+    world.mesh.spawn("west/captured-app", spec.within(&network))?;
+    // The kubelet's probe comes from the node; others come through the mesh or not at all.
+    world.mesh.eventually("the kubelet's probe is answered", SOON, |mesh| {
+        let node = &mesh.cluster("west")?.namespace;
+        let answer = http_get_from(node, NODE.parse()?, app, "/healthz")?;
+        ensure!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+        Ok(())
+    })?;
+    let stranger = world.mesh.cluster("west")?.address(33, 0).ip();
+    let answer = http_get_from(&world.mesh.cluster("west")?.namespace, stranger, app, "/");
+    ensure!(
+        !answer.as_ref().is_ok_and(|answer| answer.contains("captured")),
+        "a stranger came in plain: {answer:?}"
+    );
+    service(world, "mesh", "caller")?;
+    endpoint_at(world, "caller", &pod, HERE.parse()?, true)?;
+    export(world, "mesh", "caller")?;
+    let upstream = world.mesh.cluster("west")?.address(23, 9080);
+    let flags = ["--upstream".to_owned(), format!("mesh/caller:80={upstream}")];
+    world.mesh.sidecar("west", "second", &flags)?;
+    world.mesh.eventually("the mesh comes in", SOON, |mesh| {
+        let answer = http_get(&mesh.cluster("west")?.namespace, upstream, "/")?;
+        ensure!(answer.contains("captured"), "{answer}");
+        Ok(())
+    })?;
+    // It calls another service at its ClusterSetIP, and what is not the mesh's as before.
+    let import = Object::new(MCS, "ServiceImport", "shop", "web");
+    let import = world.west.api.get(&import)?.context("no import")?;
+    let set = import["spec"]["ips"][0].as_str().context("no ClusterSetIP")?;
+    let curl = |url: &str| run(&network, "curl", &["-s", "--max-time", "5", url], "")?.ok();
+    world.mesh.eventually("the ClusterSetIP is called", SOON, |_| {
+        let answer = curl(&format!("http://{set}/"))?;
+        ensure!(answer.contains("the pod"), "{answer}");
+        Ok(())
+    })?;
+    let federator = world.mesh.cluster("west")?.address(1, 7445);
+    let passed = curl(&format!("http://{federator}/live"))?;
+    ensure!(passed.contains("live"), "{passed}");
+    let metrics = http_get(&world.mesh.cluster("west")?.namespace, admin, "/metrics")?;
+    let captured =
+        |result: &str| metric(&metrics, "tombolo_sidecar_captured_total", &[&format!("result=\"{result}\"")]);
+    ensure!(
+        captured("service") >= 1.0 && captured("passed") >= 1.0 && captured("plain_refused") >= 1.0,
+        "{metrics}"
+    );
+    for process in ["west/captured-app", "west/caller-0"] {
+        world.mesh.process_mut(process)?.stop()?;
+    }
     Ok(())
 }

@@ -171,7 +171,7 @@ fn pods_of_a_real_api_server_get_sidecars_that_join_and_serve() -> Result<()> {
     let west = ControlPlane::start(&bin, &mut mesh, "west")?;
     let mut world = World::start(mesh, west)?;
     type Case = fn(&mut World) -> Result<()>;
-    let cases: [(&str, Case); 14] = [
+    let cases: [(&str, Case); 15] = [
         ("restricted", admission::restricted_namespaces_admit_pods_with_their_sidecar),
         ("baseline", admission::baseline_forbids_capture_and_says_so),
         ("captured", admission::pods_are_captured_where_nothing_forbids_it),
@@ -181,6 +181,7 @@ fn pods_of_a_real_api_server_get_sidecars_that_join_and_serve() -> Result<()> {
         ("tokens", identity::only_the_pods_own_token_lets_it_join),
         ("served", data::a_pod_serves_what_kubernetes_sends_to_it),
         ("set_ip", data::a_cluster_set_ip_is_the_services_address),
+        ("captured_pod", data::a_captured_pod_calls_as_always_and_is_called_by_the_mesh_alone),
         ("rotation", admission::certificates_rotate_while_pods_are_made),
         ("lost", admission::a_secret_that_is_lost_is_made_anew),
         ("foreign", admission::others_webhooks_are_left_alone),
