@@ -6,6 +6,7 @@ use std::net::IpAddr;
 
 use kube::core::DynamicObject;
 use serde_json::Value;
+use tombolo_kubernetes::table::{Identity, Row, version};
 use tombolo_model::mcs::{InternalTrafficPolicy, IpFamily, Port, ServiceProperties, SessionAffinity};
 use tombolo_model::names::ServiceKey;
 use tombolo_model::resource::{Object, ObjectMeta, ServiceExportSpec, Spec};
@@ -32,11 +33,15 @@ impl Meta {
     fn of(object: &DynamicObject) -> Self {
         Self {
             uid: object.metadata.uid.clone().unwrap_or_default(),
-            version: object.metadata.resource_version.as_deref().and_then(|v| v.parse().ok()).unwrap_or(0),
+            version: version(object),
             ours: label(object, MANAGED_BY) == Some(TOMBOLO),
             applied: annotation(object, APPLIED).unwrap_or_default().to_owned(),
             deleting: object.metadata.deletion_timestamp.is_some(),
         }
+    }
+
+    fn identity(&self) -> Identity<'_> {
+        Identity { uid: &self.uid, version: self.version }
     }
 }
 
@@ -46,12 +51,6 @@ fn label<'a>(object: &'a DynamicObject, key: &str) -> Option<&'a str> {
 
 fn annotation<'a>(object: &'a DynamicObject, key: &str) -> Option<&'a str> {
     object.metadata.annotations.as_ref()?.get(key).map(String::as_str)
-}
-
-/// An object that is kept, and can be told from another of its name.
-pub trait Row: PartialEq + Sized {
-    fn read(object: DynamicObject) -> Option<Self>;
-    fn meta(&self) -> &Meta;
 }
 
 /// A namespace: whether objects can be made in it.
@@ -66,8 +65,8 @@ impl Row for NamespaceRow {
         let meta = Meta { version: 0, ..Meta::of(&object) };
         Some(Self { meta })
     }
-    fn meta(&self) -> &Meta {
-        &self.meta
+    fn identity(&self) -> Identity<'_> {
+        self.meta.identity()
     }
 }
 
@@ -93,8 +92,8 @@ impl Row for ServiceRow {
         let kept = if import.is_some() { spec.clone() } else { Value::Null };
         Some(Self { meta, service: service(spec), cluster_ips, import, spec: kept })
     }
-    fn meta(&self) -> &Meta {
-        &self.meta
+    fn identity(&self) -> Identity<'_> {
+        self.meta.identity()
     }
 }
 
@@ -181,8 +180,8 @@ impl Row for SliceRow {
         let ports = list("ports").filter_map(|port| read_port(port, "port")).collect();
         Some(Self { meta, service, import, ready: endpoints, ports })
     }
-    fn meta(&self) -> &Meta {
-        &self.meta
+    fn identity(&self) -> Identity<'_> {
+        self.meta.identity()
     }
 }
 
@@ -224,8 +223,8 @@ impl Row for ExportRow {
             conditions: conditions(&object.data),
         })
     }
-    fn meta(&self) -> &Meta {
-        &self.meta
+    fn identity(&self) -> Identity<'_> {
+        self.meta.identity()
     }
 }
 
@@ -252,8 +251,8 @@ impl Row for ImportRow {
         let (spec, status) = (part("spec"), part("status"));
         Some(Self { meta, spec, status })
     }
-    fn meta(&self) -> &Meta {
-        &self.meta
+    fn identity(&self) -> Identity<'_> {
+        self.meta.identity()
     }
 }
 
