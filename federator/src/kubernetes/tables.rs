@@ -2,6 +2,8 @@
 //! to be looked at again (pure).
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::time::Duration;
 
 use kube::core::DynamicObject;
 use kube::runtime::watcher::Event;
@@ -11,6 +13,7 @@ use tombolo_model::resource::{Object, Spec};
 
 use super::labels::derived_name;
 use super::rows::{ExportRow, ImportRow, NamespaceRow, ServiceRow, SliceRow, key};
+use super::targets::{ServicePort, Targets};
 use crate::core::kubernetes::KubernetesExport;
 use crate::facts::{KubernetesHosts, KubernetesService, NamedEndpoint};
 use crate::import::{MAX_COPIED, MAX_COPIED_BYTES, MAX_PORTS};
@@ -49,6 +52,8 @@ pub struct Touched {
     pub services: BTreeSet<ServiceKey>,
     /// A namespace has come or gone: look at all of its services.
     pub namespaces: BTreeSet<String>,
+    /// Shared sidecars have come or gone: look at every service.
+    pub fronts: bool,
 }
 
 /// Every table.
@@ -62,9 +67,18 @@ pub struct Tables {
     /// Slices by the service of this cluster, and those written here by the import.
     of_service: BTreeMap<Place, BTreeSet<Place>>,
     of_import: BTreeMap<Place, BTreeSet<Place>>,
+    of_front: BTreeMap<Place, BTreeSet<Place>>,
+    /// The `Service` of the shared sidecars.
+    shared: Option<Place>,
+    targets: Targets,
 }
 
 impl Tables {
+    /// `shared`: the `Service` of the shared sidecars, if derived `Service`s are to lead there.
+    pub fn new(shared: Option<Place>) -> Self {
+        Self { shared, ..Self::default() }
+    }
+
     /// Takes an event over.
     pub fn apply(&mut self, kind: Kind, event: Event<DynamicObject>) -> Touched {
         let mut touched = Touched::default();
@@ -77,6 +91,12 @@ impl Tables {
                 for ((namespace, name), before) in self.services.apply(event) {
                     let place = (namespace.clone(), name.clone());
                     let now = self.services.get(&place);
+                    if let Some((import, row)) = now.and_then(|row| Some((row.import.as_deref()?, row)))
+                        && let Some(service) = key(&namespace, import).filter(|key| derived_name(key) == name)
+                    {
+                        let lost = self.targets.found(&service, row.created_unix, row.targets());
+                        touched.services.extend(lost);
+                    }
                     let imports = before.iter().chain(now).filter_map(|row| row.import.as_deref());
                     touched.services.extend(imports.filter_map(|import| key(&namespace, import)));
                     touched.exports.extend(key(&namespace, &name));
@@ -101,35 +121,71 @@ impl Tables {
         for (place, before) in self.slices.apply(event) {
             let (namespace, _) = &place;
             let now = self.slices.get(&place);
-            for (index, of, services) in [
-                (
-                    &mut self.of_service,
-                    before.as_ref().and_then(|row| row.service.as_ref()),
-                    &mut touched.exports,
-                ),
-                (
-                    &mut self.of_import,
-                    before.as_ref().and_then(|row| row.import.as_ref()),
-                    &mut touched.services,
-                ),
-            ] {
-                let Some(of) = of else { continue };
-                services.extend(key(namespace, of));
-                let owner = (namespace.clone(), of.clone());
-                if let Some(slices) = index.get_mut(&owner) {
-                    slices.remove(&place);
-                    if slices.is_empty() {
-                        index.remove(&owner);
+            let of = |row: Option<&SliceRow>, which: fn(&SliceRow) -> &Option<String>| {
+                row.and_then(|row| which(row).clone()).map(|name| (namespace.clone(), name))
+            };
+            let kinds: [(_, fn(&SliceRow) -> &Option<String>, bool); 3] = [
+                (&mut self.of_service, |row| &row.service, true),
+                (&mut self.of_import, |row| &row.import, false),
+                (&mut self.of_front, |row| &row.front, false),
+            ];
+            for (index, which, local) in kinds {
+                let services = if local { &mut touched.exports } else { &mut touched.services };
+                if let Some(owner) = of(before.as_ref(), which) {
+                    services.extend(key(namespace, &owner.1));
+                    touched.fronts |= self.shared.as_ref() == Some(&owner);
+                    if let Some(slices) = index.get_mut(&owner) {
+                        slices.remove(&place);
+                        if slices.is_empty() {
+                            index.remove(&owner);
+                        }
                     }
                 }
+                if let Some(owner) = of(now, which) {
+                    services.extend(key(namespace, &owner.1));
+                    touched.fronts |= self.shared.as_ref() == Some(&owner);
+                    index.entry(owner).or_default().insert(place.clone());
+                }
             }
-            for (index, of, services) in [
-                (&mut self.of_service, now.and_then(|row| row.service.as_ref()), &mut touched.exports),
-                (&mut self.of_import, now.and_then(|row| row.import.as_ref()), &mut touched.services),
-            ] {
-                let Some(of) = of else { continue };
-                services.extend(key(namespace, of));
-                index.entry((namespace.clone(), of.clone())).or_default().insert(place.clone());
+        }
+    }
+
+    /// Addresses of the shared sidecars that are ready; `None`: derived `Service`s lead nowhere here.
+    pub fn shared_addresses(&self) -> Option<BTreeSet<IpAddr>> {
+        let slices = self.of_service.get(self.shared.as_ref()?).into_iter().flatten();
+        let rows = slices.filter_map(|place| self.slices.get(place));
+        Some(rows.flat_map(|row| row.ready.iter().map(|endpoint| endpoint.address)).collect())
+    }
+
+    /// The numbers of a service's ports at the shared sidecars ([`Targets::allot`]); none where there are none, or when it
+    /// has no address.
+    pub fn allot(
+        &mut self,
+        service: &ServiceKey,
+        ports: &[ServicePort],
+        moment: (Duration, u64),
+    ) -> BTreeMap<ServicePort, u16> {
+        if self.shared.is_none() {
+            return BTreeMap::new();
+        }
+        let (now, unix) = moment;
+        let derived = self.derived_row(service).map(|row| row.created_unix);
+        if ports.is_empty() {
+            // Its numbers are taken as long as its `Service` is there.
+            if derived.is_none() {
+                self.targets.release(service, now);
+            }
+            return BTreeMap::new();
+        }
+        self.targets.allot(service, derived.unwrap_or(unix), ports, now)
+    }
+
+    /// Numbers as the derived `Service`s have them, and no others: nothing is released while somebody else writes.
+    pub fn recount_targets(&mut self) {
+        self.targets = Targets::default();
+        for ((namespace, _), row) in self.services.iter() {
+            if let Some(service) = row.import.as_deref().and_then(|import| key(namespace, import)) {
+                self.targets.found(&service, row.created_unix, row.targets());
             }
         }
     }
@@ -152,7 +208,8 @@ impl Tables {
     /// Every service that something is held of which is written here, or that is exported.
     pub fn known(&self) -> BTreeSet<ServiceKey> {
         let imports = self.imports.iter().filter(|(_, row)| row.meta.ours).map(|(place, _)| place);
-        let places = self.exports.places().chain(imports).chain(self.of_import.keys());
+        let slices = self.of_import.keys().chain(self.of_front.keys());
+        let places = self.exports.places().chain(imports).chain(slices);
         let derived = self.services.iter().filter_map(|((ns, _), row)| key(ns, row.import.as_deref()?));
         places.filter_map(|(namespace, name)| key(namespace, name)).chain(derived).collect()
     }
@@ -178,6 +235,12 @@ impl Tables {
     /// Slices that are written here for an import, by name.
     pub fn slices_of_import(&self, service: &ServiceKey) -> BTreeMap<&str, &SliceRow> {
         let slices = self.of_import.get(&place_of(service)).into_iter().flatten();
+        slices.filter_map(|place| Some((place.1.as_str(), self.slices.get(place)?))).collect()
+    }
+
+    /// Slices that lead from an import's derived `Service` to the shared sidecars, by name.
+    pub fn fronts_of_import(&self, service: &ServiceKey) -> BTreeMap<&str, &SliceRow> {
+        let slices = self.of_front.get(&place_of(service)).into_iter().flatten();
         slices.filter_map(|place| Some((place.1.as_str(), self.slices.get(place)?))).collect()
     }
 
