@@ -45,9 +45,15 @@ impl Call {
     }
 }
 
-/// How much an application calls.
+/// Calls that are open, and when that last changed.
 #[derive(Debug)]
 struct Usage(Mutex<(usize, Instant)>);
+
+impl Default for Usage {
+    fn default() -> Self {
+        Self(Mutex::new((0, Instant::now())))
+    }
+}
 
 impl Usage {
     fn change(&self, change: impl FnOnce(usize) -> usize) {
@@ -188,7 +194,7 @@ pub(crate) struct Front(Arc<RwLock<Table>>);
 struct Table {
     callers: Callers,
     serving: HashMap<String, mpsc::Sender<Call>>,
-    /// Of applications that have called.
+    /// Of applications that have called, or whose sidecars run.
     usage: HashMap<String, Arc<Usage>>,
 }
 
@@ -206,12 +212,15 @@ impl Front {
     pub fn serve(&self, application: &str, calls: Option<mpsc::Sender<Call>>) {
         let mut table = self.0.write().unwrap_or_else(PoisonError::into_inner);
         match calls {
-            Some(calls) => drop(table.serving.insert(application.to_owned(), calls)),
+            Some(calls) => {
+                table.usage.entry(application.to_owned()).or_default();
+                table.serving.insert(application.to_owned(), calls);
+            }
             None => drop(table.serving.remove(application)),
         }
     }
 
-    /// For how long an application has had nothing open; `None`: it has, or has never called.
+    /// For how long an application has had nothing open; `None`: it has.
     pub fn idle(&self, application: &str) -> Option<Duration> {
         let table = self.0.read().unwrap_or_else(PoisonError::into_inner);
         let (open, last) = *table.usage.get(application)?.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -255,8 +264,7 @@ impl Front {
         };
         let usage = usage.unwrap_or_else(|| {
             let mut table = self.0.write().unwrap_or_else(PoisonError::into_inner);
-            let new = || Arc::new(Usage(Mutex::new((0, Instant::now()))));
-            Arc::clone(table.usage.entry(application.clone()).or_insert_with(new))
+            Arc::clone(table.usage.entry(application.clone()).or_default())
         });
         usage.change(|open| open + 1);
         let (service, port, at) = (service.clone(), *port, Instant::now());

@@ -89,6 +89,8 @@ pub struct KubernetesSource {
     due: Option<Instant>,
     /// Since when the API server has not been heard.
     away: Option<Instant>,
+    /// It has not been heard for too long: callers are not told apart.
+    stale: bool,
     /// Said once.
     warned: BTreeSet<&'static str>,
     swept: Option<Instant>,
@@ -111,8 +113,8 @@ impl KubernetesSource {
         tasks.spawn("Kubernetes watches", task.run());
         let tables = Tables::new(config.namespaces.len());
         let (told, warned) = (BTreeMap::new(), BTreeSet::new());
-        let (due, away, swept) = (None, None, None);
-        let mut source = Self { config, news, session, tables, told, due, away, warned, swept, metrics };
+        let (due, away, stale, swept) = (None, None, false, None);
+        let mut source = Self { config, news, session, tables, told, due, away, stale, warned, swept, metrics };
         let first = source.configuration();
         (source, first)
     }
@@ -128,18 +130,21 @@ impl KubernetesSource {
                 self.away.get_or_insert(now);
                 false
             }
-            // What was stale is not any more.
-            News::Back => self.away.take().is_some(),
+            News::Back => {
+                self.away = None;
+                false
+            }
         };
+        let changed = changed || (self.stale && self.away.is_none());
         self.metrics.reachable.set(i64::from(self.away.is_none()));
         if changed && self.tables.is_synced() {
             self.due.get_or_insert(now + SETTLE);
         }
     }
 
-    /// When callers are told apart no longer, unless the API server is heard.
+    /// When callers are told apart no longer, unless the API server is heard; `None`: it is, or they are not already.
     fn stale_at(&self) -> Option<Instant> {
-        self.away.map(|since| since + self.config.stale_after)
+        self.away.filter(|_| !self.stale).map(|since| since + self.config.stale_after)
     }
 
     fn configuration(&mut self) -> SharedConfig {
@@ -147,13 +152,13 @@ impl KubernetesSource {
         let unix = clock::since_unix_epoch().as_secs();
         let v6 = self.config.sidecar.bind.is_ipv6();
         let mut picture = if incomplete { Picture::default() } else { self.tables.picture(unix, v6) };
-        let stale = self.stale_at().is_some_and(|at| at <= Instant::now());
-        if stale {
+        let now = Instant::now();
+        self.stale = self.away.is_some_and(|since| since + self.config.stale_after <= now);
+        if self.stale {
             picture.accounts.values_mut().for_each(|account| account.sources.clear());
         }
-        let now = Instant::now();
         self.due = picture.changes_unix.map(|at| now + Duration::from_secs(at.saturating_sub(unix).max(1)));
-        self.say(&picture, stale);
+        self.say(&picture);
         let applications = self.applications(&picture);
         self.sweep(&picture, incomplete);
         let upstream = |listen: &IpAddr, numbered: &picture::Numbered| UpstreamConfig {
@@ -221,14 +226,14 @@ impl KubernetesSource {
     }
 
     /// For people: what is not as they may expect it, once.
-    fn say(&mut self, picture: &Picture, stale: bool) {
+    fn say(&mut self, picture: &Picture) {
         let Picture { accounts, nobodys, contested, too_many, .. } = picture;
         let gauge = |value: usize| i64::try_from(value).unwrap_or(i64::MAX);
         self.metrics.accounts.set(gauge(accounts.len()));
         self.metrics.nobodys.set(gauge(*nobodys));
         self.metrics.contested.set(gauge(*contested));
         let said = [
-            (stale, "the API server has been away for too long: callers are not told apart any more, since addresses may be others' by now"),
+            (self.stale, "the API server has been away for too long: callers are not told apart any more, since addresses may be others' by now"),
             (*nobodys > 0, "endpoints of exported services are no pods: nobody can stand for them, and they are left out"),
             (*contested > 0, "pods of several service accounts have the same address: calls from there are refused"),
             (*too_many > 0, "a service account's pods serve more exported services than one sidecar may: the last ones are left out"),
@@ -270,9 +275,7 @@ impl KubernetesSource {
 impl Source for KubernetesSource {
     async fn next(&mut self, _: &AtomicBool) -> Result<SharedConfig, String> {
         loop {
-            // A stale picture is looked at once: what is due then is far in the past.
-            let stale = self.stale_at().filter(|_| !self.warned.iter().any(|text| text.contains("too long")));
-            let due = [self.due, stale].into_iter().flatten().min();
+            let due = [self.due, self.stale_at()].into_iter().flatten().min();
             tokio::select! {
                 news = self.news.recv() => match news {
                     Some(news) => self.take(news),

@@ -111,7 +111,7 @@ impl KubernetesArgs {
         let trust_domain: TrustDomain =
             trust_domain.parse().map_err(|e| Failure::usage(format_args!("--trust-domain: {e}")))?;
         let address = role::required(address, "--address", "$(POD_IP)")?;
-        if address.is_unspecified() || address.is_loopback() && !front.iter().all(IpAddr::is_loopback) {
+        if address.is_unspecified() {
             return Err(Failure::usage(format_args!("--address {address} reaches nobody"))
                 .remedy("give the pod's own address, by a fieldRef to status.podIP"));
         }
