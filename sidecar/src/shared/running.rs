@@ -50,6 +50,8 @@ pub(super) struct Running {
     ending: HashMap<String, Ending>,
     /// Overlay ports for those that are given none.
     ports: Option<RangeInclusive<u16>>,
+    /// That there is no room was said.
+    full: bool,
     context: Context,
 }
 
@@ -80,7 +82,8 @@ pub(super) struct Context {
 
 impl Running {
     pub fn new(ports: Option<RangeInclusive<u16>>, context: Context) -> Self {
-        Self { known: HashMap::new(), applications: HashMap::new(), ending: HashMap::new(), ports, context }
+        let (known, applications, ending) = (HashMap::new(), HashMap::new(), HashMap::new());
+        Self { known, applications, ending, ports, full: false, context }
     }
 
     /// Starts what is new, ends what is gone, leaves the rest alone.
@@ -158,25 +161,16 @@ impl Running {
     /// Whether there was room for it.
     fn start(&mut self, name: &str, block: Option<BlockReady>) -> bool {
         let Some(application) = self.known.get(name).cloned() else { return false };
-        if self.applications.len() >= MAX_APPLICATIONS {
-            let longest = self.idle_for(IDLE_ENOUGH).into_iter().max_by_key(|(_, idle)| *idle);
-            let Some((idle, _)) = longest else {
-                tracing::error!(application = name, "{MAX_APPLICATIONS} applications' sidecars run: this one is not started");
-                return false;
-            };
-            self.end_one(&idle);
-        }
-        let port = match &self.ports {
-            Some(_) if application.sidecar.bind.port() != 0 => None,
-            Some(ports) => match self.free_port(ports.clone()) {
-                Some(port) => Some(port),
-                None => {
-                    tracing::error!(application = name, ?ports, "every overlay port is taken: its sidecar is not started");
-                    return false;
+        let port = match self.room(&application) {
+            Ok(port) => port,
+            Err(reason) => {
+                if !std::mem::replace(&mut self.full, true) {
+                    tracing::error!(application = name, "{reason}: its sidecar is not started, nor those of others");
                 }
-            },
-            None => None,
+                return false;
+            }
         };
+        self.full = false;
         let (trigger, drain) = drain::channel();
         let application = Arc::new(Mutex::new(application));
         // Of the same name: it has the state directory and the socket until its drain is over.
@@ -193,6 +187,22 @@ impl Running {
         });
         self.applications.insert(name.to_owned(), Kept { trigger, task, port, application });
         true
+    }
+
+    /// The overlay port of one more, if it is to be given one; who has been idle makes room.
+    fn room(&mut self, application: &Application) -> Result<Option<u16>, String> {
+        if self.applications.len() >= MAX_APPLICATIONS {
+            let longest = self.idle_for(IDLE_ENOUGH).into_iter().max_by_key(|(_, idle)| *idle);
+            let (idle, _) = longest.ok_or_else(|| format!("{MAX_APPLICATIONS} applications' sidecars run"))?;
+            self.end_one(&idle);
+        }
+        let Some(ports) = self.ports.clone().filter(|_| application.sidecar.bind.port() == 0) else {
+            return Ok(None);
+        };
+        match self.free_port(ports.clone()) {
+            Some(port) => Ok(Some(port)),
+            None => Err(format!("every overlay port of {ports:?} is taken")),
+        }
     }
 
     fn free_port(&self, mut ports: RangeInclusive<u16>) -> Option<u16> {
