@@ -12,7 +12,7 @@ use tombolo_model::names::{NameError, ServiceKey};
 use tombolo_model::protocol::Protocol;
 use tombolo_names::server::NamesConfig;
 use tombolo_overlay::MAX_PARTS;
-use tombolo_overlay::member::EntryPoints;
+use tombolo_overlay::member::{EntryPoints, ServiceAccountToken};
 
 use crate::agentless::Backend;
 use crate::capture::CaptureConfig;
@@ -95,8 +95,8 @@ pub struct SidecarConfig {
     pub state_dir: PathBuf,
     /// A join token's text; needed once, while the state directory is empty.
     pub token: Option<String>,
-    /// File with this pod's projected service account token; `token` is one for pods then.
-    pub service_account_token: Option<PathBuf>,
+    /// The token of the service account that it joins as; `token` is one for pods then.
+    pub service_account_token: Option<ServiceAccountToken>,
     pub bind: SocketAddr,
     /// Where gateways and neighbours reach this sidecar: `None` with an unspecified bind address means that it has none
     /// (a VM behind NAT) and REGISTERs.

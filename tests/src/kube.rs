@@ -114,20 +114,24 @@ impl ControlPlane {
         self.federate_with(mesh, &[])
     }
 
-    /// The same with more arguments.
+    /// The same, with more flags.
     pub fn federate_with(&self, mesh: &mut Mesh, more: &[&str]) -> Result<()> {
         let cluster = self.cluster.clone();
         self.install_crds(mesh)?;
         for document in documents(RBAC)? {
             self.api.apply(&document)?;
         }
-        let account = Object::new("v1", "ServiceAccount", NAMESPACE, ACCOUNT);
-        let token = self.api.token(&account)?;
-        let kubeconfig = self.dir.join("federator.kubeconfig");
-        std::fs::write(&kubeconfig, self::kubeconfig(&self.dir, self.address, &token)?)?;
-        let kubeconfig = text(&kubeconfig);
-        let flags = [&["--kubernetes", &kubeconfig, "--kubernetes-services"], more].concat();
+        let kubeconfig = text(&self.kubeconfig_of(ACCOUNT)?);
+        let flags = [&["--kubernetes", &kubeconfig, "--kubernetes-services"][..], more].concat();
         mesh.federator_with(&cluster, &flags)
+    }
+
+    /// A kubeconfig with a token of one of the product's service accounts, and nothing else.
+    pub fn kubeconfig_of(&self, account: &str) -> Result<PathBuf> {
+        let token = self.api.token(&Object::new("v1", "ServiceAccount", NAMESPACE, account))?;
+        let path = self.dir.join(format!("{account}.kubeconfig"));
+        std::fs::write(&path, kubeconfig(&self.dir, self.address, &token)?)?;
+        Ok(path)
     }
 
     /// A token of its issuer with any claims: what an API server makes, but for what it would not make.

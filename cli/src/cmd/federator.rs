@@ -8,21 +8,22 @@ use serde::Deserialize;
 
 use tombolo_federator::core::audit::Retention;
 use tombolo_federator::foreign::client::WebRoots;
-use tombolo_federator::kubernetes::KubernetesConfig;
 use tombolo_federator::role::{DEFAULT_LISTEN, Federator, FederatorConfig};
-use tombolo_federator::token_review::access::{IN_CLUSTER_DIR, KubernetesAccess};
-use tombolo_model::names::{ClusterName, Namespace};
+use tombolo_model::names::ClusterName;
 use tombolo_runtime::dirs::Dirs;
 use tombolo_runtime::tasks::TaskGroup;
-use tombolo_runtime::{admin, settings, signals};
+use tombolo_runtime::{admin, signals};
 
 use self::injected::Injected;
+pub use self::kubernetes::api_server;
+use self::kubernetes::{driven, shared_needs_services};
 use self::values::{endpoint, property, ranges};
 use super::names;
 use super::role::{self, layered};
 use crate::failure::{Exit, Failure};
 
 mod injected;
+mod kubernetes;
 mod values;
 
 /// Run the control plane of one cluster
@@ -127,6 +128,10 @@ struct Settings {
     /// Namespace of the Lease by which federators agree on who writes [default: the pod's, else tombolo-system]
     #[arg(long, env = "TOMBOLO_KUBERNETES_NAMESPACE", value_name = "NAMESPACE")]
     kubernetes_namespace: Option<String>,
+    /// Service of the shared sidecars (`tombolo sidecar shared --kubernetes`): imports' derived Services lead there, so that
+    /// pods without a sidecar can call them. Off unless given
+    #[arg(long, env = "TOMBOLO_KUBERNETES_SHARED", value_name = "NAMESPACE/NAME")]
+    kubernetes_shared: Option<String>,
     /// Put sidecars into pods of that Kubernetes: serve its mutating webhook here, HTTPS. Needs deploy/kubernetes/webhook.yaml
     /// and the rights of rbac.yaml [default without a value: 0.0.0.0:9443]
     #[arg(long, env = "TOMBOLO_KUBERNETES_INJECT", num_args = 0..=1, default_missing_value = "0.0.0.0:9443", value_name = "ADDRESS:PORT", help_heading = "Injected sidecars")]
@@ -189,6 +194,7 @@ layered!(Settings {
     kubernetes,
     kubernetes_services,
     kubernetes_namespace,
+    kubernetes_shared,
     kubernetes_inject,
     inject_image,
     inject_capture_image,
@@ -234,6 +240,7 @@ impl Settings {
             kubernetes,
             kubernetes_services,
             kubernetes_namespace,
+            kubernetes_shared,
             kubernetes_inject,
             inject_image,
             inject_capture_image,
@@ -273,9 +280,11 @@ impl Settings {
             (None, Err(failure)) => Err(Failure::new(failure)),
         };
         let kubernetes = kubernetes.map(|place| api_server(&place)).transpose()?;
-        let more = kubernetes_services.unwrap_or(false) || kubernetes_inject.is_some();
-        let driven = || driven(kubernetes.as_ref(), kubernetes_inject.is_some(), kubernetes_namespace);
-        let driven = more.then(driven).transpose()?;
+        let wanted = kubernetes_services.unwrap_or(false);
+        let injects = kubernetes_inject.is_some();
+        shared_needs_services(kubernetes_shared.as_deref(), wanted)?;
+        let driven = || driven(kubernetes.as_ref(), injects, kubernetes_namespace, kubernetes_shared);
+        let driven = (wanted || injects).then(driven).transpose()?;
         let injected = Injected {
             listen: kubernetes_inject,
             image: inject_image,
@@ -285,7 +294,7 @@ impl Settings {
             limits: inject_limits,
         };
         let inject = injected.config(driven.as_ref())?;
-        let kubernetes_services = driven.filter(|_| kubernetes_services.unwrap_or(false));
+        let kubernetes_services = driven.filter(|_| wanted);
         Ok(FederatorConfig {
             trust_dir: place(trust_dir, &|dirs| dirs.trust().join("clusters").join(&name))?,
             state_dir: place(state_dir, &|dirs| dirs.role_state(&name, "federator"))?,
@@ -309,44 +318,4 @@ impl Settings {
             names: names::config(dns_listen, dns_upstreams)?,
         })
     }
-}
-
-/// Where the Kubernetes API server is.
-fn api_server(place: &str) -> Result<KubernetesAccess, Failure> {
-    if place != "in-cluster" {
-        return Ok(KubernetesAccess::Kubeconfig(PathBuf::from(place)));
-    }
-    // As Kubernetes sets them in every pod.
-    let host = settings::environment("KUBERNETES_SERVICE_HOST");
-    let port = settings::environment("KUBERNETES_SERVICE_PORT");
-    let (Some(host), Some(port)) = (host, port) else {
-        return Err(Failure::usage("--kubernetes in-cluster: KUBERNETES_SERVICE_HOST and _PORT are not set")
-            .remedy("this is no pod: give a kubeconfig"));
-    };
-    let host = if host.contains(':') { format!("[{host}]") } else { host };
-    let dir = PathBuf::from(IN_CLUSTER_DIR);
-    Ok(KubernetesAccess::InCluster { server: format!("https://{host}:{port}"), dir })
-}
-
-/// The Kubernetes that more is done with than reviewing tokens.
-fn driven(
-    access: Option<&KubernetesAccess>,
-    injects: bool,
-    namespace: Option<String>,
-) -> Result<KubernetesConfig, Failure> {
-    let Some(access) = access.cloned() else {
-        let flag = if injects { "--kubernetes-inject" } else { "--kubernetes-services" };
-        return Err(Failure::usage(format_args!("{flag}: there is no --kubernetes"))
-            .remedy("give --kubernetes in-cluster, or --kubernetes with a kubeconfig"));
-    };
-    // Kubernetes writes it beside the token.
-    let own = |access: &KubernetesAccess| match access {
-        KubernetesAccess::InCluster { dir, .. } => std::fs::read_to_string(dir.join("namespace")).ok(),
-        KubernetesAccess::Kubeconfig(_) => None,
-    };
-    let namespace = namespace.or_else(|| own(&access)).unwrap_or_else(|| "tombolo-system".to_owned());
-    let parsed: Result<Namespace, _> = namespace.trim().parse();
-    let namespace =
-        parsed.map_err(|error| Failure::usage(format_args!("--kubernetes-namespace: {error}")))?.to_string();
-    Ok(KubernetesConfig { access, namespace })
 }

@@ -11,8 +11,7 @@ impl Tables {
     /// Pods that a service of this cluster is sent to, and where they listen for it.
     pub(super) fn pods(&self, service: &ServiceKey, of: &ExportedService) -> Vec<PodGroup> {
         let slices = self.of_service.get(&place_of(service)).into_iter().flatten();
-        let slices =
-            slices.filter_map(|place| self.slices.rows.get(place)).filter(|slice| !slice.pods.is_empty());
+        let slices = slices.filter_map(|place| self.slices.get(place)).filter(|slice| !slice.pods.is_empty());
         let group = |slice: &SliceRow| {
             let port = |port: &Port| {
                 let same = |target: &&Port| (&target.name, &target.protocol) == (&port.name, &port.protocol);
@@ -38,7 +37,7 @@ impl Tables {
         let derived = derived.filter(|row| row.import.as_deref() == Some(service.name.as_str()));
         let known =
             self.import_row(service).is_some_and(|row| row.meta.ours) || self.export_row(service).is_some();
-        let local = self.services.rows.get(&place_of(service)).filter(|row| known && !row.meta.deleting);
+        let local = self.services.get(&place_of(service)).filter(|row| known && !row.meta.deleting);
         let sorted = |row: Option<&ServiceRow>| {
             let mut addresses = row.map(|row| row.cluster_ips.clone()).unwrap_or_default();
             // IPv4 first.
