@@ -33,8 +33,8 @@ use tombolo_runtime::tasks::TaskGroup;
 
 use self::picture::{Account, AccountPicture, Picture, Tables};
 use self::token::AskedToken;
-use self::watching::{News, WatchTask};
 pub use self::watching::{Connect, Session};
+use self::watching::{News, WatchTask};
 use super::Source;
 use super::config::{Application, Register, SharedConfig, Start};
 use crate::config::{SidecarConfig, UpstreamConfig};
@@ -114,7 +114,8 @@ impl KubernetesSource {
         let tables = Tables::new(config.namespaces.len());
         let (told, warned) = (BTreeMap::new(), BTreeSet::new());
         let (due, away, stale, swept) = (None, None, false, None);
-        let mut source = Self { config, news, session, tables, told, due, away, stale, warned, swept, metrics };
+        let mut source =
+            Self { config, news, session, tables, told, due, away, stale, warned, swept, metrics };
         let first = source.configuration();
         (source, first)
     }
@@ -188,10 +189,8 @@ impl KubernetesSource {
         };
         self.told.retain(known);
         let applications = picture.accounts.iter().map(|(account, AccountPicture { sources, services })| {
-            let (told, provided) = self
-                .told
-                .entry(account.clone())
-                .or_insert_with(|| Provided::channel(Services::default()));
+            let (told, provided) =
+                self.told.entry(account.clone()).or_insert_with(|| Provided::channel(Services::default()));
             told.send_if_modified(|known| {
                 let changed = **known != *services;
                 if changed {
@@ -233,10 +232,22 @@ impl KubernetesSource {
         self.metrics.nobodys.set(gauge(*nobodys));
         self.metrics.contested.set(gauge(*contested));
         let said = [
-            (self.stale, "the API server has been away for too long: callers are not told apart any more, since addresses may be others' by now"),
-            (*nobodys > 0, "endpoints of exported services are no pods: nobody can stand for them, and they are left out"),
-            (*contested > 0, "pods of several service accounts have the same address: calls from there are refused"),
-            (*too_many > 0, "a service account's pods serve more exported services than one sidecar may: the last ones are left out"),
+            (
+                self.stale,
+                "the API server has been away for too long: callers are not told apart any more, since addresses may be others' by now",
+            ),
+            (
+                *nobodys > 0,
+                "endpoints of exported services are no pods: nobody can stand for them, and they are left out",
+            ),
+            (
+                *contested > 0,
+                "pods of several service accounts have the same address: calls from there are refused",
+            ),
+            (
+                *too_many > 0,
+                "a service account's pods serve more exported services than one sidecar may: the last ones are left out",
+            ),
         ];
         for (holds, text) in said {
             if !holds {
@@ -292,13 +303,13 @@ impl Source for KubernetesSource {
 impl Metrics {
     fn register(&self, registry: &mut prometheus_client::registry::Registry) {
         let registry = registry.sub_registry_with_prefix("kubernetes");
-        registry.register("accounts", "Service accounts whose pods call or serve here", self.accounts.clone());
-        registry.register("api_reachable", "1 while the API server is heard", self.reachable.clone());
         registry.register(
-            "watch_errors",
-            "Watches that broke or could not begin",
-            self.watch_errors.clone(),
+            "accounts",
+            "Service accounts whose pods call or serve here",
+            self.accounts.clone(),
         );
+        registry.register("api_reachable", "1 while the API server is heard", self.reachable.clone());
+        registry.register("watch_errors", "Watches that broke or could not begin", self.watch_errors.clone());
         registry.register(
             "unidentified_endpoints",
             "Endpoints of exported services that are no pod's, and are not served",
