@@ -16,6 +16,7 @@ mod clones;
 mod crl;
 mod error;
 mod federations;
+pub mod first_contact;
 pub mod imports;
 mod jwt;
 pub mod kubernetes;

@@ -20,6 +20,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use tombolo_model::names::ServiceKey;
+use tombolo_model::resource::{Condition, ObjectKey};
 use tombolo_model::status::ClusterStatus;
 
 pub use objects::{DERIVED, Query};
@@ -38,6 +39,15 @@ pub fn status(facts: &Facts, now: Duration, unix: Duration) -> ClusterStatus {
 /// The objects of a kind, by namespace and name, with their status.
 pub fn objects(facts: &Facts, query: &Query, now: Duration, unix: Duration) -> Vec<serde_json::Value> {
     objects::list(&View::new(facts, now, unix), query)
+}
+
+/// Conditions and status of every object of our own kinds that Kubernetes keeps.
+pub fn kept_in_kubernetes(
+    facts: &Facts,
+    now: Duration,
+    unix: Duration,
+) -> BTreeMap<ObjectKey, (Vec<Condition>, serde_json::Value)> {
+    objects::kept_in_kubernetes(&View::new(facts, now, unix))
 }
 
 /// The facts at one moment, with the indexes that more than one part needs.

@@ -111,8 +111,13 @@ impl ControlPlane {
 
     /// Prepares the cluster by the product's own means, and starts its federator with nothing but its service account.
     pub fn federate(&self, mesh: &mut Mesh) -> Result<()> {
-        let cluster = self.cluster.clone();
         self.install_crds(mesh)?;
+        self.federate_with(mesh, &["--kubernetes-services"])
+    }
+
+    /// The same without the definitions, which may be there already, or come late; `flags` say what the federator does.
+    pub fn federate_with(&self, mesh: &mut Mesh, flags: &[&str]) -> Result<()> {
+        let cluster = self.cluster.clone();
         for document in documents(RBAC)? {
             self.api.apply(&document)?;
         }
@@ -120,7 +125,9 @@ impl ControlPlane {
         let token = self.api.token(&account)?;
         let kubeconfig = self.dir.join("federator.kubeconfig");
         std::fs::write(&kubeconfig, self::kubeconfig(&self.dir, self.address, &token)?)?;
-        mesh.federator_with(&cluster, &["--kubernetes", &text(&kubeconfig), "--kubernetes-services"])
+        let kubeconfig = text(&kubeconfig);
+        let flags: Vec<&str> = ["--kubernetes", &kubeconfig].into_iter().chain(flags.iter().copied()).collect();
+        mesh.federator_with(&cluster, &flags)
     }
 
     /// `tombolo kube crds --install`; what it said.

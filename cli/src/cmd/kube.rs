@@ -28,7 +28,7 @@ enum Verb {
     Crds(CrdsArgs),
 }
 
-/// Print the definitions of ServiceExport and ServiceImport, or install them
+/// Print the definitions of ServiceExport, ServiceImport and Tombolo's own kinds, or install them
 #[derive(Debug, Args)]
 #[command(after_help = "\
 A definition of a later version that is there already is left as it is.

@@ -362,7 +362,7 @@ impl Driver {
     }
 }
 
-fn unauthenticated(error: &watcher::Error) -> Option<String> {
+pub(super) fn unauthenticated(error: &watcher::Error) -> Option<String> {
     let error = match error {
         watcher::Error::InitialListFailed(error) | watcher::Error::WatchStartFailed(error) => error,
         watcher::Error::WatchError(status) => {
