@@ -40,8 +40,8 @@ pub const JOIN: &str = "join";
 /// The `service` of the reserved renewal handle.
 pub const RENEWAL: &str = "renewal";
 
-/// What never changes while the process runs.
-#[derive(Debug)]
+/// What does not change while the process runs, but for properties; replaced whole.
+#[derive(Clone, Debug)]
 pub struct ClusterFacts {
     pub name: ClusterName,
     pub tag: ClusterTag,

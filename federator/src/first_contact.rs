@@ -142,7 +142,12 @@ impl FirstContactTask {
         })
     }
 
-    async fn call(&self, contact: &FirstContact, connection: &PeerConnection, party: v1::LinkParty) -> Result<(), CoreError> {
+    async fn call(
+        &self,
+        contact: &FirstContact,
+        connection: &PeerConnection,
+        party: v1::LinkParty,
+    ) -> Result<(), CoreError> {
         let mut client = LinkingClient::new(grpc::channel(connection.clone()));
         let request = v1::LinkRequest { caller: Some(party) };
         let answer = tokio::time::timeout(CALL_TIMEOUT, client.link(request)).await;
@@ -162,7 +167,9 @@ impl FirstContactTask {
                 let verified = linking::verify_party(&inviter, &core.facts, loopback, moment.unix)?;
                 if (&verified.cluster, verified.tag) != (&expected, tag) {
                     let found = format!("{} ({})", verified.cluster, verified.tag);
-                    return Err(FieldError::new("inviter.cluster", found, format!("{expected} ({tag})")).into());
+                    return Err(
+                        FieldError::new("inviter.cluster", found, format!("{expected} ({tag})")).into()
+                    );
                 }
                 core.finish_contact(&verified, &key, moment)
             })

@@ -13,6 +13,7 @@ pub mod client;
 pub mod crds;
 mod desired;
 mod driver;
+mod inventory;
 mod labels;
 pub mod lease;
 pub mod metrics;
@@ -38,6 +39,7 @@ use crate::core::CoreHandle;
 use crate::token_review::access::KubernetesAccess;
 use client::{ConnectError, Resources};
 use driver::{Driver, SessionEnd, Watched};
+use inventory::InventoryTask;
 use lease::LeaseTask;
 use metrics::Metrics;
 use objects::ObjectsTask;
@@ -114,6 +116,12 @@ impl KubernetesTask {
             leading: leading.clone(),
             metrics: self.metrics.clone(),
         };
+        let inventory = InventoryTask {
+            core: self.core.clone(),
+            client: client.clone(),
+            namespace: self.config.namespace.clone(),
+            leading: leading.clone(),
+        };
         let services = async {
             match self.config.services {
                 true => self.services(client, recorder, leading).await,
@@ -126,9 +134,16 @@ impl KubernetesTask {
                 false => std::future::pending().await,
             }
         };
+        let inventory = async {
+            match self.config.objects {
+                true => inventory.run().await,
+                false => std::future::pending().await,
+            }
+        };
         tokio::select! {
             end = services => end,
             end = objects => end,
+            end = inventory => end,
         }
     }
 

@@ -243,6 +243,10 @@ impl Federator {
         core.set_upstream(upstream);
         core.note_trust_at_start(clock::since_unix_epoch())?;
         core.set_virtual_ranges(virtual_ranges);
+        if !kubernetes_services.as_ref().is_some_and(|(config, _)| config.objects) {
+            // Nobody reads them any more.
+            core.set_kubernetes_properties(BTreeMap::new())?;
+        }
         let core = core.start().map_err(BuildError::Thread)?;
         let svid = SvidHandle::by(clock::since_unix_epoch, own_svid(&core).await?);
         let bundle_endpoint = match &bundle_endpoint {

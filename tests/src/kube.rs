@@ -126,7 +126,8 @@ impl ControlPlane {
         let kubeconfig = self.dir.join("federator.kubeconfig");
         std::fs::write(&kubeconfig, self::kubeconfig(&self.dir, self.address, &token)?)?;
         let kubeconfig = text(&kubeconfig);
-        let flags: Vec<&str> = ["--kubernetes", &kubeconfig].into_iter().chain(flags.iter().copied()).collect();
+        let flags: Vec<&str> =
+            ["--kubernetes", &kubeconfig].into_iter().chain(flags.iter().copied()).collect();
         mesh.federator_with(&cluster, &flags)
     }
 

@@ -59,6 +59,7 @@ pub async fn run(args: KubeArgs, patience: Duration) -> Result<Exit, Failure> {
         let said = match what {
             Installed::Applied => "applied",
             Installed::LeftNewer => "left as it is: a later version is installed",
+            Installed::LeftForeign => "left as it is: somebody else has installed it",
         };
         output::line(format!("customresourcedefinition/{name} {said}"))?;
     }

@@ -89,7 +89,7 @@ impl Core {
             cluster_key: ClusterKey::from_bytes(key("cluster_key", &meta.cluster_key)?),
             self_link_key: LinkKey::from_bytes(key("self_link_key", &meta.self_link_key)?),
             epoch: meta.epoch,
-            properties,
+            properties: super::properties::merged(&properties, &super::properties::stored(&*store)?),
             started_unix: unix.as_secs(),
         };
         let mut facts = Facts {
@@ -128,6 +128,7 @@ impl Core {
             addresses,
             addresses_stale: true,
             announcements: Announcements::default(),
+            given_properties: properties,
             in_use: facts.handles.values().map(|record| record.handle).collect(),
             handles_stale: true,
             issuer: trust::issuer_of(material, &facts.trust)?,

@@ -51,9 +51,8 @@ impl Core {
 
     /// Objects about links have changed: links that no object makes any more end, and nobody is asked for them.
     pub(super) fn follow_link_objects(&mut self, moment: Moment) -> Result<(), CoreError> {
-        let unwanted = |link: &&Arc<Link>| {
-            link.by_object && self.facts.linked_by_object(&link.peer) != Some(link.tag)
-        };
+        let unwanted =
+            |link: &&Arc<Link>| link.by_object && self.facts.linked_by_object(&link.peer) != Some(link.tag);
         let ended: Vec<ClusterName> =
             self.facts.links.values().filter(unwanted).map(|link| link.peer.clone()).collect();
         for peer in ended {
@@ -69,7 +68,12 @@ impl Core {
     }
 
     /// Where the gateways of a cluster are that an object is to link. `failed`: why it is not linked yet.
-    pub fn set_first_contact(&mut self, peer: &ClusterName, gateways: Option<Vec<SocketAddr>>, failed: Option<String>) {
+    pub fn set_first_contact(
+        &mut self,
+        peer: &ClusterName,
+        gateways: Option<Vec<SocketAddr>>,
+        failed: Option<String>,
+    ) {
         let Some(tag) = self.facts.linked_by_object(peer) else { return };
         let before = self.facts.first_contacts.get(peer).filter(|contact| contact.tag == tag);
         let known = before.map(|contact| (**contact).clone());
@@ -92,7 +96,11 @@ impl Core {
     }
 
     /// The asking side, before it dials: what it says of itself. `chain`: the federator's own, with the root last.
-    pub fn begin_contact(&mut self, peer: &ClusterName, chain: Vec<Vec<u8>>) -> Result<v1::LinkParty, CoreError> {
+    pub fn begin_contact(
+        &mut self,
+        peer: &ClusterName,
+        chain: Vec<Vec<u8>>,
+    ) -> Result<v1::LinkParty, CoreError> {
         let tag = self.tag_of_object(peer)?;
         self.check_pins(peer, tag)?;
         let (control, transaction) = self.control_handle(peer, Transaction::new())?;
@@ -127,7 +135,10 @@ impl Core {
             )));
         }
         if !party.federator_ids.contains(&caller.spiffe_id) {
-            return Err(CoreError::Denied(format!("{} is not a federator of {}", caller.spiffe_id, party.cluster)));
+            return Err(CoreError::Denied(format!(
+                "{} is not a federator of {}",
+                caller.spiffe_id, party.cluster
+            )));
         }
         let peer = &party.cluster;
         let expected = self.tag_of_object(peer)?;
@@ -137,7 +148,8 @@ impl Core {
                 self.facts.cluster.name, party.tag
             )));
         }
-        let before = self.facts.links.get(peer).filter(|link| link.by_object && link.tag == party.tag).cloned();
+        let before =
+            self.facts.links.get(peer).filter(|link| link.by_object && link.tag == party.tag).cloned();
         if before.is_none() {
             self.check_pins(peer, party.tag)?;
         }
@@ -160,11 +172,19 @@ impl Core {
     }
 
     /// The asking side, with the answer.
-    pub fn finish_contact(&mut self, peer: &VerifiedParty, key: &LinkKey, moment: Moment) -> Result<(), CoreError> {
+    pub fn finish_contact(
+        &mut self,
+        peer: &VerifiedParty,
+        key: &LinkKey,
+        moment: Moment,
+    ) -> Result<(), CoreError> {
         // The object may have gone meanwhile.
         let expected = self.tag_of_object(&peer.cluster)?;
         if expected != peer.tag {
-            return Err(CoreError::Denied(format!("{} has the tag {}, not {expected}", peer.cluster, peer.tag)));
+            return Err(CoreError::Denied(format!(
+                "{} has the tag {}, not {expected}",
+                peer.cluster, peer.tag
+            )));
         }
         let link = Link { by_object: true, ..self.link_of(peer, key, moment) };
         let transaction = Transaction::new().put(peer.cluster.as_str(), &link);

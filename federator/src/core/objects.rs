@@ -63,7 +63,9 @@ impl Core {
         kept: KeptByKubernetes,
         moment: Moment,
     ) -> Result<Outcome, CoreError> {
-        self.on_behalf(Requester::identity(KUBERNETES), |core| core.put_object(object, Some(kept), false, moment))
+        self.on_behalf(Requester::identity(KUBERNETES), |core| {
+            core.put_object(object, Some(kept), false, moment)
+        })
     }
 
     fn put_object(

@@ -4,6 +4,7 @@
 //! Of MCS, `v1alpha1` and `v1beta1` (stored) have one schema, so nothing converts between them. Labels tell an installed
 //! definition's age: a newer one is never replaced ([`is_newer`]).
 
+pub mod inventory;
 pub mod own;
 
 use std::collections::BTreeMap;
@@ -241,7 +242,7 @@ fn definition(kind: &str, short: [&str; 2], schema: &Value, columns: Vec<Value>)
 
 /// Every definition, as documents for the API server.
 pub fn all() -> Vec<Value> {
-    mcs().into_iter().chain(own::all()).collect()
+    mcs().into_iter().chain(own::all()).chain(inventory::all()).collect()
 }
 
 /// Those of the MCS kinds.
@@ -263,13 +264,15 @@ fn mcs() -> Vec<Value> {
 
 /// Whether an installed definition is of a later release or revision than `ours` of the same name: it is left as it is.
 pub fn is_newer(installed: &Value, ours: &Value) -> bool {
-    let group = ours.pointer("/spec/group").and_then(Value::as_str);
-    let Release { release, revision } = if group == Some(own::GROUP) { own::RELEASE } else { MCS };
+    // Those of the inventory are released with ours.
+    let ours_alone =
+        ours.pointer("/metadata/labels").is_some_and(|labels| labels.get(own::RELEASE.release.0).is_some());
+    let Release { release, revision } = if ours_alone { own::RELEASE } else { MCS };
     let labels = installed.pointer("/metadata/labels");
     let label = |key: &str| labels.and_then(|labels| labels.get(key)).and_then(Value::as_str);
     let found = label(revision.0).and_then(|text| text.parse::<u64>().ok()).unwrap_or(0);
     let (installed, own) = (label(release.0).map(numbers).unwrap_or_default(), numbers(release.1));
-    match group == Some(own::GROUP) {
+    match ours_alone {
         // The revision counts within a release.
         true => (installed, found) > (own, revision.1),
         false => found > revision.1 || installed > own,
@@ -282,6 +285,8 @@ pub enum Installed {
     Applied,
     /// A later one is there.
     LeftNewer,
+    /// Somebody else's is there.
+    LeftForeign,
 }
 
 /// Installs the definitions: by name, what became of each.
@@ -294,7 +299,10 @@ pub async fn install(client: Client) -> Result<Vec<(String, Installed)>, kube::E
         let name = document.pointer("/metadata/name").and_then(Value::as_str).unwrap_or_default().to_owned();
         let before = api.get_opt(&name).await?;
         let before = before.and_then(|found| serde_json::to_value(found).ok());
-        let what = if before.is_some_and(|found| is_newer(&found, &document)) {
+        let foreign = before.as_ref().is_some_and(|found| inventory::is_foreign(found, &document));
+        let what = if foreign {
+            Installed::LeftForeign
+        } else if before.is_some_and(|found| is_newer(&found, &document)) {
             Installed::LeftNewer
         } else {
             let ours = PatchParams::apply(TOMBOLO).force();

@@ -60,7 +60,10 @@ pub(super) struct ObjectsTask {
 }
 
 fn resource(info: &KindInfo) -> ApiResource {
-    ApiResource::from_gvk_with_plural(&GroupVersionKind::gvk(own::GROUP, own::VERSION, info.kind), info.plural)
+    ApiResource::from_gvk_with_plural(
+        &GroupVersionKind::gvk(own::GROUP, own::VERSION, info.kind),
+        info.plural,
+    )
 }
 
 impl ObjectsTask {
@@ -134,7 +137,10 @@ struct Driver {
 }
 
 impl Driver {
-    async fn run(mut self, mut watched: SelectAll<BoxStream<'static, Watched>>) -> Result<Infallible, SessionEnd> {
+    async fn run(
+        mut self,
+        mut watched: SelectAll<BoxStream<'static, Watched>>,
+    ) -> Result<Infallible, SessionEnd> {
         let mut facts = self.task.core.watch();
         let mut leading = self.task.leading.clone();
         let mut looked = Instant::now();
@@ -176,7 +182,11 @@ impl Driver {
         }
     }
 
-    fn take(&mut self, info: &'static KindInfo, event: Result<Event<DynamicObject>, watcher::Error>) -> Result<(), SessionEnd> {
+    fn take(
+        &mut self,
+        info: &'static KindInfo,
+        event: Result<Event<DynamicObject>, watcher::Error>,
+    ) -> Result<(), SessionEnd> {
         let event = match event {
             Ok(event) => event,
             Err(error) => {
@@ -219,7 +229,8 @@ impl Driver {
         while let Some((key, task)) = self.tasks.pop_first() {
             self.again.remove(&key);
             let (about, again) = (key.clone(), task.clone());
-            let told = self.task.core.attempt(move |core, moment| tell_core(core, &about, task, moment)).await;
+            let told =
+                self.task.core.attempt(move |core, moment| tell_core(core, &about, task, moment)).await;
             match told {
                 Ok(()) => self.rows.handed_over(&key, None),
                 Err(CoreError::Gone) => return Err(crate::core::CoreGone.into()),

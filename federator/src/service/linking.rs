@@ -31,10 +31,15 @@ impl LinkingService {
 
 #[tonic::async_trait]
 impl Linking for LinkingService {
-    async fn link(&self, request: Request<v1::LinkRequest>) -> Result<Response<v1::JoinLinkResponse>, Status> {
-        let info = request.extensions().get::<PeerInfo>().filter(|info| info.class == HandleClass::FirstContact);
+    async fn link(
+        &self,
+        request: Request<v1::LinkRequest>,
+    ) -> Result<Response<v1::JoinLinkResponse>, Status> {
+        let info =
+            request.extensions().get::<PeerInfo>().filter(|info| info.class == HandleClass::FirstContact);
         let caller = info.filter(|info| !info.expired()).and_then(PeerInfo::identity);
-        let caller = caller.ok_or_else(|| Status::unauthenticated("this call needs a connection of first contact"))?;
+        let caller =
+            caller.ok_or_else(|| Status::unauthenticated("this call needs a connection of first contact"))?;
         let turned_away = self.pace.admit();
         let turned_away = turned_away
             .ok_or_else(|| Status::resource_exhausted("too many ask to be linked at once: try again"))?;

@@ -190,7 +190,10 @@ fn links(facts: &Facts) -> Vec<v1::GatewayLink> {
         outbound: facts.handles_of(&own.name).map(|record| record.binding().to_wire()).collect(),
         self_: true,
     };
-    peers.chain(facts.pending_contacts().map(|contact| to_be_linked(facts, contact))).chain([to_itself]).collect()
+    peers
+        .chain(facts.pending_contacts().map(|contact| to_be_linked(facts, contact)))
+        .chain([to_itself])
+        .collect()
 }
 
 /// A way for first contact, and nothing else: no service has a handle that is keyed by it.

@@ -45,6 +45,9 @@ pub fn standing(view: &View<'_>, peer: &ClusterName) -> Standing {
         );
         return stands("connecting", "NotLinked", text);
     };
+    if let (false, Some(contact)) = (link.is_live(), view.facts.first_contacts.get(peer)) {
+        return stands("connecting", "Pending", pending(view, contact));
+    }
     if !link.is_live() {
         let text = format!("{peer} has unlinked: run `tombolo unlink {peer}` here too, or link anew");
         return stands("expired", "EndedByPeer", text);

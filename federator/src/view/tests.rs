@@ -132,7 +132,8 @@ impl Fill for Facts {
     fn apply_at(&mut self, created_unix: u64, object: Value) {
         let object = Object::from_json(object).unwrap();
         let uid = format!("uid-of-{}", object.metadata.name);
-        let stored = StoredObject { uid, created_unix, generation: 3, object, kubernetes: None, in_kubernetes: false };
+        let stored =
+            StoredObject { uid, created_unix, generation: 3, object, kubernetes: None, in_kubernetes: false };
         self.objects.insert(stored.object.key(), Arc::new(stored));
     }
     fn export(&mut self, name: &str, to: Option<&str>) {

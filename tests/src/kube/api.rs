@@ -102,7 +102,8 @@ impl Api {
         let mut params = PatchParams::apply("test").force().dry_run();
         params.field_validation = Some(ValidationDirective::Strict);
         let patch = Patch::Apply(document.clone());
-        self.run(|client| async move { object.api(client).patch(&object.name, &params, &patch).await }).map(drop)
+        self.run(|client| async move { object.api(client).patch(&object.name, &params, &patch).await })
+            .map(drop)
     }
 
     /// Makes a new one; refused when it is there.

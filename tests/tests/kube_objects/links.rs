@@ -13,14 +13,14 @@ use crate::{SOON, World, document, object};
 const LINKED: Duration = Duration::from_secs(30);
 
 /// The object by which another cluster links to this one.
-fn about(mesh: &Mesh, cluster: &str) -> Result<Value> {
+pub fn about(mesh: &Mesh, cluster: &str) -> Result<Value> {
     let status = mesh.status(cluster)?;
     let gateways: Vec<&Value> =
         status["gateways"].as_array().into_iter().flatten().map(|gateway| &gateway["border"]).collect();
     Ok(document("ClusterLink", "", cluster, json!({ "tag": status["tag"], "gateways": gateways })))
 }
 
-fn connected(mesh: &Mesh, cluster: &str, peer: &str) -> Result<()> {
+pub fn connected(mesh: &Mesh, cluster: &str, peer: &str) -> Result<()> {
     mesh.eventually(&format!("{cluster} is connected to {peer}"), LINKED, |mesh| {
         let status = mesh.status(cluster)?;
         let links = status["links"].as_array().cloned().unwrap_or_default();
@@ -33,7 +33,8 @@ fn connected(mesh: &Mesh, cluster: &str, peer: &str) -> Result<()> {
 
 /// What `tombolo` shows of a link's condition.
 fn standing(mesh: &Mesh, cluster: &str, peer: &str) -> Result<(String, String)> {
-    let link: Value = serde_json::from_str(&mesh.operate(cluster, &["get", "clusterlink", peer, "-o", "json"])?)?;
+    let link: Value =
+        serde_json::from_str(&mesh.operate(cluster, &["get", "clusterlink", peer, "-o", "json"])?)?;
     let (is, message) = tombolo_tests::kube::condition(&link, "Connected");
     Ok((is, message))
 }
@@ -41,7 +42,10 @@ fn standing(mesh: &Mesh, cluster: &str, peer: &str) -> Result<(String, String)> 
 fn pending(mesh: &Mesh, cluster: &str, peer: &str) -> Result<()> {
     mesh.eventually(&format!("{cluster} waits for {peer}"), LINKED, |mesh| {
         let (is, message) = standing(mesh, cluster, peer)?;
-        ensure!(is == "False Pending" && message.contains(&format!("waiting for {peer}'s object")), "{is}: {message}");
+        ensure!(
+            is == "False Pending" && message.contains(&format!("waiting for {peer}'s object")),
+            "{is}: {message}"
+        );
         ensure!(no_link(mesh, cluster, peer)?, "there is a link");
         Ok(())
     })?;
@@ -50,7 +54,11 @@ fn pending(mesh: &Mesh, cluster: &str, peer: &str) -> Result<()> {
 
 fn no_link(mesh: &Mesh, cluster: &str, peer: &str) -> Result<bool> {
     let status = mesh.status(cluster)?;
-    Ok(!status["links"].as_array().into_iter().flatten().any(|link| link["peer"] == peer && link["state"] == "connected"))
+    Ok(!status["links"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .any(|link| link["peer"] == peer && link["state"] == "connected"))
 }
 
 pub fn by_objects(world: &mut World) -> Result<()> {
@@ -60,7 +68,10 @@ pub fn by_objects(world: &mut World) -> Result<()> {
     mesh.apply("north", &about(mesh, "east")?.to_string())?;
     east.api.apply(&about(mesh, "west")?)?;
     let message = world.says(&link, "Connected", "False Pending")?;
-    ensure!(message.contains("waiting for west's object") && message.contains("ClusterLink about cluster east"), "{message}");
+    ensure!(
+        message.contains("waiting for west's object") && message.contains("ClusterLink about cluster east"),
+        "{message}"
+    );
     world.says(&link, "Accepted", "True Accepted")?;
     // An object about another cluster of east's name is none about east.
     let mut other = about(mesh, "east")?;

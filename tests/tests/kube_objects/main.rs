@@ -12,6 +12,7 @@ use tombolo_tests::mesh::{Layout, Mesh};
 use tombolo_tests::scenario::metric;
 
 mod admission;
+mod inventory;
 mod links;
 
 pub const OWN: &str = "tombolo.dev/v1alpha1";
@@ -104,7 +105,9 @@ impl World {
         }
         let conditions = |of: &Value| {
             let list = of["status"]["conditions"].as_array().cloned().unwrap_or_default();
-            let of_one = |c: &Value| json!([c["type"], c["status"], c["reason"], c["message"], c["observedGeneration"]]);
+            let of_one = |c: &Value| {
+                json!([c["type"], c["status"], c["reason"], c["message"], c["observedGeneration"]])
+            };
             list.iter().map(of_one).collect::<Vec<_>>()
         };
         ensure!(conditions(&here) == conditions(&there), "{here} {there}");
@@ -142,7 +145,8 @@ impl World {
             (0..count).map(id).collect::<Vec<String>>()
         };
         let policy = |count| {
-            let spec = json!({ "action": "ALLOW", "rules": [{ "from": [{ "identities": identities(count) }] }] });
+            let spec =
+                json!({ "action": "ALLOW", "rules": [{ "from": [{ "identities": identities(count) }] }] });
             document("AccessPolicy", "shop", "big", spec)
         };
         let of = object("AccessPolicy", "shop", "big");
@@ -170,9 +174,8 @@ impl World {
         let start = Instant::now();
         loop {
             let found = self.east.api.list(&events)?;
-            let is = |e: &&Value| {
-                e["type"] == r#type && e["reason"] == reason && e["regarding"]["name"] == about
-            };
+            let is =
+                |e: &&Value| e["type"] == r#type && e["reason"] == reason && e["regarding"]["name"] == about;
             if found.iter().any(|e| is(&e)) {
                 return Ok(());
             }
@@ -183,7 +186,12 @@ impl World {
 
     /// Cluster-scoped, with an effect, in the audit log, and taken back.
     fn a_revocation_is_enforced_and_taken_back(&self) -> Result<()> {
-        self.east.api.apply(&document("Revocation", "", "old-db", json!({ "node": "db-9", "reason": "sold" })))?;
+        self.east.api.apply(&document(
+            "Revocation",
+            "",
+            "old-db",
+            json!({ "node": "db-9", "reason": "sold" }),
+        ))?;
         let of = object("Revocation", "", "old-db");
         self.says(&of, "Enforced", "True Enforced")?;
         let metadata = &self.shown("revocation", "", "old-db")?["metadata"];
@@ -234,7 +242,10 @@ impl World {
         self.mesh.ready("east", 1, "federator")?;
         std::thread::sleep(Duration::from_secs(3));
         for name in ["stays", "goes"] {
-            ensure!(self.is_known("failoverpolicy", "shop", name), "{name} is lost while the API server is away");
+            ensure!(
+                self.is_known("failoverpolicy", "shop", name),
+                "{name} is lost while the API server is away"
+            );
         }
         self.mesh.restart("east/apiserver")?;
         self.east.ready(&self.mesh)?;
@@ -254,7 +265,8 @@ impl World {
     fn definitions_are_never_downgraded(&self) -> Result<()> {
         let name = "clusterlinks.tombolo.dev";
         let crd = Object::new("apiextensions.k8s.io/v1", "CustomResourceDefinition", "", name);
-        let release = |version: &str| json!({ "metadata": { "labels": { "tombolo.dev/release-version": version } } });
+        let release =
+            |version: &str| json!({ "metadata": { "labels": { "tombolo.dev/release-version": version } } });
         self.east.api.merge(&crd, release("1000.0.0"))?;
         let said = self.east.install_crds(&self.mesh)?;
         ensure!(said.contains(&format!("{name} left as it is")), "{said}");
@@ -273,7 +285,10 @@ impl World {
         let during = requests.get(before..).unwrap_or_default();
         let rate = during.len() as f64 / WINDOW.as_secs_f64();
         let rss = self.mesh.process("east/federator")?.usage().context("it has ended")?.rss_bytes;
-        println!("FIGURE idle federator with services and objects: {rate:.2} API requests/s, {} MB", rss / 1_000_000);
+        println!(
+            "FIGURE idle federator with services and objects: {rate:.2} API requests/s, {} MB",
+            rss / 1_000_000
+        );
         ensure!(rate <= 0.5, "{during:?}");
         Ok(())
     }
@@ -303,11 +318,16 @@ fn own_kinds_of_kubernetes_are_admitted_kept_and_answered() -> Result<()> {
         ("a revocation is enforced and taken back", |w| w.a_revocation_is_enforced_and_taken_back()),
         ("a namespace goes with what is in it", |w| w.a_namespace_goes_with_what_is_in_it()),
         ("objects on both sides link, and one alone does not", links::by_objects),
+        ("properties come from Kubernetes, and linked clusters have profiles there", inventory::inventory),
         ("definitions are never downgraded", |w| w.definitions_are_never_downgraded()),
-        ("an idle federator leaves the API server alone", |w| w.an_idle_federator_leaves_the_api_server_alone()),
-        ("the federator asks for nothing that it may not", |w| match w.east.forbidden_to_federator()?.as_slice() {
-            [] => Ok(()),
-            some => bail!("{some:?}"),
+        ("an idle federator leaves the API server alone", |w| {
+            w.an_idle_federator_leaves_the_api_server_alone()
+        }),
+        ("the federator asks for nothing that it may not", |w| {
+            match w.east.forbidden_to_federator()?.as_slice() {
+                [] => Ok(()),
+                some => bail!("{some:?}"),
+            }
         }),
         ("the API server and the federator restart", World::the_api_server_restarts),
     ];

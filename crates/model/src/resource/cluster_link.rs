@@ -39,7 +39,10 @@ pub struct ClusterLinkSpec {
     /// `host:port` of the peer's gateways; names are resolved again and again. With the tag they link without a token, once
     /// the peer has such an object about this cluster.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    #[schemars(length(max = 16), inner(length(max = 259), regex(pattern = r"^(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+):[1-9][0-9]{0,4}$")))]
+    #[schemars(
+        length(max = 16),
+        inner(length(max = 259), regex(pattern = r"^(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+):[1-9][0-9]{0,4}$"))
+    )]
     pub gateways: Vec<String>,
     /// `local` (the default): through our own gateways; `remote`: straight to the peer's, while they answer.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -60,7 +63,8 @@ pub struct ClusterLinkSpec {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct TagText(pub ClusterTag);
 
-const TAG: &str = "a cluster's tag: six hex digits in quotes, as `tombolo status` shows them, such as \"01a2b3\"";
+const TAG: &str =
+    "a cluster's tag: six hex digits in quotes, as `tombolo status` shows them, such as \"01a2b3\"";
 
 impl FromStr for TagText {
     type Err = &'static str;
@@ -141,7 +145,10 @@ impl ClusterLinkSpec {
             errors.push(FieldError::new(format!("spec.gateways[{index}]"), gateway, expected));
         }
         if !self.gateways.is_empty() && self.tag.is_none() {
-            errors.push(FieldError::missing("spec.tag", format!("{TAG}: without it the peer's gateways can't be asked")));
+            errors.push(FieldError::missing(
+                "spec.tag",
+                format!("{TAG}: without it the peer's gateways can't be asked"),
+            ));
         }
         if let Some(egress) = self.egress.as_deref().filter(|egress| !matches!(*egress, "local" | "remote")) {
             let expected = "local (through our own gateways) or remote (straight to the peer's)";
@@ -192,7 +199,9 @@ mod tests {
 
     #[test]
     fn a_tag_is_written_as_it_is_shown_and_a_number_is_read_too() {
-        let tag = |text: &str| serde_json::from_str::<ClusterLinkSpec>(text).map(|spec| spec.tag.map(|t| t.to_string()));
+        let tag = |text: &str| {
+            serde_json::from_str::<ClusterLinkSpec>(text).map(|spec| spec.tag.map(|t| t.to_string()))
+        };
         assert_eq!(tag(r#"{"tag": "01A2b3"}"#).unwrap().unwrap(), "01a2b3");
         assert_eq!(tag(r#"{"tag": 107187}"#).unwrap().unwrap(), "01a2b3");
         for bad in [r#"{"tag": "1a2b3"}"#, r#"{"tag": "000000"}"#, r#"{"tag": 0}"#, r#"{"tag": 16777216}"#] {

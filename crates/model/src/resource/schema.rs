@@ -12,8 +12,7 @@ pub const LABEL_OR_ANY: &str = r"^([a-z0-9]([-a-z0-9]*[a-z0-9])?|\*)$";
 /// Labels joined by dots.
 pub const SUBDOMAIN: &str = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$";
 /// The same, or `*`.
-pub const SUBDOMAIN_OR_ANY: &str =
-    r"^([a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*|\*)$";
+pub const SUBDOMAIN_OR_ANY: &str = r"^([a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*|\*)$";
 /// A cluster: one label or two.
 pub const CLUSTER: &str = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)?$";
 /// A cluster, or `@self`.
@@ -23,8 +22,7 @@ pub const CLUSTER_OR_SELF: &str =
 pub const TIER_CLUSTER: &str =
     r"^([a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)?|@self|\*)$";
 /// `name` or `namespace/name`.
-pub const SERVICE_KEY: &str =
-    "^([a-z0-9]([-a-z0-9]*[a-z0-9])?/)?[a-z0-9]([-a-z0-9]*[a-z0-9])?$";
+pub const SERVICE_KEY: &str = "^([a-z0-9]([-a-z0-9]*[a-z0-9])?/)?[a-z0-9]([-a-z0-9]*[a-z0-9])?$";
 /// A SPIFFE ID with a path, or what ends in `/*`.
 pub const IDENTITY_PATTERN: &str = r"^spiffe://[a-z0-9._-]{1,255}(/[A-Za-z0-9._-]+)*(/\*|/[A-Za-z0-9._-]+)$";
 /// A name with `*` for any run of characters.

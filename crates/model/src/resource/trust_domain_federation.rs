@@ -30,7 +30,12 @@ pub struct TrustDomainFederationSpec {
     #[schemars(length(max = 255), regex(pattern = r"^[a-z0-9._-]+$"))]
     pub trust_domain: String,
     #[serde(default, rename = "bundleEndpointURL")]
-    #[schemars(length(max = 2048), regex(pattern = r#"^https://(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]{1,253})(:[0-9]{1,5})?([/?][!$-;=?A-\[\]-~]*)?$"#))]
+    #[schemars(
+        length(max = 2048),
+        regex(
+            pattern = r#"^https://(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]{1,253})(:[0-9]{1,5})?([/?][!$-;=?A-\[\]-~]*)?$"#
+        )
+    )]
     pub bundle_endpoint_url: String,
     #[serde(default)]
     pub bundle_endpoint_profile: BundleEndpointProfile,

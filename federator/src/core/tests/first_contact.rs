@@ -105,7 +105,10 @@ fn a_cluster_under_the_root_that_nobody_named_gets_nothing() {
     assert!(east.core.facts.links.is_empty());
     let gateway = crate::snapshot::gateway::snapshot(&east.core.facts, "gw-1", at(2).monotonic, at(2).unix);
     let handle = Handle::first_contact(tag(&north)).value();
-    assert!(gateway.handles.iter().all(|h| h.binding.as_ref().unwrap().handle != handle), "no way in for north");
+    assert!(
+        gateway.handles.iter().all(|h| h.binding.as_ref().unwrap().handle != handle),
+        "no way in for north"
+    );
 }
 
 #[test]

@@ -63,7 +63,11 @@ fn columns(kind: &str) -> Vec<Value> {
         }
         "Revocation" => vec![condition("Enforced"), column("Reason", ".spec.reason")],
         "TrustDomainFederation" => {
-            vec![column("Trust Domain", ".spec.trustDomain"), condition("BundleFetched"), condition("Trusted")]
+            vec![
+                column("Trust Domain", ".spec.trustDomain"),
+                condition("BundleFetched"),
+                condition("Trusted"),
+            ]
         }
         _ => vec![condition("Accepted")],
     }
@@ -181,7 +185,10 @@ mod tests {
         found.push(object);
         let properties = object.get("properties").and_then(Value::as_object).into_iter().flatten();
         properties.for_each(|(_, property)| all_of(property, found));
-        ["items", "additionalProperties"].iter().filter_map(|key| object.get(*key)).for_each(|s| all_of(s, found));
+        ["items", "additionalProperties"]
+            .iter()
+            .filter_map(|key| object.get(*key))
+            .for_each(|s| all_of(s, found));
     }
 
     #[test]
@@ -197,7 +204,11 @@ mod tests {
             all_of(&version["schema"]["openAPIV3Schema"], &mut schemas);
             for schema in &schemas {
                 let text = Value::Object((*schema).clone());
-                assert!(schema.get("type").is_some_and(Value::is_string) || schema.contains_key("x-kubernetes-preserve-unknown-fields"), "{text}");
+                assert!(
+                    schema.get("type").is_some_and(Value::is_string)
+                        || schema.contains_key("x-kubernetes-preserve-unknown-fields"),
+                    "{text}"
+                );
                 for foreign in ["$ref", "anyOf", "oneOf", "allOf", "const", "$defs"] {
                     assert!(!schema.contains_key(foreign), "{}: {foreign} in {text}", info.kind);
                 }

@@ -114,7 +114,11 @@ fn changed(row: &Row, wanted: &[Condition]) -> Vec<Condition> {
             == (condition.r#type.as_str(), condition.status.as_str(), condition.reason.as_str())
             && found.get("observedGeneration").and_then(Value::as_u64) == Some(row.kept.generation)
     };
-    wanted.iter().filter(|condition| !row.conditions.iter().any(|found| is(condition, found))).cloned().collect()
+    wanted
+        .iter()
+        .filter(|condition| !row.conditions.iter().any(|found| is(condition, found)))
+        .cloned()
+        .collect()
 }
 
 fn document(key: &ObjectKey, row: &Row, status: Value) -> Value {
@@ -174,7 +178,10 @@ mod tests {
         let mut older = shown("1 refuses");
         older.generation = 1;
         let late = HashMap::from([(key.clone(), older)]);
-        assert!(plan(&rows, &late, &written(start), (start, soon + REFRESHED), "x").is_empty(), "not seen yet");
+        assert!(
+            plan(&rows, &late, &written(start), (start, soon + REFRESHED), "x").is_empty(),
+            "not seen yet"
+        );
     }
 
     #[test]

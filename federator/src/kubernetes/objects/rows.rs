@@ -49,7 +49,11 @@ pub struct Rows {
 
 impl Rows {
     /// Takes an event over.
-    pub fn apply(&mut self, info: &'static KindInfo, event: Event<DynamicObject>) -> BTreeMap<ObjectKey, Task> {
+    pub fn apply(
+        &mut self,
+        info: &'static KindInfo,
+        event: Event<DynamicObject>,
+    ) -> BTreeMap<ObjectKey, Task> {
         match event {
             Event::Init => {
                 self.listing.insert(info.kind, BTreeSet::new());
@@ -159,7 +163,8 @@ fn read(info: &'static KindInfo, object: DynamicObject) -> (Row, Value) {
     if let Some(namespace) = metadata.namespace {
         named["namespace"] = namespace.into();
     }
-    let spec = data.get_mut("spec").map(Value::take).filter(|spec| !spec.is_null()).unwrap_or_else(|| json!({}));
+    let spec =
+        data.get_mut("spec").map(Value::take).filter(|spec| !spec.is_null()).unwrap_or_else(|| json!({}));
     let mut status = data.get_mut("status").map(Value::take).unwrap_or_default();
     let conditions = status.as_object_mut().and_then(|status| status.remove("conditions"));
     let conditions = match conditions {
