@@ -6,6 +6,7 @@
 //! labelled as ours is somebody else's: it is left alone, and said.
 
 mod desired;
+mod tables;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::convert::Infallible;
@@ -25,11 +26,12 @@ use tombolo_runtime::clock;
 
 use super::client::{ConnectError, LONGEST, served_groups};
 use super::driver::{SessionEnd, unauthenticated};
-use super::labels::{MANAGED_BY, TOMBOLO};
+use super::labels::TOMBOLO;
 use super::write::{Failure, judge};
 use crate::core::{CoreGone, CoreHandle, Moment};
 use crate::view::rfc3339_seconds;
 use desired::{CLUSTER_ID, CLUSTER_SET, VERSION, Write};
+use tables::{Kind, Tables};
 
 /// Definitions may be installed later: they are looked for this often, by three requests at most.
 const DISCOVERED: Duration = Duration::from_secs(60);
@@ -53,59 +55,7 @@ struct Served {
     profiles: Option<String>,
 }
 
-/// What the API server holds of one kind, by name.
-type Held = BTreeMap<String, Value>;
 type Watched = (Kind, Result<Event<DynamicObject>, watcher::Error>);
-
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Kind {
-    Property,
-    Profile,
-}
-
-#[derive(Default)]
-struct Tables {
-    properties: Held,
-    profiles: Held,
-    listing: BTreeSet<(bool, String)>,
-    properties_synced: bool,
-    profiles_synced: bool,
-}
-
-impl Tables {
-    fn take(&mut self, kind: Kind, event: Event<DynamicObject>) {
-        let of_property = kind == Kind::Property;
-        let (held, synced) = match kind {
-            Kind::Property => (&mut self.properties, &mut self.properties_synced),
-            Kind::Profile => (&mut self.profiles, &mut self.profiles_synced),
-        };
-        let kept = |object: DynamicObject| {
-            let name = object.metadata.name.clone()?;
-            let mut value = serde_json::to_value(object).ok()?;
-            if let Some(metadata) = value.get_mut("metadata").and_then(Value::as_object_mut) {
-                metadata.remove("managedFields");
-            }
-            Some((name, value))
-        };
-        match event {
-            Event::Init => self.listing.retain(|(property, _)| *property != of_property),
-            Event::InitApply(object) => {
-                if let Some((name, value)) = kept(object) {
-                    self.listing.insert((of_property, name.clone()));
-                    held.insert(name, value);
-                }
-            }
-            Event::InitDone => {
-                held.retain(|name, _| self.listing.contains(&(of_property, name.clone())));
-                *synced = true;
-            }
-            Event::Apply(object) => held.extend(kept(object)),
-            Event::Delete(object) => {
-                held.remove(&object.metadata.name.unwrap_or_default());
-            }
-        }
-    }
-}
 
 impl InventoryTask {
     /// Until the session ends.
@@ -358,10 +308,4 @@ impl InventoryTask {
             }
         }
     }
-}
-
-/// Whether an object was written by a federator.
-fn is_ours(object: &Value) -> bool {
-    let labels = object.pointer("/metadata/labels");
-    labels.and_then(|labels| labels.get(MANAGED_BY)).and_then(Value::as_str) == Some(TOMBOLO)
 }

@@ -107,6 +107,7 @@ pub fn east() -> Facts {
         upstream: None,
         addresses: Arc::default(),
         kubernetes_hosts: Default::default(),
+        first_contacts: BTreeMap::new(),
         store_writable: true,
     }
 }

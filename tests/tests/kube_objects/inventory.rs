@@ -54,6 +54,7 @@ pub fn inventory(world: &mut World) -> Result<()> {
             ensure!(found == expected, "{found}");
             Ok(())
         })
+        .map(drop)
     };
     reaches("True ResolvedRefs")?;
     east.api.delete(&property("region.topology"))?;

@@ -135,7 +135,8 @@ impl World {
         self.mesh.eventually("it is forgotten", SOON, |_| {
             ensure!(!self.is_known("failoverpolicy", "shop", "web"), "it is still there");
             Ok(())
-        })
+        })?;
+        Ok(())
     }
 
     /// What a schema can't say is said by a condition and an Event, and what was accepted before holds.
@@ -166,6 +167,14 @@ impl World {
         let metrics = self.mesh.metrics("east", 1)?;
         let refused = metric(&metrics, "tombolo_federator_kubernetes_refused_objects", &[]);
         ensure!(refused == 1.0, "refused_objects is {refused}");
+        // A template's empty value must not widen a policy: it is stored, and refused by its name.
+        let empty =
+            json!({ "action": "ALLOW", "ports": null, "rules": [{ "from": [{ "clusters": ["@self"] }] }] });
+        self.east.api.create(&document("AccessPolicy", "shop", "empty", empty))?;
+        let empty = object("AccessPolicy", "shop", "empty");
+        let message = self.says(&empty, "Accepted", "False Invalid")?;
+        ensure!(message.contains("spec.ports"), "{message}");
+        self.east.api.delete(&empty)?;
         self.east.api.delete(&of)
     }
 
@@ -205,7 +214,8 @@ impl World {
         self.mesh.eventually("it is taken back", SOON, |_| {
             ensure!(!self.is_known("revocation", "", "old-db"), "it is still in force");
             Ok(())
-        })
+        })?;
+        Ok(())
     }
 
     fn a_namespace_goes_with_what_is_in_it(&self) -> Result<()> {

@@ -19,12 +19,8 @@ use crate::names::{Namespace, ServiceName};
 #[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 #[schemars(extend("required" = ["action"], "x-kubernetes-validations" = [
-    { "rule": "!has(self.targetRefs) || dyn(self.targetRefs) == null || self.targetRefs.all(t, t.kind == 'Service')",
+    { "rule": "!has(self.targetRefs) || self.targetRefs.all(t, t.kind == 'Service')",
       "message": "targetRefs are of kind Service", "fieldPath": ".targetRefs" },
-    { "rule": "!has(self.targetRefs) || dyn(self.targetRefs) != null",
-      "message": "must not be null: leave it out for every service of the namespace", "fieldPath": ".targetRefs" },
-    { "rule": "!has(self.ports) || dyn(self.ports) != null",
-      "message": "must not be null: leave it out for every port", "fieldPath": ".ports" },
 ]))]
 pub struct AccessPolicySpec {
     /// Services of the policy's namespace; absent: every one.
@@ -51,8 +47,6 @@ pub struct AccessPolicySpec {
 #[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 #[schemars(extend("x-kubernetes-validations" = [
-    { "rule": "!has(self.from) || dyn(self.from) != null",
-      "message": "must not be null: leave it out for every caller", "fieldPath": ".from" },
     { "rule": "!has(self.requests)",
       "message": "is reserved: requests are not authorised one by one yet; leave it out", "fieldPath": ".requests" },
 ]))]
@@ -73,11 +67,6 @@ pub struct Rule {
 #[schemars(extend("x-kubernetes-validations" = [
     { "rule": "has(self.identities) || has(self.clusters) || has(self.namespaces) || has(self.clusterProperties)",
       "message": "a source says who: give identities, clusters, namespaces or clusterProperties; for every caller leave from out" },
-    { "rule": "!has(self.identities) || dyn(self.identities) != null", "message": "must not be null", "fieldPath": ".identities" },
-    { "rule": "!has(self.clusters) || dyn(self.clusters) != null", "message": "must not be null", "fieldPath": ".clusters" },
-    { "rule": "!has(self.namespaces) || dyn(self.namespaces) != null", "message": "must not be null", "fieldPath": ".namespaces" },
-    { "rule": "!has(self.clusterProperties) || dyn(self.clusterProperties) != null",
-      "message": "must not be null", "fieldPath": ".clusterProperties" },
 ]))]
 pub struct Source {
     /// SPIFFE IDs; one that ends in `/*` stands for all below.

@@ -32,5 +32,5 @@ pub const SERVICE_PATTERN: &str = r"^[-a-z0-9.*]+/[-a-z0-9.*]+$";
 
 /// A field that may hold anything, so that a rule can refuse it by name.
 pub fn anything(_: &mut SchemaGenerator) -> Schema {
-    json_schema!({ "x-kubernetes-preserve-unknown-fields": true })
+    json_schema!({ "type": "object", "x-kubernetes-preserve-unknown-fields": true })
 }

@@ -1,6 +1,7 @@
 //! Links by objects: only what an object on each side names gets one, and it ends with either.
 
 use tombolo_model::ids::{ClusterTag, Handle};
+use tombolo_model::resource::Spec;
 use tombolo_model::resource::cluster_link::TagText;
 use tombolo_overlay::keys::LinkKey;
 

@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 use tombolo_model::resource::Condition;
 
-use super::{Held, is_ours};
+use super::tables::{Held, is_ours};
 use crate::facts::Facts;
 use crate::kubernetes::desired::{conditions, holds};
 use crate::kubernetes::labels::{MANAGED_BY, TOMBOLO};
