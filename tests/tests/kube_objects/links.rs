@@ -5,9 +5,10 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::{Value, json};
-use tombolo_tests::mesh::Mesh;
+use tombolo_tests::mesh::{Mesh, http_get};
+use tombolo_tests::scenario::{application, export, flag};
 
-use crate::{SOON, World, document, object};
+use crate::{World, document, object};
 
 /// Dials, answers, and the gateways' new snapshots.
 const LINKED: Duration = Duration::from_secs(30);
@@ -61,6 +62,21 @@ fn no_link(mesh: &Mesh, cluster: &str, peer: &str) -> Result<bool> {
         .any(|link| link["peer"] == peer && link["state"] == "connected"))
 }
 
+/// An application of west is called from east.
+fn call_over(mesh: &mut Mesh) -> Result<()> {
+    let (app, listen) = (mesh.cluster("west")?.address(21, 8080), mesh.cluster("east")?.address(22, 9080));
+    application(mesh, "west", "app", app, "west")?;
+    mesh.sidecar("west", "web", &flag("--service", "web", 80, app))?;
+    mesh.apply("west", &export("web"))?;
+    mesh.sidecar("east", "cart", &flag("--upstream", "web", 80, listen))?;
+    mesh.eventually("a call crosses the link", LINKED, |mesh| {
+        let answer = http_get(&mesh.cluster("east")?.namespace, listen, "/")?;
+        ensure!(answer.contains("west"), "{answer}");
+        Ok(())
+    })?;
+    Ok(())
+}
+
 pub fn by_objects(world: &mut World) -> Result<()> {
     let World { mesh, east } = &*world;
     let link = object("ClusterLink", "", "west");
@@ -85,13 +101,8 @@ pub fn by_objects(world: &mut World) -> Result<()> {
     connected(mesh, "east", "west")?;
     connected(mesh, "west", "east")?;
     world.says(&link, "Connected", "True Connected")?;
-    // What is exported over it is there.
-    mesh.apply("west", &tombolo_tests::scenario::export("web"))?;
-    mesh.eventually("east imports from west", SOON, |mesh| {
-        let imports = mesh.operate("east", &["get", "serviceimports", "-n", "shop", "-o", "name"])?;
-        ensure!(imports.contains("web"), "{imports}");
-        Ok(())
-    })?;
+    call_over(&mut world.mesh)?;
+    let World { mesh, .. } = &*world;
     match mesh.operate("west", &["unlink", "east", "--yes"]) {
         Ok(said) => bail!("what an object links was unlinked: {said}"),
         Err(error) => ensure!(format!("{error:#}").contains("by a ClusterLink object"), "{error:#}"),
