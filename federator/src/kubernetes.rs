@@ -4,7 +4,8 @@
 //!
 //! One task owns everything about services ([`driver`]). It watches five kinds ([`tables`]), hands exports to the core
 //! ([`crate::core::kubernetes`]), and looks at each service that has changed, here or in the facts: what it is to look like
-//! ([`desired`]), what of it is to be written next ([`plan`]), and writes that ([`write`]), a few services at a time. Only
+//! ([`desired`], [`status`]; [`targets`] for its numbers at the shared sidecars), what of it is to be written next ([`plan`]),
+//! and writes that ([`write`]), a few services at a time ([`queue`]). Only
 //! the leader writes ([`lease`]); every replica watches. The API server may be away for as long as it likes: what is known
 //! stays, and peers keep what they have been told. When our credentials are refused everything begins anew with those
 //! that the files hold now.
@@ -19,8 +20,12 @@ pub mod lease;
 pub mod metrics;
 mod objects;
 mod plan;
+mod queue;
 mod rows;
+mod status;
 mod tables;
+mod targets;
+mod trouble;
 mod write;
 
 use std::time::Duration;
@@ -33,6 +38,7 @@ use kube::runtime::events::{Recorder, Reporter};
 use kube::runtime::watcher::{self, watcher};
 use tokio::sync::watch;
 use tokio::time::Instant;
+use tombolo_model::names::ServiceKey;
 use tombolo_runtime::tasks::TaskGroup;
 
 use crate::core::CoreHandle;
@@ -59,6 +65,8 @@ pub struct KubernetesConfig {
     pub services: bool,
     /// Objects of our own kinds are kept.
     pub objects: bool,
+    /// The `Service` of the shared sidecars, which derived `Service`s lead to; `None`: they lead nowhere.
+    pub shared: Option<ServiceKey>,
 }
 
 /// Works with the cluster's Kubernetes, as it is configured to.
@@ -169,7 +177,9 @@ impl KubernetesTask {
         };
         tracing::info!(mcs = resources.api_version, "services of Kubernetes are exported and imported");
         let writer = Writer { client: client.clone(), resources: resources.clone(), recorder };
-        let driver = Driver::new(self.core.clone(), writer, leading, self.metrics.clone());
+        let shared = self.config.shared.as_ref();
+        let shared = shared.map(|service| (service.namespace.to_string(), service.name.to_string()));
+        let driver = Driver::new(self.core.clone(), writer, leading, self.metrics.clone(), shared);
         driver.run(watches(&client, &resources)).await
     }
 }

@@ -111,24 +111,32 @@ impl ControlPlane {
 
     /// Prepares the cluster by the product's own means, and starts its federator with nothing but its service account.
     pub fn federate(&self, mesh: &mut Mesh) -> Result<()> {
+        self.federate_with(mesh, &[])
+    }
+
+    /// The same, with more flags.
+    pub fn federate_with(&self, mesh: &mut Mesh, more: &[&str]) -> Result<()> {
         self.install_crds(mesh)?;
-        self.federate_with(mesh, &["--kubernetes-services"])
+        self.federate_bare(mesh, &[&["--kubernetes-services"], more].concat())
     }
 
     /// The same without the definitions, which may be there already, or come late; `flags` say what the federator does.
-    pub fn federate_with(&self, mesh: &mut Mesh, flags: &[&str]) -> Result<()> {
+    pub fn federate_bare(&self, mesh: &mut Mesh, flags: &[&str]) -> Result<()> {
         let cluster = self.cluster.clone();
         for document in documents(RBAC)? {
             self.api.apply(&document)?;
         }
-        let account = Object::new("v1", "ServiceAccount", NAMESPACE, ACCOUNT);
-        let token = self.api.token(&account)?;
-        let kubeconfig = self.dir.join("federator.kubeconfig");
-        std::fs::write(&kubeconfig, self::kubeconfig(&self.dir, self.address, &token)?)?;
-        let kubeconfig = text(&kubeconfig);
-        let flags: Vec<&str> =
-            ["--kubernetes", &kubeconfig].into_iter().chain(flags.iter().copied()).collect();
+        let kubeconfig = text(&self.kubeconfig_of(ACCOUNT)?);
+        let flags = [&["--kubernetes", &kubeconfig][..], flags].concat();
         mesh.federator_with(&cluster, &flags)
+    }
+
+    /// A kubeconfig with a token of one of the product's service accounts, and nothing else.
+    pub fn kubeconfig_of(&self, account: &str) -> Result<PathBuf> {
+        let token = self.api.token(&Object::new("v1", "ServiceAccount", NAMESPACE, account))?;
+        let path = self.dir.join(format!("{account}.kubeconfig"));
+        std::fs::write(&path, kubeconfig(&self.dir, self.address, &token)?)?;
+        Ok(path)
     }
 
     /// `tombolo kube crds --install`; what it said.

@@ -25,8 +25,9 @@ use tokio::time::Instant;
 use tombolo_runtime::clock;
 
 use super::client::{ConnectError, LONGEST, served_groups};
-use super::driver::{SessionEnd, unauthenticated};
+use super::driver::SessionEnd;
 use super::labels::TOMBOLO;
+use super::trouble::unauthenticated;
 use super::write::{Failure, judge};
 use crate::core::{CoreGone, CoreHandle, Moment};
 use crate::view::rfc3339_seconds;

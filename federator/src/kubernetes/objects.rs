@@ -28,9 +28,10 @@ use tombolo_runtime::clock;
 
 use super::client::LONGEST;
 use super::crds::own;
-use super::driver::{SessionEnd, unauthenticated};
+use super::driver::SessionEnd;
 use super::labels::TOMBOLO;
 use super::metrics::Metrics;
+use super::trouble::unauthenticated;
 use super::write::{Failure, judge, tell};
 use crate::core::{Core, CoreError, CoreHandle, Moment};
 use crate::view::{self, rfc3339_seconds};

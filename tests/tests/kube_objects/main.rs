@@ -78,7 +78,7 @@ impl World {
     }
 
     fn definitions_that_come_late(&mut self) -> Result<()> {
-        self.east.federate_with(&mut self.mesh, &["--kubernetes-services", "--kubernetes-objects"])?;
+        self.east.federate_bare(&mut self.mesh, &["--kubernetes-services", "--kubernetes-objects"])?;
         self.mesh.eventually("the federator says what is missing", SOON, |mesh| {
             let log = mesh.process("east/federator")?.tail();
             ensure!(log.contains("does not serve all of tombolo.dev/v1alpha1"), "{log}");

@@ -5,8 +5,8 @@ use tombolo_model::resource::Condition;
 
 use super::tables::{Held, is_ours};
 use crate::facts::Facts;
-use crate::kubernetes::desired::{conditions, holds};
 use crate::kubernetes::labels::{MANAGED_BY, TOMBOLO};
+use crate::kubernetes::status::{conditions, holds};
 use crate::view::Peer;
 
 /// KEP-2149: a cluster's id, and the set that it is a member of.

@@ -12,7 +12,7 @@ use tombolo_model::resource::{Condition, ObjectKey};
 
 use super::rows::{Row, Rows};
 use crate::kubernetes::crds::own;
-use crate::kubernetes::desired;
+use crate::kubernetes::status;
 
 /// 100 objects whose messages change all the time cost a third of a request per second.
 pub const REFRESHED: Duration = Duration::from_secs(300);
@@ -59,18 +59,18 @@ pub fn plan(
             break;
         }
         let last = written.get(key).copied().unwrap_or(Written { at: start, failures: 0 });
-        let Some((conditions, status)) = wanted(row, shown.get(key)) else { continue };
+        let Some((conditions, shown)) = wanted(row, shown.get(key)) else { continue };
         let changed = changed(row, &conditions);
         let differs = !changed.is_empty() || conditions.len() != row.conditions.len();
         if !last.may_again(now) || !differs && now < last.at + REFRESHED {
             continue;
         }
-        let mut whole = status;
+        let mut whole = shown;
         whole["conditions"] =
-            desired::conditions(&conditions, &row.conditions, row.kept.generation, clock).into();
+            status::conditions(&conditions, &row.conditions, row.kept.generation, clock).into();
         let mut before = row.status.clone();
         before["conditions"] = row.conditions.clone().into();
-        if desired::holds(&before, &whole) && !differs {
+        if status::holds(&before, &whole) && !differs {
             continue;
         }
         writes.push(Write { document: document(key, row, whole), key: key.clone(), changed });
