@@ -16,6 +16,7 @@ mod clones;
 mod crl;
 mod error;
 mod federations;
+pub mod first_contact;
 pub mod imports;
 mod jwt;
 pub mod kubernetes;
@@ -26,6 +27,7 @@ pub mod links;
 pub mod members;
 pub mod objects;
 pub mod pods;
+mod properties;
 #[cfg(test)]
 pub(crate) mod tests;
 pub mod tokens;
@@ -73,6 +75,8 @@ pub struct Core {
     issuer: LeafIssuer,
     audit: audit::AuditLog,
     announcements: Announcements,
+    /// Of the process's settings.
+    given_properties: BTreeMap<String, String>,
     jwt: JwtKeys,
     /// Number of the last CRL: they only grow.
     crl_number: u64,

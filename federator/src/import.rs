@@ -37,8 +37,8 @@ pub const MAX_COPIED: usize = 64;
 pub const MAX_COPIED_BYTES: usize = 16 * 1024;
 /// Endpoints of one export on a flat link: 20 KB. Each sidecar is told a few of them.
 pub const MAX_ENDPOINTS: usize = 1000;
-const MAX_PROPERTIES: usize = 64;
-const MAX_TEXT: usize = 256;
+pub const MAX_PROPERTIES: usize = 64;
+pub const MAX_TEXT: usize = 256;
 const MAX_PENDING: usize = 20;
 /// Refusals that are kept for `status`.
 const MAX_REFUSALS: usize = 1000;

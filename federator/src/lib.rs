@@ -12,6 +12,7 @@ pub mod core;
 pub mod crl;
 pub mod exports;
 pub mod facts;
+pub mod first_contact;
 pub mod foreign;
 pub mod import;
 pub mod joining;

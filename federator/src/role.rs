@@ -36,6 +36,7 @@ use tombolo_proto::v1::admin_server::AdminServer;
 use tombolo_proto::v1::config_server::ConfigServer;
 use tombolo_proto::v1::federation_server::FederationServer;
 use tombolo_proto::v1::join_server::JoinServer;
+use tombolo_proto::v1::linking_server::LinkingServer;
 use tombolo_proto::v1::renewal_server::RenewalServer;
 use tombolo_proto::v1::workload_server::WorkloadServer;
 use tombolo_runtime::admin::{Admin, AdminError};
@@ -52,6 +53,7 @@ use crate::core::boot::BootError;
 use crate::core::{Core, CoreError, CoreHandle};
 use crate::crl::{self, CrlTask};
 use crate::facts::FederatorEndpoint;
+use crate::first_contact::FirstContactTask;
 use crate::foreign::client::{Patience, WebRoots};
 use crate::foreign::task::FederationTask;
 use crate::kubernetes::metrics::Metrics as KubernetesMetrics;
@@ -64,6 +66,7 @@ use crate::service::admin::{AdminService, check_operator};
 use crate::service::config::ConfigService;
 use crate::service::federation::{FederationService, Logs};
 use crate::service::join::JoinService;
+use crate::service::linking::LinkingService;
 use crate::service::names::Names;
 use crate::service::renewal::RenewalService;
 use crate::service::workload::WorkloadService;
@@ -103,7 +106,7 @@ pub struct FederatorConfig {
     pub bundle_endpoint: Option<BundleEndpointConfig>,
     /// Whom to ask about pods' tokens; `None`: pods do not join.
     pub kubernetes: Option<KubernetesAccess>,
-    /// Whose services are exported and imported; `None`: those of no Kubernetes.
+    /// Whose services are exported and imported, and whose objects are kept; `None`: those of no Kubernetes.
     pub kubernetes_services: Option<KubernetesConfig>,
     /// The web's CAs, for foreign bundle endpoints of profile `https_web`.
     pub web_roots: WebRoots,
@@ -240,6 +243,10 @@ impl Federator {
         core.set_upstream(upstream);
         core.note_trust_at_start(clock::since_unix_epoch())?;
         core.set_virtual_ranges(virtual_ranges);
+        if !kubernetes_services.as_ref().is_some_and(|(config, _)| config.objects) {
+            // Nobody reads them any more.
+            core.set_kubernetes_properties(BTreeMap::new())?;
+        }
         let core = core.start().map_err(BuildError::Thread)?;
         let svid = SvidHandle::by(clock::since_unix_epoch, own_svid(&core).await?);
         let bundle_endpoint = match &bundle_endpoint {
@@ -391,10 +398,16 @@ impl Bound {
         let renewals = RenewalService::new(core.clone(), svid.clone(), metrics.clone());
         let server = Server::builder().add_service(RenewalServer::new(renewals));
         tasks.spawn("renewal service", served("renewal", server.serve_with_incoming(renewal_incoming)));
+        let (linking, linking_incoming) = GrpcIncoming::new(&tasks);
+        let links = LinkingService::new(core.clone(), svid.clone());
+        let server = Server::builder().add_service(LinkingServer::new(links));
+        tasks.spawn("linking service", served("linking", server.serve_with_incoming(linking_incoming)));
+        let contacts = FirstContactTask { core: core.clone(), overlay: overlay.clone(), svid: svid.clone() };
+        tasks.spawn("first contact", contacts.run());
         let joins = JoinService::new(core.clone(), reviewer, svid.clone(), metrics);
         let server = Server::builder().add_service(JoinServer::new(joins));
         tasks.spawn("join service", served("join", server.serve_with_incoming(join_incoming)));
-        tasks.spawn("connections", accept(overlay.clone(), control, join, renewal));
+        tasks.spawn("connections", accept(overlay.clone(), control, join, renewal, linking));
         let ending = core.clone();
         let service = AdminService { core, svid, bind, trust_dir, tasks: tasks.clone() };
         let server = Server::builder().add_service(AdminServer::with_interceptor(service, check_operator));
@@ -425,12 +438,19 @@ async fn served(
 }
 
 /// Hands each connection to the services that its handle is for.
-async fn accept(overlay: Overlay, control: GrpcAcceptor, join: GrpcAcceptor, renewal: GrpcAcceptor) {
+async fn accept(
+    overlay: Overlay,
+    control: GrpcAcceptor,
+    join: GrpcAcceptor,
+    renewal: GrpcAcceptor,
+    linking: GrpcAcceptor,
+) {
     while let Some(peer) = overlay.accept().await {
         match peer.class() {
             HandleClass::Control => control.attach(peer),
             HandleClass::Join => join.attach(peer),
             HandleClass::Renewal => renewal.attach(peer),
+            HandleClass::FirstContact => linking.attach(peer),
             // No mesh handle is served here.
             HandleClass::Mesh => peer.close(tombolo_overlay::close_code::NOT_ADMITTED, "no service here"),
         }

@@ -116,13 +116,18 @@ impl ControlPlane {
 
     /// The same, with more flags.
     pub fn federate_with(&self, mesh: &mut Mesh, more: &[&str]) -> Result<()> {
-        let cluster = self.cluster.clone();
         self.install_crds(mesh)?;
+        self.federate_bare(mesh, &[&["--kubernetes-services"], more].concat())
+    }
+
+    /// The same without the definitions, which may be there already, or come late; `flags` say what the federator does.
+    pub fn federate_bare(&self, mesh: &mut Mesh, flags: &[&str]) -> Result<()> {
+        let cluster = self.cluster.clone();
         for document in documents(RBAC)? {
             self.api.apply(&document)?;
         }
         let kubeconfig = text(&self.kubeconfig_of(ACCOUNT)?);
-        let flags = [&["--kubernetes", &kubeconfig, "--kubernetes-services"][..], more].concat();
+        let flags = [&["--kubernetes", &kubeconfig][..], flags].concat();
         mesh.federator_with(&cluster, &flags)
     }
 

@@ -31,7 +31,7 @@ Examples:
   tombolo federator --config /etc/tombolo/federator.yaml --log-format json
   tombolo federator --cluster east --bundle-endpoint 0.0.0.0:8443
   tombolo federator --cluster east --kubernetes in-cluster          pods join as their service account
-  tombolo federator --cluster east --kubernetes in-cluster --kubernetes-services
+  tombolo federator --cluster east --kubernetes in-cluster --kubernetes-services --kubernetes-objects
   tombolo federator --cluster east --dns-listen 10.0.0.5 --virtual-range 10.96.0.0/16 --virtual-range fd00:96::/112")]
 pub struct FederatorArgs {
     #[command(flatten)]
@@ -120,6 +120,10 @@ struct Settings {
     /// deploy/kubernetes/rbac.yaml and the CRDs of `tombolo kube crds`
     #[arg(long, env = "TOMBOLO_KUBERNETES_SERVICES", num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
     kubernetes_services: Option<bool>,
+    /// Keep Tombolo's own objects (FailoverPolicy, AccessPolicy, ClusterLink, ...) of that Kubernetes, as `tombolo apply` would:
+    /// needs the same rights and CRDs
+    #[arg(long, env = "TOMBOLO_KUBERNETES_OBJECTS", num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
+    kubernetes_objects: Option<bool>,
     /// Namespace of the Lease by which federators agree on who writes [default: the pod's, else tombolo-system]
     #[arg(long, env = "TOMBOLO_KUBERNETES_NAMESPACE", value_name = "NAMESPACE")]
     kubernetes_namespace: Option<String>,
@@ -158,6 +162,7 @@ layered!(Settings {
     bundle_endpoint_key,
     kubernetes,
     kubernetes_services,
+    kubernetes_objects,
     kubernetes_namespace,
     kubernetes_shared,
     bundle_client_roots,
@@ -198,6 +203,7 @@ impl Settings {
             bundle_endpoint_key,
             kubernetes,
             kubernetes_services,
+            kubernetes_objects,
             kubernetes_namespace,
             kubernetes_shared,
             bundle_client_roots,
@@ -233,9 +239,9 @@ impl Settings {
             (None, Err(failure)) => Err(Failure::new(failure)),
         };
         let kubernetes = kubernetes.map(|place| api_server(&place)).transpose()?;
-        let wanted = kubernetes_services.unwrap_or(false);
+        let work = (kubernetes_services.unwrap_or(false), kubernetes_objects.unwrap_or(false));
         let kubernetes_services =
-            services(kubernetes.as_ref(), wanted, kubernetes_namespace, kubernetes_shared)?;
+            services(kubernetes.as_ref(), work, kubernetes_namespace, kubernetes_shared)?;
         Ok(FederatorConfig {
             trust_dir: place(trust_dir, &|dirs| dirs.trust().join("clusters").join(&name))?,
             state_dir: place(state_dir, &|dirs| dirs.role_state(&name, "federator"))?,
@@ -277,22 +283,23 @@ pub fn api_server(place: &str) -> Result<KubernetesAccess, Failure> {
     Ok(KubernetesAccess::InCluster { server: format!("https://{host}:{port}"), dir })
 }
 
-/// Whose services are exported and imported.
+/// Whose services are exported and imported, and whose objects are kept.
 fn services(
     access: Option<&KubernetesAccess>,
-    wanted: bool,
+    (services, objects): (bool, bool),
     namespace: Option<String>,
     shared: Option<String>,
 ) -> Result<Option<KubernetesConfig>, Failure> {
-    if let Some(shared) = shared.as_ref().filter(|_| !wanted) {
+    if let Some(shared) = shared.as_ref().filter(|_| !services) {
         let failure = format_args!("--kubernetes-shared {shared}: there is no --kubernetes-services");
         return Err(Failure::usage(failure).remedy("give it too: only then there are derived Services"));
     }
-    if !wanted {
+    if !services && !objects {
         return Ok(None);
     }
     let Some(access) = access.cloned() else {
-        return Err(Failure::usage("--kubernetes-services: there is no --kubernetes")
+        let flag = if services { "--kubernetes-services" } else { "--kubernetes-objects" };
+        return Err(Failure::usage(format_args!("{flag}: there is no --kubernetes"))
             .remedy("give --kubernetes in-cluster, or --kubernetes with a kubeconfig"));
     };
     // Kubernetes writes it beside the token.
@@ -307,7 +314,7 @@ fn services(
     let shared = shared.map(|text| {
         text.parse().map_err(|error| Failure::usage(format_args!("--kubernetes-shared {text:?}: {error}")))
     });
-    Ok(Some(KubernetesConfig { access, namespace, shared: shared.transpose()? }))
+    Ok(Some(KubernetesConfig { access, namespace, services, objects, shared: shared.transpose()? }))
 }
 
 /// One per family.

@@ -28,7 +28,7 @@ enum Verb {
     Crds(CrdsArgs),
 }
 
-/// Print the definitions of ServiceExport and ServiceImport, or install them
+/// Print the definitions of ServiceExport, ServiceImport and Tombolo's own kinds, or install them
 #[derive(Debug, Args)]
 #[command(after_help = "\
 A definition of a later version that is there already is left as it is.
@@ -59,6 +59,7 @@ pub async fn run(args: KubeArgs, patience: Duration) -> Result<Exit, Failure> {
         let said = match what {
             Installed::Applied => "applied",
             Installed::LeftNewer => "left as it is: a later version is installed",
+            Installed::LeftForeign => "left as it is: somebody else has installed it",
         };
         output::line(format!("customresourcedefinition/{name} {said}"))?;
     }
