@@ -16,6 +16,7 @@ mod labels;
 pub mod lease;
 pub mod metrics;
 mod plan;
+pub mod published;
 mod rows;
 mod tables;
 mod write;
@@ -32,6 +33,7 @@ use tokio::sync::watch;
 use tombolo_runtime::tasks::TaskGroup;
 
 use crate::core::CoreHandle;
+use crate::core::pods::ServiceAccount;
 use crate::token_review::access::KubernetesAccess;
 use client::Resources;
 use driver::{Driver, SessionEnd, Watched};
@@ -49,6 +51,15 @@ pub struct KubernetesConfig {
     pub access: KubernetesAccess,
     /// Where the `Lease` is.
     pub namespace: String,
+}
+
+/// What pods of the cluster may join as beside their service account, and what they are told.
+#[derive(Clone, Debug, Default)]
+pub struct PodsConfig {
+    /// Whose pods may be gateways; `None`: no pods may.
+    pub gateways: Option<ServiceAccount>,
+    /// Whom joiners are told of this cluster's federators, `HOST:PORT`, by a ConfigMap; `None`: there is none.
+    pub publish: Option<(KubernetesConfig, String)>,
 }
 
 /// Exports and imports services of the cluster's Kubernetes.

@@ -9,7 +9,7 @@ use serde::Deserialize;
 use tombolo_federator::bundle_endpoint::{BundleEndpointConfig, WebCertificate};
 use tombolo_federator::core::audit::Retention;
 use tombolo_federator::foreign::client::WebRoots;
-use tombolo_federator::kubernetes::KubernetesConfig;
+use tombolo_federator::kubernetes::{KubernetesConfig, PodsConfig};
 use tombolo_federator::role::{DEFAULT_LISTEN, Federator, FederatorConfig};
 use tombolo_federator::token_review::access::{IN_CLUSTER_DIR, KubernetesAccess};
 use tombolo_model::names::{ClusterName, Namespace};
@@ -17,6 +17,8 @@ use tombolo_model::virtual_ranges::VirtualRanges;
 use tombolo_runtime::dirs::Dirs;
 use tombolo_runtime::tasks::TaskGroup;
 use tombolo_runtime::{admin, settings, signals};
+
+mod advertise;
 
 use super::names;
 use super::role::{self, layered};
@@ -56,9 +58,10 @@ struct Settings {
     /// Overlay socket [default: 0.0.0.0:7443]
     #[arg(long, env = "TOMBOLO_LISTEN", value_name = "ADDRESS:PORT/udp")]
     listen: Option<SocketAddr>,
-    /// Where this cluster's gateways and sidecars reach it [default: --listen, or this machine's address]
+    /// Where this cluster's gateways and sidecars reach it; a name is resolved when it starts [default: --listen, or this
+    /// machine's address]
     #[arg(long, env = "TOMBOLO_ADVERTISE", value_name = "ADDRESS:PORT")]
-    advertise: Option<SocketAddr>,
+    advertise: Option<String>,
     /// A `ClusterProperty` of this cluster, which policies may match; may be repeated
     #[arg(long = "property", env = "TOMBOLO_PROPERTIES", value_delimiter = ',', value_name = "NAME=VALUE")]
     properties: Option<Vec<String>>,
@@ -123,6 +126,13 @@ struct Settings {
     /// Namespace of the Lease by which federators agree on who writes [default: the pod's, else tombolo-system]
     #[arg(long, env = "TOMBOLO_KUBERNETES_NAMESPACE", value_name = "NAMESPACE")]
     kubernetes_namespace: Option<String>,
+    /// Let pods of this service account be gateways, by the name of the pod: `tombolo gateway --service-account-token`
+    #[arg(long, env = "TOMBOLO_KUBERNETES_GATEWAYS", value_name = "NAMESPACE/SERVICEACCOUNT")]
+    kubernetes_gateways: Option<String>,
+    /// Write what joiners in the cluster need to know (pods.token with this address of the federator, bundle.pem) into the
+    /// ConfigMap tombolo-trust-bundle of --kubernetes-namespace
+    #[arg(long, env = "TOMBOLO_KUBERNETES_PUBLISH", value_name = "HOST:PORT")]
+    kubernetes_publish: Option<String>,
     /// CA certificates (PEM) by which foreign bundle endpoints of profile https_web are verified [default: the system's]
     #[arg(
         long,
@@ -155,6 +165,8 @@ layered!(Settings {
     kubernetes,
     kubernetes_services,
     kubernetes_namespace,
+    kubernetes_gateways,
+    kubernetes_publish,
     bundle_client_roots,
     virtual_ranges,
     dns_listen,
@@ -167,10 +179,14 @@ pub fn run(args: FederatorArgs, socket: Option<PathBuf>) -> Result<Exit, Failure
     let FederatorArgs { settings, config } = args;
     let mut settings = settings.over(role::file(config.as_deref())?);
     role::logging(settings.log_format.take(), settings.log_level.take())?;
-    let config = settings.config(socket)?;
+    let advertise = settings.advertise.take().map(|text| advertise::parse(&text)).transpose()?;
+    let mut config = settings.config(socket)?;
     role::run("federator", async move {
         let tasks = TaskGroup::new();
         let drain = signals::process_drain(&tasks)?;
+        if let Some(advertise) = advertise {
+            config.advertise = Some(advertise::resolve(advertise).await.map_err(|e| e.to_string())?);
+        }
         let bound = Federator::build(config).await?;
         Ok::<_, Box<dyn std::error::Error>>(bound.run(drain).await?)
     })
@@ -183,7 +199,7 @@ impl Settings {
             trust_dir,
             state_dir,
             listen,
-            advertise,
+            advertise: _,
             properties,
             audit_entries,
             audit_days,
@@ -194,6 +210,8 @@ impl Settings {
             kubernetes,
             kubernetes_services,
             kubernetes_namespace,
+            kubernetes_gateways,
+            kubernetes_publish,
             bundle_client_roots,
             virtual_ranges,
             dns_listen,
@@ -204,10 +222,6 @@ impl Settings {
         let name = role::required(cluster, "--cluster", "east")?;
         let cluster: ClusterName =
             name.parse().map_err(|e| Failure::usage(format_args!("--cluster: {e}")))?;
-        if advertise.is_some_and(|address| address.ip().is_unspecified() || address.port() == 0) {
-            return Err(Failure::usage("--advertise: 0.0.0.0 and port 0 reach nobody")
-                .remedy("give the address that gateways and sidecars can send to"));
-        }
         let kept = Retention::default();
         let audit = Retention {
             entries: audit_entries.unwrap_or(kept.entries),
@@ -227,6 +241,7 @@ impl Settings {
             (None, Err(failure)) => Err(Failure::new(failure)),
         };
         let kubernetes = kubernetes.map(|place| api_server(&place)).transpose()?;
+        let pods = pods(kubernetes.as_ref(), kubernetes_gateways, kubernetes_publish, &kubernetes_namespace)?;
         let kubernetes_services =
             services(kubernetes.as_ref(), kubernetes_services.unwrap_or(false), kubernetes_namespace)?;
         Ok(FederatorConfig {
@@ -235,7 +250,7 @@ impl Settings {
             socket: place(socket, &|dirs| dirs.admin_socket(&name))?,
             cluster,
             listen: listen.unwrap_or(DEFAULT_LISTEN),
-            advertise,
+            advertise: None,
             admin: admin.unwrap_or(admin::DEFAULT_ADDRESS),
             audit,
             properties: properties
@@ -246,6 +261,7 @@ impl Settings {
             bundle_endpoint: endpoint(bundle_endpoint, bundle_endpoint_certificate, bundle_endpoint_key)?,
             kubernetes,
             kubernetes_services,
+            pods,
             web_roots: WebRoots::new(bundle_client_roots),
             virtual_ranges: ranges(virtual_ranges)?,
             names: names::config(dns_listen, dns_upstreams)?,
@@ -254,7 +270,7 @@ impl Settings {
 }
 
 /// Where the Kubernetes API server is.
-fn api_server(place: &str) -> Result<KubernetesAccess, Failure> {
+pub fn api_server(place: &str) -> Result<KubernetesAccess, Failure> {
     if place != "in-cluster" {
         return Ok(KubernetesAccess::Kubeconfig(PathBuf::from(place)));
     }
@@ -283,16 +299,46 @@ fn services(
         return Err(Failure::usage("--kubernetes-services: there is no --kubernetes")
             .remedy("give --kubernetes in-cluster, or --kubernetes with a kubeconfig"));
     };
+    Ok(Some(KubernetesConfig { namespace: own_namespace(&access, namespace)?, access }))
+}
+
+/// The federator's namespace.
+fn own_namespace(access: &KubernetesAccess, namespace: Option<String>) -> Result<String, Failure> {
     // Kubernetes writes it beside the token.
     let own = |access: &KubernetesAccess| match access {
         KubernetesAccess::InCluster { dir, .. } => std::fs::read_to_string(dir.join("namespace")).ok(),
         KubernetesAccess::Kubeconfig(_) => None,
     };
-    let namespace = namespace.or_else(|| own(&access)).unwrap_or_else(|| "tombolo-system".to_owned());
+    let namespace = namespace.or_else(|| own(access)).unwrap_or_else(|| "tombolo-system".to_owned());
     let parsed: Result<Namespace, _> = namespace.trim().parse();
-    let namespace =
-        parsed.map_err(|error| Failure::usage(format_args!("--kubernetes-namespace: {error}")))?.to_string();
-    Ok(Some(KubernetesConfig { access, namespace }))
+    Ok(parsed.map_err(|error| Failure::usage(format_args!("--kubernetes-namespace: {error}")))?.to_string())
+}
+
+/// Which pods may be gateways, and where what joiners need to know is written.
+fn pods(
+    access: Option<&KubernetesAccess>,
+    gateways: Option<String>,
+    publish: Option<String>,
+    namespace: &Option<String>,
+) -> Result<PodsConfig, Failure> {
+    let without = |flag: &str| {
+        Failure::usage(format_args!("{flag}: there is no --kubernetes"))
+            .remedy("give --kubernetes in-cluster, or --kubernetes with a kubeconfig")
+    };
+    if gateways.is_some() && access.is_none() {
+        return Err(without("--kubernetes-gateways"));
+    }
+    let wrong = |error| Failure::usage(format_args!("--kubernetes-gateways: {error}"));
+    let gateways = gateways.map(|text| text.parse().map_err(wrong)).transpose()?;
+    let publish = match (publish, access) {
+        (None, _) => None,
+        (Some(_), None) => return Err(without("--kubernetes-publish")),
+        (Some(federator), Some(access)) => {
+            let namespace = own_namespace(access, namespace.clone())?;
+            Some((KubernetesConfig { access: access.clone(), namespace }, federator))
+        }
+    };
+    Ok(PodsConfig { gateways, publish })
 }
 
 /// One per family.

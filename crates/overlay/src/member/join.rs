@@ -6,6 +6,8 @@
 
 mod pod;
 
+pub use pod::PodRole;
+
 use std::collections::HashSet;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -50,8 +52,9 @@ const CLOSE_PATIENCE: Duration = Duration::from_secs(1);
 enum Proof {
     /// A join token's secret.
     Secret,
-    /// A service account's token, in a file that is read when it is needed: Kubernetes replaces it.
-    ServiceAccount(PathBuf),
+    /// A service account's token, in a file that is read when it is needed: Kubernetes replaces it. And the role that is
+    /// asked for.
+    ServiceAccount(PathBuf, PodRole),
 }
 
 /// What a token says, ready to be used.
@@ -231,7 +234,9 @@ impl Member {
         let way = JoinConnection::open(plan, options.bind).await?;
         let joined = match proof {
             Proof::Secret => ask(plan, way.peer(), &options.name).await,
-            Proof::ServiceAccount(file) => pod::ask(plan, way.peer(), &options.name, file).await,
+            Proof::ServiceAccount(file, role) => {
+                pod::ask(plan, way.peer(), &options.name, (file, *role)).await
+            }
         };
         way.close().await;
         let (key, answer) = joined?;

@@ -17,7 +17,7 @@ fn join(
     pod: PodIdentity,
     moment: Moment,
 ) -> Result<v1::JoinWorkloadResponse, CoreError> {
-    cluster.core.join_pod(Ok(pod), &csr(), moment)
+    cluster.core.join_pod(Ok(pod), Role::Sidecar, &csr(), moment)
 }
 
 #[test]
@@ -74,11 +74,11 @@ fn who_is_not_vouched_for_is_refused_and_that_is_in_the_log() {
         (ReviewError::Unavailable("refused".into()), "exhausted"),
         (ReviewError::NotAllowed("403".into()), "exhausted"),
     ] {
-        let refused = east.core.join_pod(Err(error.clone()), &csr(), at(1)).unwrap_err();
+        let refused = east.core.join_pod(Err(error.clone()), Role::Sidecar, &csr(), at(1)).unwrap_err();
         assert_eq!(refused.kind(), kind, "{error}");
         assert_eq!(refused.to_string(), error.to_string());
     }
-    assert_says(&refusal(east.core.join_pod(Ok(pod("1", "web")), &[1; 10], at(1))), &["CSR"]);
+    assert_says(&refusal(east.core.join_pod(Ok(pod("1", "web")), Role::Sidecar, &[1; 10], at(1))), &["CSR"]);
     assert_says(&refusal(join(&mut east, pod("1", "we b"), at(1))), &["we b"]);
     east.core.tick(at(5));
     let (log, _) = super::audit::whole(&east.core);

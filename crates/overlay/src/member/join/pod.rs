@@ -49,6 +49,24 @@ impl JoinPlan {
     }
 }
 
+/// What a pod joins as.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum PodRole {
+    /// A workload: its service account.
+    Sidecar,
+    /// The gateway that is called like the pod; the federator says whose pods may.
+    Gateway,
+}
+
+impl PodRole {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Sidecar => "",
+            Self::Gateway => "gateway",
+        }
+    }
+}
+
 impl Member {
     /// Joins as the pod that this process is in. `text`: a token for pods, which says where; `service_account`: the file with
     /// the projected token, which says who.
@@ -58,8 +76,19 @@ impl Member {
         dir: &Path,
         options: &JoinOptions,
     ) -> Result<Self, JoinError> {
+        Self::join_pod_as(text, (service_account, PodRole::Sidecar), dir, options).await
+    }
+
+    /// The same in a role.
+    pub async fn join_pod_as(
+        text: &str,
+        (service_account, role): (&Path, PodRole),
+        dir: &Path,
+        options: &JoinOptions,
+    ) -> Result<Self, JoinError> {
         let plan = JoinPlan::for_pod(text, clock::since_unix_epoch()).await?;
-        Self::join_by(&plan, &Proof::ServiceAccount(service_account.to_owned()), dir, options).await
+        let proof = Proof::ServiceAccount(service_account.to_owned(), role);
+        Self::join_by(&plan, &proof, dir, options).await
     }
 }
 
@@ -68,13 +97,14 @@ pub(super) async fn ask(
     plan: &JoinPlan,
     peer: &PeerConnection,
     name: &str,
-    file: &Path,
+    (file, role): (&Path, PodRole),
 ) -> Result<(KeyAndCsr, v1::JoinWorkloadResponse), JoinError> {
     let token = files::read(file, MAX_SERVICE_ACCOUNT_TOKEN).map_err(MemberError::from)?;
     let fresh = KeyAndCsr::generate().map_err(MemberError::from)?;
     let request = v1::JoinPodRequest {
         service_account_token: String::from_utf8_lossy(&token).trim().to_owned(),
         csr_der: fresh.csr_der.clone(),
+        role: role.as_str().to_owned(),
     };
     let client = JoinClient::new(grpc::channel(peer.clone()));
     let call = || {
