@@ -192,7 +192,8 @@ impl Bound {
 
     /// Runs until `shutdown` starts and the drain is over. A forced `shutdown` ends at once.
     pub async fn run(self, shutdown: Drain) -> Result<(), AdminError> {
-        let Self { drain, start, hello, own_hop, plane, member, overlay, admin, metrics, ready, tasks } = self;
+        let Self { drain, start, hello, own_hop, plane, member, overlay, admin, metrics, ready, tasks } =
+            self;
         let Ready { readiness, configured, looped } = ready;
         let (trigger, watcher) = drain::channel();
         let (tables, received) = watch::channel(None);

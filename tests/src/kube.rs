@@ -5,6 +5,7 @@
 //! ends with it; [`ControlPlane::stop`] ends it in order, because an API server whose etcd went first hangs.
 
 mod api;
+mod tools;
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -15,6 +16,7 @@ use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 use serde_json::{Value, json};
 
 pub use api::{Api, Object, condition, documents};
+pub use tools::{Tools, require_tools};
 
 use crate::capability::skipped;
 use crate::mesh::Mesh;
@@ -111,16 +113,22 @@ impl ControlPlane {
 
     /// Prepares the cluster by the product's own means, and starts its federator with nothing but its service account.
     pub fn federate(&self, mesh: &mut Mesh) -> Result<()> {
-        let cluster = self.cluster.clone();
         self.install_crds(mesh)?;
         for document in documents(RBAC)? {
             self.api.apply(&document)?;
         }
+        self.federate_as(mesh, &[])
+    }
+
+    /// Starts its federator as the service account that is there, with more arguments.
+    pub fn federate_as(&self, mesh: &mut Mesh, more: &[&str]) -> Result<()> {
         let account = Object::new("v1", "ServiceAccount", NAMESPACE, ACCOUNT);
         let token = self.api.token(&account)?;
         let kubeconfig = self.dir.join("federator.kubeconfig");
         std::fs::write(&kubeconfig, self::kubeconfig(&self.dir, self.address, &token)?)?;
-        mesh.federator_with(&cluster, &["--kubernetes", &text(&kubeconfig), "--kubernetes-services"])
+        let kubeconfig = text(&kubeconfig);
+        let args = ["--kubernetes", &kubeconfig, "--kubernetes-services"];
+        mesh.federator_with(&self.cluster, &[&args[..], more].concat())
     }
 
     /// `tombolo kube crds --install`; what it said.

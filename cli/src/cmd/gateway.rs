@@ -117,7 +117,8 @@ pub fn run(args: GatewayArgs) -> Result<Exit, Failure> {
     let GatewayArgs { settings, config } = args;
     let mut settings = settings.over(role::file(config.as_deref())?);
     role::logging(settings.log_format.take(), settings.log_level.take())?;
-    let service = settings.border_service.take().map(|name| BorderService::try_new(name, settings.node_address));
+    let service =
+        settings.border_service.take().map(|name| BorderService::try_new(name, settings.node_address));
     let service = service.transpose()?;
     let mut config = settings.config()?;
     role::run("gateway", async move {

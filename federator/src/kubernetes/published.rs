@@ -48,7 +48,11 @@ impl PublishTask {
                 Err(error) => {
                     // Once per reason: this may last for days.
                     if error != said {
-                        tracing::warn!(error, config_map = NAME, "what joiners are told can't be written; tried again");
+                        tracing::warn!(
+                            error,
+                            config_map = NAME,
+                            "what joiners are told can't be written; tried again"
+                        );
                         said = error;
                     }
                     SOON

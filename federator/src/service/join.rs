@@ -97,7 +97,9 @@ impl Join for JoinService {
             "gateway" => Role::Gateway,
             other => {
                 let other: String = other.chars().take(32).collect();
-                return Err(Status::invalid_argument(format!("field role: {other:?} is not \"\" or gateway")));
+                return Err(Status::invalid_argument(format!(
+                    "field role: {other:?} is not \"\" or gateway"
+                )));
             }
         };
         let token = Zeroizing::new(service_account_token);

@@ -33,8 +33,10 @@ pub fn parse(text: &str) -> Result<Advertise, Failure> {
     });
     match name {
         Some(_) => Ok(Advertise::Name(text.to_owned())),
-        None => Err(Failure::usage(format_args!("--advertise {text:?} is neither ADDRESS:PORT nor NAME:PORT"))
-            .remedy("give it as 10.0.0.5:7443 or tombolo-federator.tombolo-system.svc:7443")),
+        None => {
+            Err(Failure::usage(format_args!("--advertise {text:?} is neither ADDRESS:PORT nor NAME:PORT"))
+                .remedy("give it as 10.0.0.5:7443 or tombolo-federator.tombolo-system.svc:7443"))
+        }
     }
 }
 

@@ -137,6 +137,10 @@ pub enum JoinError {
         "the token is for {bound:?}, not for {given:?}: start with --name {bound}, or ask for a token for {given:?}"
     )]
     WrongName { given: String, bound: String },
+    #[error(
+        "the pod's token is that of {id}, not of gateway {given:?}: start it with the name of its pod as --name"
+    )]
+    OtherPod { given: String, id: String },
     #[error("{} is already joined as {name}: use another state directory, or move this one away", dir.display())]
     AlreadyJoined { dir: PathBuf, name: String },
     #[error("the token names no address to join at")]
@@ -177,7 +181,7 @@ impl JoinError {
         match self {
             Self::Token(TokenError::Expired { .. }) => "expired",
             Self::Token(_) | Self::NoAddress => "token",
-            Self::WrongName { .. } => "wrong_name",
+            Self::WrongName { .. } | Self::OtherPod { .. } => "wrong_name",
             Self::AlreadyJoined { .. } => "already_joined",
             Self::Bind(_) => "bind",
             Self::Unreachable { .. } => "unreachable",

@@ -104,3 +104,31 @@ fn what_pods_are_told_holds_no_secret_and_names_where_to_go() {
     }
     assert_says(&refusal(made(&["a:1"; 17])), &["17 names"]);
 }
+
+#[test]
+fn pods_of_the_named_account_become_the_gateway_that_they_are_called_and_no_others() {
+    let mut world = World::new();
+    let mut east = world.cluster("east");
+    let gateway = |account: &str| PodIdentity { pod: "tombolo-gateway-0".into(), ..pod("g", account) };
+    let ask = |east: &mut Cluster, account: &str| {
+        east.core.join_pod(Ok(gateway(account)), Role::Gateway, &csr(), at(1))
+    };
+    assert_says(
+        &refusal(ask(&mut east, "web")),
+        &["shop/web may not be a gateway", "--kubernetes-gateways shop/web"],
+    );
+    east.core.set_gateways(Some("shop/tombolo-gateway".parse().unwrap()));
+    assert_says(
+        &refusal(ask(&mut east, "web")),
+        &["shop/web may not be a gateway", "pods of shop/tombolo-gateway may"],
+    );
+    let answer = ask(&mut east, "tombolo-gateway").unwrap();
+    let id = answer.svid.unwrap().spiffe_id;
+    assert!(id.ends_with("/cluster/east/gateway/tombolo-gateway-0"), "{id}");
+    // It is a workload, too, if it asks to be: its account is one like any other.
+    let sidecar = east.core.join_pod(Ok(gateway("tombolo-gateway")), Role::Sidecar, &csr(), at(2)).unwrap();
+    assert!(sidecar.svid.unwrap().spiffe_id.ends_with("/ns/shop/sa/tombolo-gateway"));
+    for bad in ["", "shop", "/a", "shop/", "Shop/a", "shop/a/b"] {
+        assert!(bad.parse::<crate::core::pods::ServiceAccount>().is_err(), "{bad}");
+    }
+}

@@ -111,5 +111,11 @@ pub(super) async fn ask(
         let (mut client, request) = (client.clone(), request.clone());
         async move { client.join_pod(request).await }
     };
-    Ok((fresh, answered(plan, name, call).await?))
+    let answer = answered(plan, name, call).await?;
+    let id = answer.svid.as_ref().map(|svid| svid.spiffe_id.as_str()).unwrap_or_default();
+    // Before anything is stored: its name would not be the one that it is started with.
+    if role == PodRole::Gateway && !id.ends_with(&format!("/gateway/{name}")) {
+        return Err(JoinError::OtherPod { given: name.to_owned(), id: id.to_owned() });
+    }
+    Ok((fresh, answer))
 }
