@@ -19,7 +19,7 @@ const ALL: [&str; 8] = [
     "federator.properties.region=eu-west-1",
     "gateway.podLabels.team=net",
     "gateway.service.annotations.example\\.dev/a=b",
-    "federator.extraArgs={--audit-days,400}",
+    "federator.extraArgs={--audit-days=400}",
 ];
 
 /// Each preset's arguments, and everything at once.
