@@ -207,6 +207,9 @@ impl Renderer<'_> {
                 (0..to).map(Value::from).collect()
             }
             ("list", items) => items.to_vec().into(),
+            ("join", [Value::String(by), Value::Array(items)]) => {
+                items.iter().map(text).collect::<Result<Vec<_>, _>>()?.join(by).into()
+            }
             ("rest", [Value::Array(items)]) => items.iter().skip(1).cloned().collect(),
             ("contains", [Value::String(part), Value::String(whole)]) => whole.contains(part.as_str()).into(),
             ("splitList", [Value::String(by), Value::String(whole)]) => {

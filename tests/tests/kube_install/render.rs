@@ -11,8 +11,9 @@ use tombolo_tests::mesh::binary;
 use super::{GIVEN, NAMESPACE, World, chart};
 
 /// Beyond the presets: everything that is off by default.
-const ALL: [&str; 8] = [
+const ALL: [&str; 9] = [
     "shared.enabled=true",
+    "shared.namespaces={shop,bank}",
     "inject.enabled=true",
     "networkPolicy.enabled=true",
     "federator.dns=true",

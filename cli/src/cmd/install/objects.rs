@@ -20,7 +20,7 @@ const LONGEST: Duration = Duration::from_secs(30);
 const MANAGED: &str = "app.kubernetes.io/managed-by";
 
 /// Every kind that the chart may render, in the order in which they are made; the webhook comes when who answers it is there.
-pub const KINDS: [(&str, &str); 14] = [
+pub const KINDS: [(&str, &str); 16] = [
     ("v1", "Namespace"),
     ("v1", "ServiceAccount"),
     ("v1", "Secret"),
@@ -29,6 +29,8 @@ pub const KINDS: [(&str, &str); 14] = [
     ("rbac.authorization.k8s.io/v1", "ClusterRoleBinding"),
     ("rbac.authorization.k8s.io/v1", "Role"),
     ("rbac.authorization.k8s.io/v1", "RoleBinding"),
+    ("admissionregistration.k8s.io/v1", "ValidatingAdmissionPolicy"),
+    ("admissionregistration.k8s.io/v1", "ValidatingAdmissionPolicyBinding"),
     ("v1", "Service"),
     ("networking.k8s.io/v1", "NetworkPolicy"),
     ("policy/v1", "PodDisruptionBudget"),
@@ -38,11 +40,13 @@ pub const KINDS: [(&str, &str); 14] = [
 ];
 /// Rendered only when asked for, and only where its definition is installed.
 pub const OPTIONAL: [(&str, &str); 1] = [("monitoring.coreos.com/v1", "ServiceMonitor")];
-const CLUSTER_WIDE: [&str; 5] = [
+const CLUSTER_WIDE: [&str; 7] = [
     "Namespace",
     "ClusterRole",
     "ClusterRoleBinding",
     "MutatingWebhookConfiguration",
+    "ValidatingAdmissionPolicy",
+    "ValidatingAdmissionPolicyBinding",
     "CustomResourceDefinition",
 ];
 
