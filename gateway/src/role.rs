@@ -12,7 +12,9 @@ use tokio::sync::watch;
 use tombolo_overlay::cid::Kind;
 use tombolo_overlay::datagram::StartNumber;
 use tombolo_overlay::lease::LeaseError;
-use tombolo_overlay::member::{EntryPoints, JoinError, JoinOptions, Member, MemberError, PodRole};
+use tombolo_overlay::member::{
+    EntryPoints, JoinError, JoinOptions, Member, MemberError, PodRole, ServiceAccountToken,
+};
 use tombolo_overlay::revoking::Enforcer;
 use tombolo_overlay::{BindError, GatewayHop, Limits, Overlay, OverlayConfig};
 use tombolo_proto::v1;
@@ -114,7 +116,8 @@ impl Gateway {
             (Some(member), _, _) => member,
             (None, Some(token), Some(file)) => {
                 let options = JoinOptions { name: config.name.clone(), bind };
-                Member::join_pod_as(token, (file, PodRole::Gateway), &dir, &options).await?
+                let account = ServiceAccountToken::File(file.clone());
+                Member::join_pod_as(token, (&account, PodRole::Gateway), &dir, &options).await?
             }
             (None, Some(token), None) => Member::join(token, &dir, Some(&config.name), bind).await?,
             (None, None, _) => return Err(BuildError::NotJoined { dir: dir.display().to_string() }),

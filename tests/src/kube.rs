@@ -113,22 +113,31 @@ impl ControlPlane {
 
     /// Prepares the cluster by the product's own means, and starts its federator with nothing but its service account.
     pub fn federate(&self, mesh: &mut Mesh) -> Result<()> {
+        self.federate_with(mesh, &[])
+    }
+
+    /// Starts its federator as the service account that is there, with more flags.
+    pub fn federate_as(&self, mesh: &mut Mesh, more: &[&str]) -> Result<()> {
+        let kubeconfig = text(&self.kubeconfig_of(ACCOUNT)?);
+        let flags = [&["--kubernetes", &kubeconfig, "--kubernetes-services"][..], more].concat();
+        mesh.federator_with(&self.cluster, &flags)
+    }
+
+    /// Prepares the cluster as [`Self::federate`] does, and starts its federator with more flags.
+    pub fn federate_with(&self, mesh: &mut Mesh, more: &[&str]) -> Result<()> {
         self.install_crds(mesh)?;
         for document in documents(RBAC)? {
             self.api.apply(&document)?;
         }
-        self.federate_as(mesh, &[])
+        self.federate_as(mesh, more)
     }
 
-    /// Starts its federator as the service account that is there, with more arguments.
-    pub fn federate_as(&self, mesh: &mut Mesh, more: &[&str]) -> Result<()> {
-        let account = Object::new("v1", "ServiceAccount", NAMESPACE, ACCOUNT);
-        let token = self.api.token(&account)?;
-        let kubeconfig = self.dir.join("federator.kubeconfig");
-        std::fs::write(&kubeconfig, self::kubeconfig(&self.dir, self.address, &token)?)?;
-        let kubeconfig = text(&kubeconfig);
-        let args = ["--kubernetes", &kubeconfig, "--kubernetes-services"];
-        mesh.federator_with(&self.cluster, &[&args[..], more].concat())
+    /// A kubeconfig with a token of one of the product's service accounts, and nothing else.
+    pub fn kubeconfig_of(&self, account: &str) -> Result<PathBuf> {
+        let token = self.api.token(&Object::new("v1", "ServiceAccount", NAMESPACE, account))?;
+        let path = self.dir.join(format!("{account}.kubeconfig"));
+        std::fs::write(&path, kubeconfig(&self.dir, self.address, &token)?)?;
+        Ok(path)
     }
 
     /// `tombolo kube crds --install`; what it said.

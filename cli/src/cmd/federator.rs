@@ -9,7 +9,7 @@ use serde::Deserialize;
 use tombolo_federator::bundle_endpoint::{BundleEndpointConfig, WebCertificate};
 use tombolo_federator::core::audit::Retention;
 use tombolo_federator::foreign::client::WebRoots;
-use tombolo_federator::kubernetes::{KubernetesConfig, PodsConfig};
+use tombolo_federator::kubernetes::KubernetesConfig;
 use tombolo_federator::role::{DEFAULT_LISTEN, Federator, FederatorConfig};
 use tombolo_federator::token_review::access::{IN_CLUSTER_DIR, KubernetesAccess};
 use tombolo_model::names::{ClusterName, Namespace};
@@ -19,6 +19,7 @@ use tombolo_runtime::tasks::TaskGroup;
 use tombolo_runtime::{admin, settings, signals};
 
 mod advertise;
+mod pods;
 
 use super::names;
 use super::role::{self, layered};
@@ -133,6 +134,10 @@ struct Settings {
     /// ConfigMap tombolo-trust-bundle of --kubernetes-namespace
     #[arg(long, env = "TOMBOLO_KUBERNETES_PUBLISH", value_name = "HOST:PORT")]
     kubernetes_publish: Option<String>,
+    /// Service of the shared sidecars (`tombolo sidecar shared --kubernetes`): imports' derived Services lead there, so that
+    /// pods without a sidecar can call them. Off unless given
+    #[arg(long, env = "TOMBOLO_KUBERNETES_SHARED", value_name = "NAMESPACE/NAME")]
+    kubernetes_shared: Option<String>,
     /// CA certificates (PEM) by which foreign bundle endpoints of profile https_web are verified [default: the system's]
     #[arg(
         long,
@@ -167,6 +172,7 @@ layered!(Settings {
     kubernetes_namespace,
     kubernetes_gateways,
     kubernetes_publish,
+    kubernetes_shared,
     bundle_client_roots,
     virtual_ranges,
     dns_listen,
@@ -212,6 +218,7 @@ impl Settings {
             kubernetes_namespace,
             kubernetes_gateways,
             kubernetes_publish,
+            kubernetes_shared,
             bundle_client_roots,
             virtual_ranges,
             dns_listen,
@@ -241,9 +248,15 @@ impl Settings {
             (None, Err(failure)) => Err(Failure::new(failure)),
         };
         let kubernetes = kubernetes.map(|place| api_server(&place)).transpose()?;
-        let pods = pods(kubernetes.as_ref(), kubernetes_gateways, kubernetes_publish, &kubernetes_namespace)?;
+        let pods = pods::config(
+            kubernetes.as_ref(),
+            kubernetes_gateways,
+            kubernetes_publish,
+            kubernetes_namespace.as_ref(),
+        )?;
+        let wanted = kubernetes_services.unwrap_or(false);
         let kubernetes_services =
-            services(kubernetes.as_ref(), kubernetes_services.unwrap_or(false), kubernetes_namespace)?;
+            services(kubernetes.as_ref(), wanted, kubernetes_namespace, kubernetes_shared)?;
         Ok(FederatorConfig {
             trust_dir: place(trust_dir, &|dirs| dirs.trust().join("clusters").join(&name))?,
             state_dir: place(state_dir, &|dirs| dirs.role_state(&name, "federator"))?,
@@ -269,7 +282,7 @@ impl Settings {
     }
 }
 
-/// Where the Kubernetes API server is.
+/// Where the Kubernetes API server is: `in-cluster`, or a kubeconfig.
 pub fn api_server(place: &str) -> Result<KubernetesAccess, Failure> {
     if place != "in-cluster" {
         return Ok(KubernetesAccess::Kubeconfig(PathBuf::from(place)));
@@ -291,7 +304,12 @@ fn services(
     access: Option<&KubernetesAccess>,
     wanted: bool,
     namespace: Option<String>,
+    shared: Option<String>,
 ) -> Result<Option<KubernetesConfig>, Failure> {
+    if let Some(shared) = shared.as_ref().filter(|_| !wanted) {
+        let failure = format_args!("--kubernetes-shared {shared}: there is no --kubernetes-services");
+        return Err(Failure::usage(failure).remedy("give it too: only then there are derived Services"));
+    }
     if !wanted {
         return Ok(None);
     }
@@ -299,46 +317,14 @@ fn services(
         return Err(Failure::usage("--kubernetes-services: there is no --kubernetes")
             .remedy("give --kubernetes in-cluster, or --kubernetes with a kubeconfig"));
     };
-    Ok(Some(KubernetesConfig { namespace: own_namespace(&access, namespace)?, access }))
-}
-
-/// The federator's namespace.
-fn own_namespace(access: &KubernetesAccess, namespace: Option<String>) -> Result<String, Failure> {
-    // Kubernetes writes it beside the token.
-    let own = |access: &KubernetesAccess| match access {
-        KubernetesAccess::InCluster { dir, .. } => std::fs::read_to_string(dir.join("namespace")).ok(),
-        KubernetesAccess::Kubeconfig(_) => None,
-    };
-    let namespace = namespace.or_else(|| own(access)).unwrap_or_else(|| "tombolo-system".to_owned());
-    let parsed: Result<Namespace, _> = namespace.trim().parse();
-    Ok(parsed.map_err(|error| Failure::usage(format_args!("--kubernetes-namespace: {error}")))?.to_string())
-}
-
-/// Which pods may be gateways, and where what joiners need to know is written.
-fn pods(
-    access: Option<&KubernetesAccess>,
-    gateways: Option<String>,
-    publish: Option<String>,
-    namespace: &Option<String>,
-) -> Result<PodsConfig, Failure> {
-    let without = |flag: &str| {
-        Failure::usage(format_args!("{flag}: there is no --kubernetes"))
-            .remedy("give --kubernetes in-cluster, or --kubernetes with a kubeconfig")
-    };
-    if gateways.is_some() && access.is_none() {
-        return Err(without("--kubernetes-gateways"));
-    }
-    let wrong = |error| Failure::usage(format_args!("--kubernetes-gateways: {error}"));
-    let gateways = gateways.map(|text| text.parse().map_err(wrong)).transpose()?;
-    let publish = match (publish, access) {
-        (None, _) => None,
-        (Some(_), None) => return Err(without("--kubernetes-publish")),
-        (Some(federator), Some(access)) => {
-            let namespace = own_namespace(access, namespace.clone())?;
-            Some((KubernetesConfig { access: access.clone(), namespace }, federator))
-        }
-    };
-    Ok(PodsConfig { gateways, publish })
+    let shared = shared.map(|text| {
+        text.parse().map_err(|error| Failure::usage(format_args!("--kubernetes-shared {text:?}: {error}")))
+    });
+    Ok(Some(KubernetesConfig {
+        namespace: pods::own_namespace(&access, namespace)?,
+        shared: shared.transpose()?,
+        access,
+    }))
 }
 
 /// One per family.

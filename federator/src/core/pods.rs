@@ -19,12 +19,16 @@ use super::{Core, CoreError, Moment};
 use crate::facts::{LeaseRecord, PodRecord, Role};
 use crate::joining;
 use crate::store::{Table, Transaction};
-use crate::token_review::{PodIdentity, ReviewError};
+use crate::token_review::{HELD, PodIdentity, ReviewError};
 
 /// A container that fails at once is started five times in the first two and a half minutes, then once in five (kubelet's
 /// back-off). A pod in a loop of its own makes 2,900 leases in a day, after which they are forgotten: a megabyte.
 const JOINS_OF_ONE: usize = 5;
 const JOINS_WITHIN: Duration = Duration::from_secs(150);
+/// Replicas of shared sidecars that stand for one service account, and join at once: each is named by itself, so they are
+/// bounded together.
+const HOLDERS: usize = 32;
+
 /// Of the pods that may be gateways.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct ServiceAccount {
@@ -49,7 +53,6 @@ impl std::str::FromStr for ServiceAccount {
         })
     }
 }
-
 /// `federator_names` of a token.
 const MAX_NAMES: usize = 16;
 
@@ -137,10 +140,15 @@ impl Core {
         }
         let given = format!("{}/{}", pod.namespace, pod.service_account);
         match &self.gateways {
-            Some(accounts) if accounts.to_string() == given => Ok(()),
-            Some(accounts) => Err(CoreError::Denied(format!(
+            Some(accounts) if accounts.to_string() != given => Err(CoreError::Denied(format!(
                 "service account {given} may not be a gateway: pods of {accounts} may (--kubernetes-gateways)"
             ))),
+            // Whoever may ask for tokens of the account could call itself as it likes.
+            Some(_) if !pod.bound => Err(CoreError::Denied(
+                "the token is bound to no pod, and a gateway is called as its pod is: project it into the pod (serviceAccountToken)"
+                    .to_owned(),
+            )),
+            Some(_) => Ok(()),
             None => Err(CoreError::Denied(format!(
                 "service account {given} may not be a gateway: start the federator with --kubernetes-gateways {given} to let its pods be gateways"
             ))),
@@ -169,9 +177,24 @@ impl Core {
                 JOINS_WITHIN.as_secs()
             )));
         }
+        let held = |lease: &&Arc<LeaseRecord>| {
+            let recent = |known: &PodRecord| {
+                known.uid.starts_with(HELD) && known.joined_unix + JOINS_WITHIN.as_secs() > unix
+            };
+            lease.spiffe_id == id.as_str() && lease.pod.as_ref().is_some_and(recent)
+        };
+        if !pod.bound && self.facts.leases.values().filter(held).count() >= HOLDERS {
+            return Err(CoreError::Exhausted(format!(
+                "holders of tokens that are bound to no pod have joined {HOLDERS} times as {id} within {} s: try again later",
+                JOINS_WITHIN.as_secs()
+            )));
+        }
         let issued = self.issue(csr_der, &id, role, moment, Transaction::new())?;
         let mut event = issued.event(Action::Join);
-        event.reason = format!("{}; pod {} by its service account", event.reason, pod.pod);
+        event.reason = match pod.bound {
+            true => format!("{}; pod {} by its service account", event.reason, pod.pod),
+            false => format!("{}; {} for pods of the service account", event.reason, pod.pod),
+        };
         let Issued { svid, mut transaction, record: identity, .. } = issued;
         let mut lease = self.new_lease(id.as_str(), role, unix + LEASE_LIFE.as_secs())?;
         let (uid, name) = (pod.pod_uid.clone(), pod.pod.clone());

@@ -91,7 +91,7 @@ impl Join for JoinService {
         request: Request<v1::JoinPodRequest>,
     ) -> Result<Response<v1::JoinWorkloadResponse>, Status> {
         let turned_away = self.admit()?;
-        let v1::JoinPodRequest { service_account_token, csr_der, role } = request.into_inner();
+        let v1::JoinPodRequest { service_account_token, csr_der, role, holder } = request.into_inner();
         let role = match role.as_str() {
             "" => Role::Sidecar,
             "gateway" => Role::Gateway,
@@ -104,7 +104,7 @@ impl Join for JoinService {
         };
         let token = Zeroizing::new(service_account_token);
         let expected = audience(&self.svid.load().spiffe_id.trust_domain());
-        let reviewed = self.reviewer.review(&token, &expected).await;
+        let reviewed = self.reviewer.review(&token, &expected).await.and_then(|pod| pod.held_by(&holder));
         if let Err(error) = &reviewed {
             tracing::warn!(%error, kind = error.kind(), "a pod is not let in");
         }

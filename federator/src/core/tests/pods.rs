@@ -9,6 +9,7 @@ fn pod(uid: &str, account: &str) -> PodIdentity {
         service_account: account.into(),
         pod_uid: uid.into(),
         pod: format!("{account}-{uid}"),
+        bound: true,
     }
 }
 
@@ -122,6 +123,9 @@ fn pods_of_the_named_account_become_the_gateway_that_they_are_called_and_no_othe
         &refusal(ask(&mut east, "web")),
         &["shop/web may not be a gateway", "pods of shop/tombolo-gateway may"],
     );
+    let unbound = PodIdentity { bound: false, ..gateway("tombolo-gateway") };
+    let refused = refusal(east.core.join_pod(Ok(unbound), Role::Gateway, &csr(), at(1)));
+    assert_says(&refused, &["bound to no pod"]);
     let answer = ask(&mut east, "tombolo-gateway").unwrap();
     let id = answer.svid.unwrap().spiffe_id;
     assert!(id.ends_with("/cluster/east/gateway/tombolo-gateway-0"), "{id}");
