@@ -12,7 +12,7 @@ use super::{GIVEN, NAMESPACE, World, chart};
 
 /// Beyond the presets: everything that is off by default.
 const ALL: [&str; 9] = [
-    "shared.enabled=true",
+    "federator.objects=true",
     "shared.namespaces={shop,bank}",
     "inject.enabled=true",
     "networkPolicy.enabled=true",
