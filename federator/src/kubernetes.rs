@@ -20,6 +20,7 @@ pub mod lease;
 pub mod metrics;
 mod objects;
 mod plan;
+pub mod published;
 mod queue;
 mod rows;
 mod status;
@@ -42,6 +43,7 @@ use tombolo_model::names::ServiceKey;
 use tombolo_runtime::tasks::TaskGroup;
 
 use crate::core::CoreHandle;
+use crate::core::pods::ServiceAccount;
 use crate::token_review::access::KubernetesAccess;
 use client::{ConnectError, Resources};
 use driver::{Driver, SessionEnd, Watched};
@@ -67,6 +69,15 @@ pub struct KubernetesConfig {
     pub objects: bool,
     /// The `Service` of the shared sidecars, which derived `Service`s lead to; `None`: they lead nowhere.
     pub shared: Option<ServiceKey>,
+}
+
+/// What pods of the cluster may join as beside their service account, and what they are told.
+#[derive(Clone, Debug, Default)]
+pub struct PodsConfig {
+    /// Whose pods may be gateways; `None`: no pods may.
+    pub gateways: Option<ServiceAccount>,
+    /// Whom joiners are told of this cluster's federators, `HOST:PORT`, by a ConfigMap; `None`: there is none.
+    pub publish: Option<(KubernetesConfig, String)>,
 }
 
 /// Works with the cluster's Kubernetes, as it is configured to.

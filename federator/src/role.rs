@@ -57,7 +57,8 @@ use crate::first_contact::FirstContactTask;
 use crate::foreign::client::{Patience, WebRoots};
 use crate::foreign::task::FederationTask;
 use crate::kubernetes::metrics::Metrics as KubernetesMetrics;
-use crate::kubernetes::{KubernetesConfig, KubernetesTask};
+use crate::kubernetes::published::PublishTask;
+use crate::kubernetes::{KubernetesConfig, KubernetesTask, PodsConfig};
 use crate::metrics::Metrics;
 use crate::peers::PeersTask;
 use crate::registry::HeldTrust;
@@ -108,6 +109,7 @@ pub struct FederatorConfig {
     pub kubernetes: Option<KubernetesAccess>,
     /// Whose services are exported and imported, and whose objects are kept; `None`: those of no Kubernetes.
     pub kubernetes_services: Option<KubernetesConfig>,
+    pub pods: PodsConfig,
     /// The web's CAs, for foreign bundle endpoints of profile `https_web`.
     pub web_roots: WebRoots,
     /// Where services get their virtual addresses from.
@@ -182,6 +184,7 @@ pub struct Bound {
     bundle_endpoint: Option<BundleEndpoint>,
     reviewer: Arc<dyn TokenReviewer>,
     kubernetes_services: Option<(KubernetesConfig, KubernetesMetrics)>,
+    publish: Option<(KubernetesConfig, String)>,
     web_roots: WebRoots,
     names: Option<(names_server::Bound, names_metrics::Metrics)>,
     bind: IpAddr,
@@ -207,6 +210,7 @@ impl Federator {
             bundle_endpoint,
             kubernetes,
             kubernetes_services,
+            pods: PodsConfig { gateways, publish },
             web_roots,
             virtual_ranges,
             names,
@@ -247,6 +251,7 @@ impl Federator {
             // Nobody reads them any more.
             core.set_kubernetes_properties(BTreeMap::new())?;
         }
+        core.set_gateways(gateways);
         let core = core.start().map_err(BuildError::Thread)?;
         let svid = SvidHandle::by(clock::since_unix_epoch, own_svid(&core).await?);
         let bundle_endpoint = match &bundle_endpoint {
@@ -301,6 +306,7 @@ impl Federator {
             bundle_endpoint,
             reviewer,
             kubernetes_services,
+            publish,
             web_roots,
             names,
             bind: listen.ip(),
@@ -338,6 +344,7 @@ impl Bound {
             bundle_endpoint,
             reviewer,
             kubernetes_services,
+            publish,
             web_roots,
             names: bound_names,
             bind,
@@ -357,6 +364,10 @@ impl Bound {
         if let Some((config, metrics)) = kubernetes_services {
             let task = KubernetesTask { core: core.clone(), config, metrics, tasks: tasks.clone() };
             tasks.spawn("Kubernetes", task.run());
+        }
+        if let Some((config, federator)) = publish {
+            let task = PublishTask { core: core.clone(), config, federator };
+            tasks.spawn("what joiners are told", task.run());
         }
         let names = Names::new(&core.facts());
         tasks.spawn("names", names.clone().follow(core.clone()));

@@ -5,6 +5,7 @@
 //! ends with it; [`ControlPlane::stop`] ends it in order, because an API server whose etcd went first hangs.
 
 mod api;
+mod tools;
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -15,6 +16,7 @@ use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 use serde_json::{Value, json};
 
 pub use api::{Api, Object, condition, documents};
+pub use tools::{Tools, require_tools};
 
 use crate::capability::skipped;
 use crate::mesh::Mesh;
@@ -114,7 +116,12 @@ impl ControlPlane {
         self.federate_with(mesh, &[])
     }
 
-    /// The same, with more flags.
+    /// Starts its federator as the service account that is there, with more flags.
+    pub fn federate_as(&self, mesh: &mut Mesh, more: &[&str]) -> Result<()> {
+        self.federate_known(mesh, &[&["--kubernetes-services"], more].concat())
+    }
+
+    /// Prepares the cluster as [`Self::federate`] does, and starts its federator with more flags.
     pub fn federate_with(&self, mesh: &mut Mesh, more: &[&str]) -> Result<()> {
         self.install_crds(mesh)?;
         self.federate_bare(mesh, &[&["--kubernetes-services"], more].concat())
@@ -122,13 +129,16 @@ impl ControlPlane {
 
     /// The same without the definitions, which may be there already, or come late; `flags` say what the federator does.
     pub fn federate_bare(&self, mesh: &mut Mesh, flags: &[&str]) -> Result<()> {
-        let cluster = self.cluster.clone();
         for document in documents(RBAC)? {
             self.api.apply(&document)?;
         }
+        self.federate_known(mesh, flags)
+    }
+
+    fn federate_known(&self, mesh: &mut Mesh, flags: &[&str]) -> Result<()> {
         let kubeconfig = text(&self.kubeconfig_of(ACCOUNT)?);
         let flags = [&["--kubernetes", &kubeconfig][..], flags].concat();
-        mesh.federator_with(&cluster, &flags)
+        mesh.federator_with(&self.cluster, &flags)
     }
 
     /// A kubeconfig with a token of one of the product's service accounts, and nothing else.

@@ -126,6 +126,7 @@ impl Core {
         Ok(Self {
             audit,
             addresses,
+            gateways: None,
             addresses_stale: true,
             announcements: Announcements::default(),
             given_properties: properties,
