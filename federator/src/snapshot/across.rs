@@ -91,7 +91,11 @@ impl Prober<'_> {
                     *id
                 })
                 .collect();
-            flat.services.insert(export.handle, ids);
+            // One without an address there (behind NAT, or beyond the ranges) would never be chosen: gateways know it.
+            let all = usize::try_from(export.healthy).unwrap_or(usize::MAX).min(MAX_ENDPOINTS);
+            if ids.len() >= all {
+                flat.services.insert(export.handle, ids);
+            }
         }
         flat
     }

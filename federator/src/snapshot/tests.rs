@@ -1,6 +1,7 @@
 //! What gateways and sidecars are told, from hand-built facts of a cluster `east`.
 
 mod access;
+mod weights;
 
 use std::collections::BTreeMap;
 use std::time::Duration;

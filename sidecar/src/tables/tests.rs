@@ -71,8 +71,9 @@ fn a_whole_snapshot_parses_and_only_known_endpoints_are_dialled_directly() {
 #[test]
 fn each_bad_record_is_refused_by_name_and_the_rest_counts() {
     type Spoil = fn(&mut v1::SidecarSnapshot);
-    let cases: [(&str, &str, Spoil); 9] = [
+    let cases: [(&str, &str, Spoil); 10] = [
         ("backend", "spiffe_ids", |s| s.upstreams[0].backends[1].spiffe_ids.clear()),
+        ("backend", "weights", |s| s.upstreams[0].backends[1].weights = vec![1, 2]),
         ("backend", "spiffe_ids", |s| s.upstreams[0].backends[1].spiffe_ids[0] = "http://x".into()),
         ("backend", "keys", |s| s.upstreams[0].backends[1].keys = None),
         ("backend", "tag", |s| s.upstreams[0].backends[1].tag = 1 << 24),
