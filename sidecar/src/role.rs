@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use prometheus_client::registry::Registry;
-use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::sync::{Semaphore, watch};
 use tombolo_identity::tls;
 use tombolo_model::names::ServiceKey;
 use tombolo_names::metrics as names_metrics;
@@ -44,9 +44,10 @@ use crate::health;
 use crate::listening::{ListenError, Listening};
 use crate::metrics::Metrics;
 use crate::names::NamesTask;
-use crate::shared::Call;
+use crate::shared::Handed;
 use crate::tables::Tables;
 use crate::udp::UdpContext;
+use crate::udp::queue::Budget;
 use crate::workload_api::{self, WorkloadApi};
 
 /// What this machine is called, for people.
@@ -122,6 +123,16 @@ pub struct Bound {
     tasks: TaskGroup,
 }
 
+/// What a sidecar gets from a process that has many.
+#[derive(Debug)]
+pub(crate) struct Among {
+    pub metrics: Metrics,
+    pub handed: Handed,
+    pub configured: Option<BlockReady>,
+    /// Of what waits in flows of datagrams.
+    pub budget: Budget,
+}
+
 /// What a sidecar has around its data path.
 #[derive(Debug, Default)]
 struct Around {
@@ -130,6 +141,7 @@ struct Around {
     /// Followed for the name server, and for captured connections.
     names: Option<(Option<names_server::Bound>, names_metrics::Metrics)>,
     configured: Option<BlockReady>,
+    budget: Option<Budget>,
 }
 
 impl Sidecar {
@@ -155,22 +167,19 @@ impl Sidecar {
             }
         };
         let admin = Some(Admin::bind(config.admin, registry, readiness).await?);
-        let around = Around { admin, workload_api, names, configured: Some(configured) };
+        let around = Around { admin, workload_api, names, configured: Some(configured), budget: None };
         Self::join(config, listening, around, metrics).await
     }
 
     /// One of the sidecars of a process that shows metrics and readiness for all of them, and hands it its calls.
-    pub(crate) async fn build_among(
-        config: SidecarConfig,
-        metrics: Metrics,
-        calls: mpsc::Receiver<Call>,
-        configured: Option<BlockReady>,
-    ) -> Result<Bound, BuildError> {
+    pub(crate) async fn build_among(config: SidecarConfig, among: Among) -> Result<Bound, BuildError> {
+        let Among { metrics, handed, configured, budget } = among;
         let mut listening = Listening::bind(&config, 1)?;
         if let Some(first) = listening.first_mut() {
-            first.calls = Some(calls);
+            first.handed = Some(handed);
         }
-        Self::join(config, listening, Around { configured, ..Around::default() }, metrics).await
+        let around = Around { configured, budget: Some(budget), ..Around::default() };
+        Self::join(config, listening, around, metrics).await
     }
 
     async fn join(
@@ -248,13 +257,14 @@ impl Bound {
             overlay,
             listening,
             parts,
-            around: Around { admin, workload_api, names, configured },
+            around: Around { admin, workload_api, names, configured, budget },
             metrics,
             tasks,
         } = self;
         let (trigger, watcher) = drain::channel();
         let log = ShiftLog::open(member.dir());
         let (tables, received) = watch::channel(None);
+        let (question, asked) = watch::channel(0);
 
         let enforcer = Enforcer::new(member.svid().clone());
         let wanted = Wanted::new(asked_for(&config).collect());
@@ -268,6 +278,7 @@ impl Bound {
             zone: config.zone.clone(),
             enforcer: enforcer.clone(),
             wanted: wanted.clone(),
+            question,
         };
         control.restore();
         tasks.spawn("ready once configured", ready_once_configured(received.clone(), configured));
@@ -307,7 +318,7 @@ impl Bound {
             _ => (Dialler::plain(), None),
         };
         let (watched, agentless) = agentless::watch::of(&config);
-        let udp = UdpContext::new(config.udp, metrics.udp.clone());
+        let udp = UdpContext::new(config.udp, budget.as_ref(), metrics.udp.clone());
         let path = DataPath {
             config: Arc::clone(&config),
             member: member.clone(),
@@ -364,6 +375,7 @@ impl Bound {
             metrics,
             drain: watcher.clone(),
             enforcer,
+            asked,
         };
         let report = tasks.spawn("report", report.run());
         drop(watcher);
@@ -515,5 +527,6 @@ fn hello(config: &SidecarConfig, overlay: &Overlay) -> v1::SidecarHello {
         lease: None,
         instance: rand::random::<[u8; 16]>().to_vec(),
         host: std::fs::read_to_string(HOSTNAME).unwrap_or_default().trim().to_owned(),
+        answers: true,
     }
 }

@@ -1,8 +1,8 @@
 //! One process that is the sidecar of many applications which have none of their own.
 //!
 //! ```text
-//!  application 10.0.0.11 --TCP--> front 10.0.0.5:9080 --by the caller's address--> its sidecar ==overlay==> peer
-//!  peer ==overlay==> its sidecar --TCP--> application 10.0.0.11:8080
+//!  application 10.0.0.11 --TCP, UDP--> front 10.0.0.5:9080 --by the caller's address--> its sidecar ==overlay==> peer
+//!  peer ==overlay==> its sidecar --TCP, UDP--> application 10.0.0.11:8080
 //! ```
 //! Each application keeps an identity, a key, an overlay socket and a lease of its own, as if its sidecar ran beside it:
 //! what is shared is the process, its metrics and the front's listeners. [`front`] tells callers apart; [`config`] is what the
@@ -23,24 +23,22 @@ use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
-use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tombolo_runtime::admin::{Admin, AdminError};
 use tombolo_runtime::drain::{self, Drain, DrainTrigger};
 use tombolo_runtime::readiness::{BlockReady, Readiness};
 use tombolo_runtime::tasks::TaskGroup;
 
-pub(crate) use self::calls::CallsTask;
+pub(crate) use self::calls::{CallsTask, Datagrams};
 use self::config::{Application, SharedConfig, SharedConfigError};
-pub(crate) use self::front::Call;
 use self::front::{Front, Fronts};
+pub(crate) use self::front::{Handed, SharedPort};
 use crate::config::SidecarConfig;
 use crate::listening::ListenError;
-use crate::metrics::Metrics;
-use crate::role::Sidecar;
+use crate::metrics::{Metrics, OwnByApplication};
+use crate::role::{Among, Sidecar};
+use crate::udp::{self, queue::Budget};
 
-/// Connections that an application's sidecar has not taken yet: it takes them within microseconds.
-const HANDED: usize = 256;
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 /// How often the configuration is looked at.
@@ -74,6 +72,7 @@ pub struct Shared {
     admin: Admin,
     readiness: Readiness,
     metrics: Metrics,
+    own: OwnByApplication,
     up: Family<ApplicationLabels, Gauge>,
 }
 
@@ -97,6 +96,9 @@ struct Kept {
 struct Context {
     front: Front,
     metrics: Metrics,
+    own: OwnByApplication,
+    /// What waits in flows of datagrams of all applications together.
+    budget: Budget,
     up: Family<ApplicationLabels, Gauge>,
     /// An application could not be started since the configuration was read.
     failed: Arc<AtomicBool>,
@@ -108,7 +110,7 @@ impl Shared {
     pub async fn build(config: SharedConfig) -> Result<Self, SharedError> {
         config.check()?;
         let mut registry = Registry::default();
-        let metrics = Metrics::register(&mut registry);
+        let (metrics, own) = Metrics::register_shared(&mut registry);
         let shared = registry.sub_registry_with_prefix("tombolo_sidecar_shared");
         let up = Family::<ApplicationLabels, Gauge>::default();
         shared.register(
@@ -120,7 +122,7 @@ impl Shared {
         let readiness = Readiness::new();
         let admin = Admin::bind(config.admin, registry, readiness.clone()).await?;
         tracing::info!(applications = config.applications.len(), admin = %admin.local_addr(), "shared sidecar bound");
-        Ok(Self { config, fronts, admin, readiness, metrics, up })
+        Ok(Self { config, fronts, admin, readiness, metrics, own, up })
     }
 
     /// Runs until `shutdown` starts and every application's drain is over. `again` reads the configuration anew: `None`
@@ -130,11 +132,19 @@ impl Shared {
         shutdown: Drain,
         mut again: impl FnMut(bool) -> Result<Option<SharedConfig>, String>,
     ) -> Result<(), SharedError> {
-        let Self { config, fronts, admin, readiness, metrics, up } = self;
+        let Self { config, fronts, admin, readiness, metrics, own, up } = self;
         let tasks = TaskGroup::new();
-        let front = fronts.start(&shutdown, &tasks).map_err(SharedError::Front)?;
+        let front = fronts.start(&metrics, &shutdown, &tasks).map_err(SharedError::Front)?;
         let failed = Arc::new(AtomicBool::new(false));
-        let context = Context { front, metrics, up, failed: Arc::clone(&failed), tasks: tasks.clone() };
+        let context = Context {
+            front,
+            metrics,
+            own,
+            budget: udp::shared_budget(),
+            up,
+            failed: Arc::clone(&failed),
+            tasks: tasks.clone(),
+        };
         let mut running = Running { applications: HashMap::new(), ending: HashMap::new(), context };
         running.follow(&config.applications, |name| Some(readiness.block(format!("application {name}"))));
 
@@ -250,14 +260,18 @@ impl Context {
         let labels = ApplicationLabels { application: application.clone() };
         let mut pause = FIRST_PAUSE;
         while drain.phase() == drain::Phase::Serving {
-            let (sender, calls) = mpsc::channel(HANDED);
+            let (serving, handed) = front::hand_over();
             let config = sidecar.lock().unwrap_or_else(PoisonError::into_inner).clone();
-            match Sidecar::build_among(config, self.metrics.clone(), calls, block.take()).await {
+            let metrics = self.metrics.with(self.own.of(&application));
+            let among = Among { metrics, handed, configured: block.take(), budget: self.budget.clone() };
+            match Sidecar::build_among(config, among).await {
                 Ok(bound) => {
-                    self.front.serve(&application, Some(sender));
+                    self.front.serve(&application, Some(serving));
                     self.up.get_or_create(&labels).set(1);
                     let ended = bound.run(drain.clone()).await;
                     self.up.get_or_create(&labels).set(0);
+                    // Only its reports would say that it is connected no more.
+                    self.own.forget(&application);
                     self.front.serve(&application, None);
                     if let Err(error) = ended {
                         tracing::error!(%application, %error, "the application's sidecar has ended");
@@ -278,6 +292,7 @@ impl Context {
             pause = (pause * 2).min(LONGEST_PAUSE);
         }
         self.up.remove(&labels);
+        self.own.forget(&application);
     }
 }
 
