@@ -1,6 +1,7 @@
 //! The sidecar's listeners for applications: bound before anything else, so that a taken port fails the start and uses up no join
 //! token; closed last, so that nobody is reset whose connection stands.
 
+use std::collections::VecDeque;
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
@@ -13,7 +14,7 @@ use tombolo_runtime::drain::Drain;
 
 use crate::capture::listener;
 use crate::config::SidecarConfig;
-use crate::shared::Handed;
+use crate::shared::{Call, Handed};
 use crate::udp::socket as udp;
 
 /// tokio's; the kernel caps it at net.core.somaxconn.
@@ -99,7 +100,7 @@ pub(crate) struct Listening {
     pub captured_udp: Vec<std::net::UdpSocket>,
     pub plain: Vec<std::net::TcpListener>,
     /// What a front hands over that is shared with others.
-    pub handed: Option<Handed>,
+    pub handed: Option<(VecDeque<Call>, Handed)>,
 }
 
 /// Why a listener can't be had.

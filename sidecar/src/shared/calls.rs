@@ -1,6 +1,6 @@
 //! An application's connections and flows of datagrams, as the front hands them to its sidecar.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -38,6 +38,8 @@ impl Datagrams {
 /// Carries what the front hands over.
 #[derive(Debug)]
 pub(crate) struct CallsTask {
+    /// Those that waited for the sidecar to start.
+    held: VecDeque<Call>,
     calls: mpsc::Receiver<Call>,
     outbound: OutboundContext,
     /// Services are asked for when they are first called.
@@ -48,17 +50,20 @@ pub(crate) struct CallsTask {
 
 impl CallsTask {
     /// The front may hand over flows from now on.
-    pub fn new(handed: Handed, outbound: OutboundContext, wanted: Wanted) -> Self {
+    pub fn new((held, handed): (VecDeque<Call>, Handed), outbound: OutboundContext, wanted: Wanted) -> Self {
         let Handed { calls, datagrams } = handed;
         let takes = Datagrams { outbound: Arc::new(outbound.clone()), wanted: wanted.clone() };
         // Made once: a sidecar that is started again has a new one.
         let _ = datagrams.set(takes);
-        Self { calls, outbound, wanted, ports: HashMap::new() }
+        Self { held, calls, outbound, wanted, ports: HashMap::new() }
     }
 
     /// Until the drain starts; what was handed over by then is carried.
     pub async fn run(mut self) {
         let drain = self.outbound.drain.clone();
+        for call in std::mem::take(&mut self.held) {
+            self.take(call);
+        }
         loop {
             let call = tokio::select! {
                 () = drain.started() => break,
@@ -74,7 +79,7 @@ impl CallsTask {
     }
 
     fn take(&mut self, call: Call) {
-        let Call { tcp, from, service, port } = call;
+        let Call { tcp, from, service, port, open, .. } = call;
         let metrics = &self.outbound.metrics;
         let new = || Arc::new(UpstreamPort::new(service.clone(), port, metrics));
         let upstream = Arc::clone(self.ports.entry((service.clone(), port)).or_insert_with(new));
@@ -82,7 +87,7 @@ impl CallsTask {
             return outbound::refuse(tcp, &upstream, "too_many_services");
         };
         if self.outbound.routes.of(&service).is_some() {
-            return outbound::start(tcp, from, &upstream, &self.outbound, held);
+            return outbound::start(tcp, from, &upstream, &self.outbound, (held, open));
         }
         let context = self.outbound.clone();
         self.outbound.tasks.spawn("first call", async move {
@@ -91,7 +96,7 @@ impl CallsTask {
                 routed = tokio::time::timeout(ROUTE_PATIENCE, context.routed(&service)) => routed.is_ok(),
             };
             if routed {
-                outbound::start(tcp, from, &upstream, &context, held);
+                outbound::start(tcp, from, &upstream, &context, (held, open));
             } else {
                 tracing::info!(client = %from, %service, "a call is refused: no such service is known here");
                 outbound::refuse(tcp, &upstream, "unknown_service");

@@ -27,7 +27,7 @@ use crate::copy::Meter;
 use crate::listening::ACCEPT_PAUSE;
 use crate::metrics::{Held, Metrics};
 use crate::outbound::{OutboundContext, UpstreamPort};
-use crate::shared::{Datagrams, SharedPort};
+use crate::shared::{Datagrams, OpenCall, SharedPort};
 
 /// Batches before others of the thread get their turn: 128 datagrams.
 const TURN: u32 = 4;
@@ -73,12 +73,12 @@ impl UdpPort {
 }
 
 /// Whose flow it is, and how it gets its route.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 enum Whose {
     /// The sidecar's own application's; the listener has asked for the service.
     Own,
     Captured(Arc<CapturedContext>),
-    Application(Arc<str>, Datagrams),
+    Application(Arc<str>, Datagrams, OpenCall),
 }
 
 /// Serves one socket.
@@ -93,8 +93,9 @@ pub(crate) struct DatagramTask {
     ports: HashMap<(ServiceKey, u16), Arc<UdpPort>>,
     drops: Drops,
     pressed: Option<Instant>,
-    /// Of the callers that the flows were last held against.
+    /// Of the callers that the flows were last held against, and what they called.
     generation: u64,
+    called: Option<Arc<UdpPort>>,
 }
 
 impl DatagramTask {
@@ -110,6 +111,7 @@ impl DatagramTask {
             drops: metrics.udp.direction("outbound"),
             pressed: None,
             generation: 0,
+            called: None,
         }
     }
 
@@ -149,7 +151,7 @@ impl DatagramTask {
         }
     }
 
-    /// Ends flows whose address has become another application's.
+    /// Ends flows whose address has become another application's, or whose listener another service's.
     fn part(&mut self) {
         let Way::Shared(shared) = &self.way else { return };
         let generation = shared.generation();
@@ -157,13 +159,17 @@ impl DatagramTask {
             return;
         }
         self.generation = generation;
+        let port = shared.port();
+        let same = self.called.as_ref().is_none_or(|called| Arc::ptr_eq(called, &port));
         lock(&self.flows).retain(|ends, flow| {
-            let stays = flow.application.as_ref().is_none_or(|whose| shared.is_of(ends.0.ip(), whose));
+            let stays =
+                flow.application.as_ref().is_none_or(|whose| shared.is_of(ends.0.ip(), whose)) && same;
             if !stays {
                 flow.over.notify_one();
             }
             stays
         });
+        self.called = Some(port);
     }
 
     fn open(&mut self, ends: Ends) -> Option<Arc<Outgoing>> {
@@ -203,7 +209,7 @@ impl DatagramTask {
             refused: Notify::new(),
         };
         let application = match &whose {
-            Whose::Application(name, _) => Some(Arc::clone(name)),
+            Whose::Application(name, ..) => Some(Arc::clone(name)),
             Whose::Own | Whose::Captured(_) => None,
         };
         let opened = Held::new(&metrics.open);
@@ -227,8 +233,8 @@ impl DatagramTask {
                 Ok((Arc::clone(outbound), Whose::Captured(Arc::clone(captured))))
             }
             Way::Shared(shared) => match shared.caller(from.ip()) {
-                Ok((name, datagrams)) => {
-                    Ok((Arc::clone(&datagrams.outbound), Whose::Application(name, datagrams)))
+                Ok((name, datagrams, open)) => {
+                    Ok((Arc::clone(&datagrams.outbound), Whose::Application(name, datagrams, open)))
                 }
                 Err("unknown_caller") => {
                     tracing::debug!(target: "access", direction = "outbound", protocol = "udp", client = %from,
@@ -244,7 +250,7 @@ impl DatagramTask {
     fn place(&mut self, to: SocketAddr) -> Result<(Arc<UdpPort>, Arc<Socket>), Dropped> {
         let context = match &self.way {
             Way::Upstream(port, _) => return Ok((Arc::clone(port), Arc::clone(&self.socket))),
-            Way::Shared(shared) => return Ok((Arc::clone(&shared.port), Arc::clone(&self.socket))),
+            Way::Shared(shared) => return Ok((shared.port(), Arc::clone(&self.socket))),
             Way::Captured(context, _) => context,
         };
         let (service, port) = context.datagram_target(to).map_err(|outcome| {
