@@ -15,5 +15,7 @@ RUSTFLAGS="-C target-feature=+crt-static --remap-path-prefix=$root=/tombolo --re
     cargo build --release --locked --target "$target" --bin tombolo >&2
 built=${CARGO_TARGET_DIR:-$root/target}/$target/release/tombolo
 is_static "$built" || fail "$built is not static: the target $target gives no such binary here"
+# What only a debugger reads is four fifths of it.
+strip --strip-debug "$built"
 echo "static, with $libc, for $target: $(stat -c %s "$built") bytes" >&2
 echo "$built"

@@ -91,9 +91,10 @@ impl Prober<'_> {
                     *id
                 })
                 .collect();
-            // One without an address there (behind NAT, or beyond the ranges) would never be chosen: gateways know it.
+            // One without an address there (behind NAT, or beyond the ranges) would never be chosen. Where each has a share
+            // of its own, gateways choose instead, who know all.
             let all = usize::try_from(export.healthy).unwrap_or(usize::MAX).min(MAX_ENDPOINTS);
-            if ids.len() >= all {
+            if export.weights.is_empty() || ids.len() >= all {
                 flat.services.insert(export.handle, ids);
             }
         }

@@ -59,12 +59,15 @@ fn parse(wire: &v1::SidecarSnapshot) -> Tables {
 }
 
 #[test]
-fn a_whole_snapshot_parses_and_only_known_endpoints_are_dialled_directly() {
+fn a_whole_snapshot_parses_and_endpoints_without_an_address_are_chosen_as_often_as_others() {
     let tables = parse(&snapshot());
     assert!(tables.rejected.is_empty(), "{:?}", tables.rejected);
     let upstream = &tables.upstreams[&"shop/web".parse().unwrap()];
     assert_eq!((upstream.ports.as_slice(), upstream.backends.len()), ([(Protocol::Tcp, 80)].as_slice(), 2));
-    assert_eq!(tables.routes.services[&Handle::from_u32(300)], vec![EndpointId::from_u32(5 << 4)]);
+    let endpoints = [5, 6].map(|block: u32| EndpointId::from_u32(block << 4));
+    assert_eq!(tables.routes.services[&Handle::from_u32(300)], endpoints);
+    let known = endpoints.map(|endpoint| tables.routes.endpoints.contains_key(&endpoint.block()));
+    assert_eq!(known, [true, false], "the second is reached through a gateway");
     assert_eq!(&*tables.inbound.handles[&Handle::from_u32(300)].service, "shop/web");
 }
 

@@ -265,7 +265,7 @@ impl Plan {
     }
 
     /// What is not from outside to one of the workload's ports of a protocol is accepted; `None`: it has no such ports.
-    fn from_outside(&self, protocol: Protocol, inbound: &Inbound) -> Option<Vec<String>> {
+    fn outside_to(&self, protocol: Protocol, inbound: &Inbound) -> Option<Vec<String>> {
         let Inbound { ports, allow, .. } = inbound;
         let ports: Vec<String> = ports
             .iter()
@@ -297,7 +297,7 @@ impl Plan {
     }
 
     fn prerouting(&self, inbound: &Inbound) -> Option<Vec<String>> {
-        let mut rules = self.from_outside(Protocol::Tcp, inbound)?;
+        let mut rules = self.outside_to(Protocol::Tcp, inbound)?;
         let listen_port = inbound.listen_port;
         // Where nobody listens `tproxy` matches nothing, and neither does it for a connection that the application
         // holds already.

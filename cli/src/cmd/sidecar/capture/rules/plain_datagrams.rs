@@ -14,7 +14,7 @@ use super::{Chain, PREROUTING_PRIORITY};
 impl Plan {
     /// None without such ports.
     pub(super) fn plain_datagrams(&self, inbound: &Inbound) -> Option<Chain> {
-        let rules = self.from_outside(Protocol::Udp, inbound)?;
+        let rules = self.outside_to(Protocol::Udp, inbound)?;
         let reply = "ct direction reply accept".to_owned();
         let decision = match inbound.mode {
             InboundMode::Strict => "counter name \"inbound_datagrams_refused\" reject",
