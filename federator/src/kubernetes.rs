@@ -22,6 +22,7 @@ mod rows;
 mod status;
 mod tables;
 mod targets;
+mod trouble;
 mod write;
 
 use std::time::Duration;

@@ -12,6 +12,7 @@
 mod calls;
 pub mod config;
 mod front;
+mod keeping;
 pub mod kubernetes;
 mod running;
 
@@ -32,7 +33,8 @@ pub(crate) use self::calls::{CallsTask, Datagrams};
 use self::config::{Register, SharedConfig, SharedConfigError};
 pub(crate) use self::front::{Call, Handed, OpenCall, SharedPort};
 use self::front::{Calls, Front, Fronts, Waking};
-use self::running::{ApplicationLabels, Context, Running};
+use self::keeping::{ApplicationLabels, Context};
+use self::running::Running;
 use crate::listening::ListenError;
 use crate::metrics::{Metrics, OwnByApplication};
 use crate::udp;

@@ -21,6 +21,7 @@ use super::metrics::Metrics;
 use super::plan::{Front, Plan, Surroundings, Write, plan};
 use super::queue::Queue;
 use super::tables::{Kind, Tables};
+use super::trouble::{Trouble, unauthenticated};
 use super::write::{Failure, Outcome, Writer};
 use crate::core::kubernetes::KubernetesChanges;
 use crate::core::{Core, CoreGone, CoreHandle, Moment};
@@ -33,8 +34,6 @@ const AT_ONCE: usize = 16;
 const PACE: Duration = Duration::from_millis(20);
 /// Events of a watch that are taken over before the next look.
 const BATCH: usize = 256;
-/// What was refused or did not settle is tried again after 1 s, then twice as long, up to this.
-const SLOWEST: Duration = Duration::from_secs(60);
 
 /// Why a session with an API server ended.
 #[derive(Debug, thiserror::Error)]
@@ -51,26 +50,6 @@ pub(super) enum SessionEnd {
 
 /// What a watch brings.
 pub(super) type Watched = (Kind, Result<Event<DynamicObject>, watcher::Error>);
-
-/// A service whose writes did not lead where they should.
-#[derive(Clone, Debug)]
-struct Trouble {
-    attempts: u32,
-    not_before: Instant,
-    /// What was written last: the same again means that something undoes it.
-    last: Vec<Write>,
-    refusal: Option<String>,
-}
-
-impl Trouble {
-    fn none(now: Instant) -> Self {
-        Self { attempts: 0, not_before: now, last: Vec::new(), refusal: None }
-    }
-
-    fn pause(attempts: u32) -> Duration {
-        Duration::from_secs(1 << attempts.min(6)).min(SLOWEST)
-    }
-}
 
 pub(super) struct Driver {
     core: CoreHandle,
@@ -371,19 +350,5 @@ impl Driver {
             }
         }
         Ok(())
-    }
-}
-
-fn unauthenticated(error: &watcher::Error) -> Option<String> {
-    let error = match error {
-        watcher::Error::InitialListFailed(error) | watcher::Error::WatchStartFailed(error) => error,
-        watcher::Error::WatchError(status) => {
-            return (status.code == 401).then(|| status.message.clone());
-        }
-        _ => return None,
-    };
-    match error {
-        kube::Error::Api(status) if status.code == 401 => Some(status.message.clone()),
-        _ => None,
     }
 }

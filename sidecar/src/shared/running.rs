@@ -1,44 +1,25 @@
 //! The sidecars of a shared one: which run, which are drained, and which are started when somebody calls.
 //!
-//! Owned by the shared sidecar's loop. One task per application that runs, which starts its sidecar again when that ends or
-//! does not start. What is called meanwhile is held for [`HOLD`] at most, then reset.
+//! Owned by the shared sidecar's loop. One task per application that runs ([`keeping`](super::keeping)). One that is called
+//! and does not run is started where only calls start it; who has been idle for long ends, or makes room.
 
-use std::collections::{HashMap, VecDeque};
-use std::net::SocketAddr;
+use std::collections::{HashMap, HashSet};
 use std::ops::RangeInclusive;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use prometheus_client::encoding::EncodeLabelSet;
-use prometheus_client::metrics::family::Family;
-use prometheus_client::metrics::gauge::Gauge;
-use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tombolo_runtime::drain::{self, Drain, DrainTrigger};
 use tombolo_runtime::readiness::BlockReady;
-use tombolo_runtime::tasks::TaskGroup;
 
 use super::config::{Application, MAX_APPLICATIONS, Start};
-use super::front::{self, Call, Calls, Front, Handed};
-use crate::config::SidecarConfig;
-use crate::metrics::{Metrics, OwnByApplication};
-use crate::role::{Among, Bound, BuildError, Sidecar};
-use crate::udp::queue::Budget;
+use super::front::{self, Call};
+use super::keeping::{Context, Keeper};
 
-/// A sidecar that is started by a call joins within a second; a client waits for a connection about as long as this.
-const HOLD: Duration = Duration::from_secs(10);
-const FIRST_PAUSE: Duration = Duration::from_secs(1);
-const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 /// One that was started by a call ends when nothing was open for so long: longer than most jobs' intervals.
 const IDLE: Duration = Duration::from_secs(3600);
 /// Where there is no room, the one that has been idle for longest makes some, but not before this.
 const IDLE_ENOUGH: Duration = Duration::from_secs(60);
-
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-pub(super) struct ApplicationLabels {
-    pub application: String,
-}
 
 /// The sidecars that run, by application.
 pub(super) struct Running {
@@ -66,20 +47,6 @@ struct Ending {
     trigger: DrainTrigger,
     task: JoinHandle<()>,
     port: Option<u16>,
-}
-
-#[derive(Clone)]
-pub(super) struct Context {
-    pub front: Front,
-    pub calls: Calls,
-    pub metrics: Metrics,
-    pub own: OwnByApplication,
-    /// What waits in flows of datagrams of all applications together.
-    pub budget: Budget,
-    pub up: Family<ApplicationLabels, Gauge>,
-    /// An application could not be started since the configuration was read.
-    pub failed: Arc<AtomicBool>,
-    pub tasks: TaskGroup,
 }
 
 impl Running {
@@ -221,8 +188,7 @@ impl Running {
 
     fn free_port(&self, mut ports: RangeInclusive<u16>) -> Option<u16> {
         let kept = self.applications.values().filter_map(|kept| kept.port);
-        let taken: std::collections::HashSet<u16> =
-            kept.chain(self.ending.values().filter_map(|ending| ending.port)).collect();
+        let taken: HashSet<u16> = kept.chain(self.ending.values().filter_map(|ending| ending.port)).collect();
         ports.find(|port| !taken.contains(port))
     }
 
@@ -244,132 +210,4 @@ impl Running {
             () = shutdown.forced() => triggers.iter().for_each(DrainTrigger::force),
         }
     }
-}
-
-/// What an application's task is given.
-struct Keeper {
-    name: String,
-    application: Arc<Mutex<Application>>,
-    /// Of its overlay socket, where the configuration leaves it open.
-    port: Option<u16>,
-    drain: Drain,
-}
-
-impl Keeper {
-    fn read(&self) -> (SidecarConfig, Start) {
-        let application = self.application.lock().unwrap_or_else(PoisonError::into_inner);
-        let (mut sidecar, start) = (application.sidecar.clone(), application.start);
-        if let Some(port) = self.port {
-            sidecar.bind = SocketAddr::new(sidecar.bind.ip(), port);
-        }
-        (sidecar, start)
-    }
-}
-
-impl Context {
-    /// Runs an application's sidecar, and starts it again for as long as it is wanted.
-    async fn keep(self, keeper: Keeper, mut handed: Handed, mut block: Option<BlockReady>) {
-        let Keeper { name, drain, .. } = &keeper;
-        let labels = ApplicationLabels { application: name.clone() };
-        let mut pause = FIRST_PAUSE;
-        while drain.phase() == drain::Phase::Serving {
-            let (config, start) = keeper.read();
-            match self.build(name, config, &mut handed.calls, block.take(), drain).await {
-                None => break,
-                Some(Ok((mut bound, held))) => {
-                    bound.hand(held, std::mem::replace(&mut handed, front::hand_over().1));
-                    self.up.get_or_create(&labels).set(1);
-                    let ended = bound.run(drain.clone()).await;
-                    self.up.get_or_create(&labels).set(0);
-                    // Only its reports would say that it is connected no more.
-                    self.own.forget(name);
-                    if let Err(error) = ended {
-                        tracing::error!(application = name, %error, "the application's sidecar has ended");
-                    }
-                    pause = FIRST_PAUSE;
-                }
-                Some(Err(error)) => {
-                    self.up.get_or_create(&labels).set(0);
-                    self.failed.store(true, Relaxed);
-                    tracing::error!(application = name, error = %chain(&error), again_in = ?pause,
-                        "the application's sidecar can't be started");
-                }
-            }
-            if drain.phase() != drain::Phase::Serving {
-                break;
-            }
-            self.front.serve(name, None);
-            refuse_all(&mut handed.calls);
-            tokio::select! {
-                () = drain.started() => break,
-                () = tokio::time::sleep(pause) => {}
-            }
-            if start == Start::WhenCalled {
-                // The next call starts it again.
-                break;
-            }
-            pause = (pause * 2).min(LONGEST_PAUSE);
-            let (serving, next) = front::hand_over();
-            handed = next;
-            self.front.serve(name, Some(serving));
-        }
-        refuse_all(&mut handed.calls);
-        self.up.remove(&labels);
-        self.own.forget(name);
-    }
-
-    /// Starts a sidecar; holds what is called meanwhile, each for as long as [`HOLD`]. `None`: it is not wanted any more.
-    async fn build(
-        &self,
-        name: &str,
-        config: SidecarConfig,
-        calls: &mut mpsc::Receiver<Call>,
-        block: Option<BlockReady>,
-        drain: &Drain,
-    ) -> Option<Result<(Bound, VecDeque<Call>), BuildError>> {
-        let mut held: VecDeque<Call> = VecDeque::new();
-        let metrics = self.metrics.with(self.own.of(name));
-        let among = Among { metrics, configured: block, budget: self.budget.clone() };
-        let build = Sidecar::build_among(config, among);
-        tokio::pin!(build);
-        let built = loop {
-            let oldest = held.front().map(|call| tokio::time::Instant::from_std(call.at + HOLD));
-            tokio::select! {
-                built = &mut build => break Some(built),
-                () = drain.started() => break None,
-                Some(call) = calls.recv(), if held.len() < front::HANDED => held.push_back(call),
-                () = tokio::time::sleep_until(oldest.unwrap_or_else(tokio::time::Instant::now)), if oldest.is_some() => {
-                    if let Some(call) = held.pop_front() {
-                        self.calls.count("held_too_long");
-                        call.refuse();
-                    }
-                }
-            }
-        };
-        match built {
-            Some(Ok(bound)) => Some(Ok((bound, held))),
-            other => {
-                held.into_iter().for_each(Call::refuse);
-                other.map(|built| built.map(|bound| (bound, VecDeque::new())))
-            }
-        }
-    }
-}
-
-fn refuse_all(calls: &mut mpsc::Receiver<Call>) {
-    calls.close();
-    while let Ok(call) = calls.try_recv() {
-        call.refuse();
-    }
-}
-
-/// An error with its causes.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text = format!("{text}: {error}");
-        cause = error.source();
-    }
-    text
 }

@@ -78,7 +78,11 @@ enum Whose {
     /// The sidecar's own application's; the listener has asked for the service.
     Own,
     Captured(Arc<CapturedContext>),
-    Application(Arc<str>, Datagrams, OpenCall),
+    Application {
+        name: Arc<str>,
+        datagrams: Datagrams,
+        _open: OpenCall,
+    },
 }
 
 /// Serves one socket.
@@ -209,7 +213,7 @@ impl DatagramTask {
             refused: Notify::new(),
         };
         let application = match &whose {
-            Whose::Application(name, ..) => Some(Arc::clone(name)),
+            Whose::Application { name, .. } => Some(Arc::clone(name)),
             Whose::Own | Whose::Captured(_) => None,
         };
         let opened = Held::new(&metrics.open);
@@ -234,7 +238,7 @@ impl DatagramTask {
             }
             Way::Shared(shared) => match shared.caller(from.ip()) {
                 Ok((name, datagrams, open)) => {
-                    Ok((Arc::clone(&datagrams.outbound), Whose::Application(name, datagrams, open)))
+                    Ok((Arc::clone(&datagrams.outbound), Whose::Application { name, datagrams, _open: open }))
                 }
                 Err("unknown_caller") => {
                     tracing::debug!(target: "access", direction = "outbound", protocol = "udp", client = %from,

@@ -275,9 +275,48 @@ fn tokens_are_for_the_federator_alone(site: &mut Site) -> Result<()> {
     Ok(())
 }
 
+/// Pods that do nothing cost a row, service accounts that serve a sidecar each.
+fn what_pods_and_applications_cost(site: &mut Site) -> Result<()> {
+    let rss = |site: &Site| site.rss_bytes("east", SHARED[0]);
+    let (pods, accounts) = (amount("TOMBOLO_SHARED_PODS", 200), amount("TOMBOLO_SHARED_ACCOUNTS", 40));
+    let before = rss(site)?;
+    site.account("east", "crowd")?;
+    for n in 0..pods {
+        let ip = format!("10.200.{}.{}", n / 250, n % 250 + 1);
+        site.pod_at("east", (&format!("crowd-{n}"), "crowd"), &ip, json!({}))?;
+    }
+    let crowd = rss(site)?;
+    for n in 0..accounts {
+        let name = format!("many-{n}");
+        site.account("east", &name)?;
+        site.pod_at("east", (&name, &name), &format!("10.201.{}.{}", n / 250, n % 250 + 1), json!({}))?;
+        site.service("east", &name, &name, HTTP(80))?;
+        site.export("east", &name)?;
+    }
+    site.becomes("every service account that serves has its sidecar", |site| {
+        let metrics = site.mesh.metrics("east", SHARED[0])?;
+        let up = metrics
+            .lines()
+            .filter(|line| line.contains("application_up{application=\"shop/many-") && line.ends_with(" 1"));
+        let up = u32::try_from(up.count())?;
+        ensure!(up == accounts, "{up} of {accounts}");
+        Ok(())
+    })?;
+    let kib = |bytes: u64, before: u64, count: u32| bytes.saturating_sub(before) / 1024 / u64::from(count);
+    let after = rss(site)?;
+    println!(
+        "FIGURE shared sidecar (debug): {} MiB, {} KiB per pod, {} KiB per application",
+        after >> 20,
+        kib(crowd, before, pods),
+        kib(after, crowd, accounts)
+    );
+    ensure!(kib(after, crowd, accounts) < 2048, "an application costs {} KiB", kib(after, crowd, accounts));
+    Ok(())
+}
+
 type Step = fn(&mut Site) -> Result<()>;
 
-const STEPS: [(&str, Step); 9] = [
+const STEPS: [(&str, Step); 10] = [
     ("the derived Service leads to the shared sidecars", leads_there_once_one_is_ready),
     ("callers are their service accounts", callers_are_their_service_accounts),
     ("exports are answered soon", exports_are_answered_soon),
@@ -287,6 +326,7 @@ const STEPS: [(&str, Step); 9] = [
     ("an address is whose it is now", an_address_is_whose_it_is_now),
     ("tokens are for the federator alone", tokens_are_for_the_federator_alone),
     ("an API server may be away", an_api_server_may_be_away),
+    ("what pods and applications cost", what_pods_and_applications_cost),
 ];
 
 #[test]

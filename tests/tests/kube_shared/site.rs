@@ -9,17 +9,18 @@ use serde_json::{Value, json};
 use tombolo_tests::kube::{Binaries, ControlPlane, Object, condition};
 use tombolo_tests::mesh::{Layout, Mesh, http_get_from};
 use tombolo_tests::scenario::{application, metric};
+use tombolo_tests::usage;
 
 pub const MCS: &str = "multicluster.x-k8s.io/v1beta1";
 pub const SOON: Duration = Duration::from_secs(15);
 const SYSTEM: &str = "tombolo-system";
 const SHOP: &str = "shop";
 /// Of the shared sidecars, and of pods.
-pub const SHARED: [u8; 2] = [30, 40];
-pub const CART: u8 = 51;
-pub const OTHER: u8 = 52;
-pub const NOBODY: u8 = 53;
-pub const WEB: [u8; 2] = [61, 62];
+pub const SHARED: [u8; 2] = [30, 32];
+pub const CART: u8 = 33;
+pub const OTHER: u8 = 34;
+pub const NOBODY: u8 = 35;
+pub const WEB: [u8; 2] = [36, 37];
 
 pub struct Site {
     pub mesh: Mesh,
@@ -38,13 +39,8 @@ impl Site {
         let site = Self { mesh, east, west };
         for cluster in ["east", "west"] {
             let api = &site.plane(cluster).api;
-            for name in [SHOP, "late"] {
-                api.apply(&json!({ "apiVersion": "v1", "kind": "Namespace", "metadata": { "name": name } }))?;
-            }
-            for name in ["cart", "other", "web"] {
-                let metadata = json!({ "name": name, "namespace": SHOP });
-                api.apply(&json!({ "apiVersion": "v1", "kind": "ServiceAccount", "metadata": metadata }))?;
-            }
+            api.apply(&json!({ "apiVersion": "v1", "kind": "Namespace", "metadata": { "name": SHOP } }))?;
+            ["cart", "other", "web"].iter().try_for_each(|name| site.account(cluster, name))?;
             // Kubernetes' own controller leaves pods out whose node it does not know.
             api.apply(&json!({ "apiVersion": "v1", "kind": "Node", "metadata": { "name": "node" } }))?;
             let metadata = json!({ "name": "tombolo-shared", "namespace": SYSTEM });
@@ -106,6 +102,12 @@ impl Site {
 
     /// A running pod of a service account with one of the namespace's addresses.
     pub fn pod(&self, cluster: &str, name: &str, account: &str, host: u8, more: Value) -> Result<()> {
+        let ip = self.ip(cluster, host)?.to_string();
+        self.pod_at(cluster, (name, account), &ip, more)
+    }
+
+    /// The same with an address that nobody has.
+    pub fn pod_at(&self, cluster: &str, (name, account): (&str, &str), ip: &str, more: Value) -> Result<()> {
         let api = &self.plane(cluster).api;
         let mut metadata = json!({ "name": name, "namespace": SHOP, "labels": { "app": account } });
         for (key, value) in more.as_object().into_iter().flatten() {
@@ -116,12 +118,22 @@ impl Site {
             "containers": [{ "name": "app", "image": "app" }],
         });
         api.create(&json!({ "apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec }))?;
-        let ip = self.ip(cluster, host)?.to_string();
         let status = json!({
             "phase": "Running", "podIP": ip, "podIPs": [{ "ip": ip }],
             "conditions": [{ "type": "Ready", "status": "True" }],
         });
         api.merge_status(&Object::new("v1", "Pod", SHOP, name), json!({ "status": status }))
+    }
+
+    pub fn account(&self, cluster: &str, name: &str) -> Result<()> {
+        let metadata = json!({ "name": name, "namespace": SHOP });
+        let account = json!({ "apiVersion": "v1", "kind": "ServiceAccount", "metadata": metadata });
+        self.plane(cluster).api.apply(&account).map(drop)
+    }
+
+    pub fn rss_bytes(&self, cluster: &str, host: u8) -> Result<u64> {
+        let process = self.mesh.process(&format!("{cluster}/shared-{host}"))?;
+        Ok(usage::of(process.pid()).context("it has ended")?.rss_bytes)
     }
 
     pub fn kill_pod(&self, cluster: &str, name: &str) -> Result<()> {

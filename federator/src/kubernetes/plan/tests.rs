@@ -7,6 +7,8 @@ use kube::core::DynamicObject;
 use kube::runtime::watcher::Event;
 use tombolo_model::mcs::{Exporter, IpFamily, Port, ServiceProperties, merge};
 
+mod fronts;
+
 use super::*;
 use crate::facts::{KubernetesHosts, NamedEndpoint};
 
@@ -116,16 +118,24 @@ impl Server {
     }
 
     fn plan(&self, shown: &ShownService) -> Plan {
+        self.plan_with(shown, None, None)
+    }
+
+    fn plan_with(&self, shown: &ShownService, front: Option<Front<'_>>, refusal: Option<&str>) -> Plan {
         let cluster = "east".parse().unwrap();
         let now = "2026-11-24T02:15:05Z";
-        let with = Surroundings { api_version: API, cluster: &cluster, now, refusal: None, front: None };
+        let with = Surroundings { api_version: API, cluster: &cluster, now, refusal, front };
         plan(&web(), shown, &self.tables, &with)
     }
 
     /// Until nothing is left to be written; what was written.
     fn settle(&mut self, shown: &ShownService) -> Vec<String> {
+        self.settle_with(shown, None)
+    }
+
+    fn settle_with(&mut self, shown: &ShownService, front: Option<Front<'_>>) -> Vec<String> {
         for _ in 0..10 {
-            let Plan { writes, .. } = self.plan(shown);
+            let Plan { writes, .. } = self.plan_with(shown, front, None);
             if writes.is_empty() {
                 return std::mem::take(&mut self.written);
             }

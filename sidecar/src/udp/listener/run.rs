@@ -38,7 +38,7 @@ impl Run {
                         .count(routed.as_ref().map_or_else(|outcome| *outcome, |_| Outcome::Service));
                     routed.map(Some).map_err(Outcome::name)
                 }
-                Whose::Application(_, datagrams, _) => datagrams.routed(upstream.service()).await.map(Some),
+                Whose::Application { datagrams, .. } => datagrams.routed(upstream.service()).await.map(Some),
             };
             match held {
                 Ok(_held) => outbound::carry(&flow, &sink, upstream, &context, &mut carried).await,
