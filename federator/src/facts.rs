@@ -607,6 +607,8 @@ pub struct ImportedExport {
     pub handle: Handle,
     pub ports: Vec<Port>,
     pub spiffe_ids: Vec<String>,
+    /// Of each endpoint of an identity, in the same order; none: all alike.
+    pub weights: Vec<u32>,
     pub healthy: u32,
     pub total: u32,
     pub exported_at_unix_ms: i64,

@@ -220,6 +220,7 @@ impl Fill for Facts {
             version: String::new(),
             instance: None,
             host: String::new(),
+            answers: false,
             plain: BTreeMap::new(),
         };
         self.registry.step(Event::Sidecar(hello), NOW, UNIX);
@@ -250,6 +251,7 @@ pub fn exported(healthy: u32, total: u32, ports: &[Port]) -> ImportedExport {
         handle: Handle::from_u32(500),
         ports: ports.to_vec(),
         spiffe_ids: Vec::new(),
+        weights: Vec::new(),
         healthy,
         total,
         exported_at_unix_ms: i64::try_from((UNIX - 50) * 1000).unwrap(),

@@ -216,7 +216,9 @@ impl WorkloadUpstream {
 
 /// Backends of one service.
 const MAX_BACKENDS: usize = 32;
-const MAX_WEIGHT: u32 = 1000;
+pub const MAX_WEIGHT: u32 = 1000;
+/// Of a service or backend that names none.
+pub const DEFAULT_WEIGHT: u32 = 100;
 
 impl WorkloadSpec {
     /// The sidecar that serves it; `name` is the object's.
@@ -275,6 +277,10 @@ impl WorkloadService {
                 ));
             }
             check_protocol(port.protocol.as_deref(), &path, errors);
+        }
+        if let Some(weight) = self.weight.filter(|weight| !(1..=MAX_WEIGHT).contains(weight)) {
+            let expected = format!("1 to {MAX_WEIGHT}; leave the service out to take it out of rotation");
+            errors.push(FieldError::new(format!("{path}.weight"), weight, expected));
         }
         self.validate_backends(path, errors);
         let Some(check) = &self.health_check else { return };
