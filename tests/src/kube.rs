@@ -22,7 +22,7 @@ use crate::process::ProcessSpec;
 
 /// As `setup.sh` builds it; the last number counts changes of what is built with it.
 const VERSION: &str = "1.37.2-1";
-const ADMIN_TOKEN: &str = "the.admins.token";
+pub(crate) const ADMIN_TOKEN: &str = "the.admins.token";
 const NAMESPACE: &str = "tombolo-system";
 const ACCOUNT: &str = "tombolo-federator";
 /// An API server on a busy machine.
@@ -31,7 +31,7 @@ const RBAC: &str = include_str!("../../deploy/kubernetes/rbac.yaml");
 
 /// The programs.
 #[derive(Clone, Debug)]
-pub struct Binaries(PathBuf);
+pub struct Binaries(pub(crate) PathBuf);
 
 /// `None` after listing `test` as skipped where they have not been built.
 pub fn require_control_plane(test: &str) -> Option<Binaries> {
@@ -71,7 +71,7 @@ impl ControlPlane {
             let cluster = mesh.cluster(cluster)?;
             (cluster.address(2, 6443), cluster.address(2, 2379))
         };
-        secrets(&dir, address)?;
+        secrets(&dir, &[address.ip().to_string()])?;
         let kubeconfig = dir.join("admin.kubeconfig");
         std::fs::write(&kubeconfig, self::kubeconfig(&dir, address, ADMIN_TOKEN)?)?;
         spawn_etcd(bin, mesh, cluster, &dir, etcd)?;
@@ -230,14 +230,14 @@ fn spawn_api_server(
 }
 
 /// CA, server certificate, signing key of tokens, the administrator's token, and what is logged of whom.
-fn secrets(dir: &Path, address: SocketAddr) -> Result<()> {
+pub(crate) fn secrets(dir: &Path, names: &[String]) -> Result<()> {
     let ca_key = KeyPair::generate()?;
     let mut params = CertificateParams::default();
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     let ca = params.self_signed(&ca_key)?;
     let issuer = Issuer::from_params(&params, &ca_key);
     let key = KeyPair::generate()?;
-    let server = CertificateParams::new(vec![address.ip().to_string()])?.signed_by(&key, &issuer)?;
+    let server = CertificateParams::new(names)?.signed_by(&key, &issuer)?;
     let tokens = KeyPair::generate()?;
     let user = format!("system:serviceaccount:{NAMESPACE}:{ACCOUNT}");
     // Watches are logged when they begin, everything else when it has ended.
@@ -263,7 +263,7 @@ fn secrets(dir: &Path, address: SocketAddr) -> Result<()> {
     Ok(())
 }
 
-fn kubeconfig(dir: &Path, address: SocketAddr, token: &str) -> Result<String> {
+pub(crate) fn kubeconfig(dir: &Path, address: SocketAddr, token: &str) -> Result<String> {
     let config = json!({
         "apiVersion": "v1", "kind": "Config", "current-context": "here",
         "contexts": [{ "name": "here", "context": { "cluster": "here", "user": "here" } }],
