@@ -148,6 +148,7 @@ impl Testbed {
         let testbed = Self { clusters, link, programs, dir };
         for cluster in &testbed.clusters {
             cluster.set_dns(&Dns::Plain)?;
+            cluster.nodes_ready().with_context(|| cluster.logs())?;
         }
         for cluster in &testbed.clusters {
             cluster.dns_ready().with_context(|| cluster.logs())?;
@@ -205,7 +206,7 @@ impl Cluster {
         self.api.until(&pod, READY, |pod| {
             let pod = pod.context("there is no such pod")?;
             let (ready, why) = crate::kube::condition(pod, "Ready");
-            ensure!(ready == "True", "{ready}: {why} {}", pod["status"]);
+            ensure!(ready.starts_with("True"), "{ready}: {why} {}", pod["status"]);
             Ok(())
         })
     }
@@ -215,6 +216,23 @@ impl Cluster {
         let service =
             self.api.get(&Object::new("v1", "Service", namespace, name))?.context("no such service")?;
         Ok(service["spec"]["clusterIP"].as_str().context("it has no address")?.to_owned())
+    }
+
+    fn nodes_ready(&self) -> Result<()> {
+        eventually("nodes are ready", READY, || {
+            for process in &self.processes {
+                // Nothing to wait for any longer.
+                if process.has_exited() {
+                    return Ok(false);
+                }
+            }
+            let nodes = self.api.list(&Object::new("v1", "Node", "", ""))?;
+            let ready =
+                nodes.iter().filter(|node| crate::kube::condition(node, "Ready").0.starts_with("True"));
+            ensure!(ready.count() == self.nodes.len(), "{nodes:?}");
+            Ok(true)
+        })
+        .and_then(|well| if well { Ok(()) } else { bail!("a program has ended") })
     }
 
     pub fn namespace(&self, name: &str) -> Result<()> {

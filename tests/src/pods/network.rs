@@ -71,21 +71,27 @@ impl Network {
             Command::new("nft").args(["-f", "-"]),
             &format!(
                 "table ip testbed {{
-                   map tcp {{ type inet_service : ipv4_addr . inet_service; }}
-                   map udp {{ type inet_service : ipv4_addr . inet_service; }}
-                   chain ports {{
-                     meta l4proto tcp dnat ip to tcp dport map @tcp
-                     meta l4proto udp dnat ip to udp dport map @udp
+                   map hostports_tcp {{ type inet_service : ipv4_addr . inet_service; }}
+                   map hostports_udp {{ type inet_service : ipv4_addr . inet_service; }}
+                   chain hostports {{
+                     meta l4proto tcp dnat ip to tcp dport map @hostports_tcp
+                     meta l4proto udp dnat ip to udp dport map @hostports_udp
                    }}
-                   chain in {{ type nat hook prerouting priority dstnat - 5; fib daddr type local jump ports; }}
-                   chain local {{ type nat hook output priority dstnat - 5; ip daddr != 127.0.0.0/8 fib daddr type local jump ports; }}
-                   chain out {{
+                   chain arriving {{
+                     type nat hook prerouting priority dstnat - 5;
+                     fib daddr type local jump hostports
+                   }}
+                   chain local {{
+                     type nat hook output priority dstnat - 5;
+                     ip daddr != 127.0.0.0/8 fib daddr type local jump hostports
+                   }}
+                   chain leaving {{
                      type nat hook postrouting priority srcnat + 5;
                      ip saddr {cluster} ip daddr != {cluster} oifname \"eth0\" masquerade
                    }}
                  }}
                  table ip6 testbed {{
-                   chain out {{
+                   chain leaving {{
                      type nat hook postrouting priority srcnat + 5;
                      ip6 saddr {cluster_v6} ip6 daddr != {cluster_v6} oifname \"eth0\" masquerade
                    }}
@@ -175,8 +181,10 @@ impl Sandbox {
 
     fn host_ports(&self, verb: &str) -> Result<()> {
         let element = |port: &HostPort| {
-            let (map, value) =
-                (if port.udp { "udp" } else { "tcp" }, format!("{} . {}", self.v4, port.container));
+            let (map, value) = (
+                if port.udp { "hostports_udp" } else { "hostports_tcp" },
+                format!("{} . {}", self.v4, port.container),
+            );
             format!("{verb} element ip testbed {map} {{ {} : {value} }}\n", port.host)
         };
         let all: String = self.ports.iter().map(element).collect();

@@ -6,6 +6,7 @@ use std::net::IpAddr;
 use std::path::Path;
 
 use anyhow::Result;
+use serde_json::{Value, json};
 
 use super::Programs;
 use super::addresses::Addresses;
@@ -103,18 +104,9 @@ pub fn start(
     let agent = agent.arg("node").arg(&file).spawn(&logs)?;
     let proxy =
         ProcessSpec::new(format!("{cluster}-kube-proxy-{number}"), &programs.kube_proxy).within(namespace);
-    let proxy = proxy.args([
-        format!("--kubeconfig={}", kubeconfig.display()),
-        "--proxy-mode=nftables".to_owned(),
-        format!("--hostname-override={name}"),
-        format!("--cluster-cidr={proxied}"),
-        // A namespace has no say in these.
-        "--conntrack-max-per-core=0".to_owned(),
-        "--conntrack-tcp-timeout-established=0s".to_owned(),
-        "--conntrack-tcp-timeout-close-wait=0s".to_owned(),
-        "--nodeport-addresses=primary".to_owned(),
-        "--nftables-min-sync-period=100ms".to_owned(),
-    ]);
+    let settings = own.join("kube-proxy.json");
+    fs::write(&settings, proxy_settings(&name, &kubeconfig, &proxied).to_string())?;
+    let proxy = proxy.args([format!("--config={}", settings.display())]);
     let proxy = proxy.spawn(&logs)?;
     let streams =
         ProcessSpec::new(format!("{cluster}-kubelet-{number}"), &programs.kubelet).within(namespace);
@@ -127,4 +119,16 @@ pub fn start(
     ]);
     let streams = streams.spawn(&logs)?;
     Ok(vec![agent, streams, proxy])
+}
+
+fn proxy_settings(node: &str, kubeconfig: &Path, pods: &str) -> Value {
+    json!({
+        "apiVersion": "kubeproxy.config.k8s.io/v1alpha1", "kind": "KubeProxyConfiguration",
+        "clientConnection": { "kubeconfig": kubeconfig }, "hostnameOverride": node,
+        "mode": "nftables", "detectLocalMode": "ClusterCIDR", "clusterCIDR": pods,
+        // As soon as something has changed, instead of once a second: tests wait for it.
+        "nftables": { "minSyncPeriod": "50ms", "syncPeriod": "60s" },
+        // A namespace has no say in these.
+        "conntrack": { "maxPerCore": 0, "min": 0, "tcpEstablishedTimeout": "0s", "tcpCloseWaitTimeout": "0s" },
+    })
 }
