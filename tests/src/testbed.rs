@@ -10,6 +10,7 @@
 pub mod addresses;
 mod dns;
 mod forward;
+mod install;
 mod nodes;
 mod plane;
 mod storage;
@@ -29,6 +30,7 @@ use crate::process::{Process, ProcessSpec};
 use addresses::Addresses;
 pub use dns::Dns;
 use forward::Forward;
+pub use install::{NAMESPACE, TRUST_DOMAIN};
 
 /// A control plane and its first pods on a busy machine.
 const READY: Duration = Duration::from_secs(120);
@@ -254,6 +256,21 @@ impl Cluster {
             .iter_mut()
             .find(|process| process.name() == name)
             .with_context(|| format!("no process {name}"))
+    }
+
+    pub fn kubectl_program(&self) -> &Path {
+        &self.kubectl
+    }
+
+    /// The merged one.
+    pub fn kubeconfig(&self) -> &Path {
+        &self.kubeconfig
+    }
+
+    /// A file below the directory that `hostPath`s mean.
+    pub fn host_file(&self, path: &str) -> Result<String> {
+        let path = self.dir.join("host").join(path);
+        std::fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))
     }
 
     /// For processes beside the pods, on the first node.

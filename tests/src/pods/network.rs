@@ -82,7 +82,7 @@ impl Network {
                      fib daddr type local jump hostports
                    }}
                    chain local {{
-                     type nat hook output priority dstnat - 5;
+                     type nat hook output priority -105;
                      ip daddr != 127.0.0.0/8 fib daddr type local jump hostports
                    }}
                    chain leaving {{

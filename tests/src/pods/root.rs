@@ -53,6 +53,7 @@ impl Root {
         let options = format!("lowerdir=/,upperdir={},workdir={}", upper.display(), work.display());
         mount(Some("overlay"), &root, Some("overlay"), MsFlags::empty(), Some(options.as_str()))
             .context("mount the overlay")?;
+        let mut hidden = Vec::new();
         for entry in fs::read_dir("/")?.flatten() {
             let name = entry.file_name();
             let seen = SEEN.iter().any(|seen| name.as_bytes() == seen.as_bytes());
@@ -60,6 +61,7 @@ impl Root {
                 let mode = if name.as_bytes() == b"tmp" { "mode=1777" } else { "mode=0755" };
                 mount(Some("tmpfs"), &root.join(&name), Some("tmpfs"), MsFlags::empty(), Some(mode))
                     .context("hide a directory")?;
+                hidden.push(Path::new("/").join(name));
             }
         }
         let opened: Vec<(OwnedFd, &Mount)> =
@@ -82,16 +84,34 @@ impl Root {
             let _ = fs::remove_file(path);
             fs::write(path, content).with_context(|| format!("write {}", path.display()))?;
         }
-        for (source, place) in &opened {
-            let directory = Path::new(&format!("/proc/self/fd/{}", source.as_raw_fd())).is_dir();
-            make_target(&place.target, directory)?;
+        let mut opened: Vec<_> = opened
+            .into_iter()
+            .map(|(source, place)| {
+                let directory = Path::new(&format!("/proc/self/fd/{}", source.as_raw_fd())).is_dir();
+                (source, place, directory)
+            })
+            .collect();
+        // Outer ones first.
+        opened.sort_by(|(_, a, _), (_, b, _)| a.target.cmp(&b.target));
+        for (_, place, directory) in &opened {
+            make_target(&place.target, *directory)?;
+        }
+        if self.read_only {
+            let kernel = ["/dev", "/proc", "/sys"].map(Path::new);
+            for path in hidden.iter().filter(|path| !kernel.contains(&path.as_path())) {
+                read_only(path)?;
+            }
+            read_only(Path::new("/"))?;
+        }
+        for (source, place, directory) in &opened {
+            if !place.target.exists() {
+                // Inside another volume.
+                make_target(&place.target, *directory)?;
+            }
             attach(source, &place.target)?;
             if place.read_only {
                 read_only(&place.target)?;
             }
-        }
-        if self.read_only {
-            read_only(Path::new("/"))?;
         }
         Ok(())
     }
