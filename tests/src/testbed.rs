@@ -8,11 +8,13 @@
 //! Everything ends with a [`Testbed`], in order; what a killed one left is taken away by the next.
 
 pub mod addresses;
+mod directory;
 mod dns;
 mod forward;
 mod install;
 mod nodes;
 mod plane;
+mod programs;
 mod storage;
 pub mod up;
 
@@ -23,73 +25,18 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::json;
 
-use crate::capability::{skipped, tool_dir};
 use crate::kube::{Api, Object};
 use crate::netns::Namespace;
 use crate::process::{Process, ProcessSpec};
 use addresses::Addresses;
+use directory::Directory;
 pub use dns::Dns;
 use forward::Forward;
 pub use install::{NAMESPACE, TRUST_DOMAIN};
+pub use programs::Programs;
 
 /// A control plane and its first pods on a busy machine.
 const READY: Duration = Duration::from_secs(120);
-const NAME: &str = "tombolo-testbed-";
-
-/// Where the programs are.
-#[derive(Clone, Debug)]
-pub struct Programs {
-    kubernetes: PathBuf,
-    kube_proxy: PathBuf,
-    kubelet: PathBuf,
-    coredns: PathBuf,
-    pub kubectl: PathBuf,
-    pub helm: PathBuf,
-    /// The build under test.
-    pub tombolo: PathBuf,
-    testbed: PathBuf,
-}
-
-impl Programs {
-    /// Fails with what is missing and how it is got.
-    pub fn find() -> Result<Self> {
-        let tool = |dir: &str, program: &str| {
-            let path = tool_dir(dir).join(program);
-            ensure!(
-                path.is_file(),
-                "{program} is not built: tests/setup.sh builds it (with Go 1.26 or newer)"
-            );
-            Ok(path)
-        };
-        let kubernetes = tool("kubernetes-1.37.2-1", "kube-scheduler")?;
-        Ok(Self {
-            kubernetes: kubernetes.parent().context("no directory")?.to_owned(),
-            kube_proxy: tool("kube-proxy-1.37.2-1", "kube-proxy")?,
-            kubelet: tool("kubelet-1", "kubelet")?,
-            coredns: tool("coredns-1.15.0", "coredns")?,
-            kubectl: tool("kubectl-1.37.1-4.3.1-1", "kubectl")?,
-            helm: tool("kubectl-1.37.1-4.3.1-1", "helm")?,
-            tombolo: built("tombolo")?,
-            testbed: built("tombolo-testbed")?,
-        })
-    }
-
-    /// `None` after listing `test` as skipped.
-    pub fn require(test: &str) -> Option<Self> {
-        Self::find().inspect_err(|error| skipped(test, &format!("{error:#}"))).ok()
-    }
-}
-
-/// A program of this workspace, beside the running one; `TOMBOLO_BIN` names another `tombolo`.
-fn built(name: &str) -> Result<PathBuf> {
-    #[allow(clippy::disallowed_methods)] // the harness's own settings
-    if let (Ok(path), "tombolo") = (std::env::var("TOMBOLO_BIN"), name) {
-        return Ok(path.into());
-    }
-    let own = std::env::current_exe()?;
-    let found = own.ancestors().skip(1).take(2).map(|dir| dir.join(name)).find(|path| path.is_file());
-    found.with_context(|| format!("{name} is missing: run `cargo build --workspace --bins` first"))
-}
 
 /// What to start.
 #[derive(Clone, Copy, Debug)]
@@ -314,38 +261,6 @@ fn run(program: &Path, args: &[&str], kubeconfig: &Path) -> Result<String> {
         bail!("{name} {}: {}{}", args.join(" "), text(&output.stdout), text(&output.stderr));
     }
     Ok(text(&output.stdout))
-}
-
-/// A directory whose name says whose it is.
-struct Directory(PathBuf);
-
-impl Directory {
-    fn make() -> Result<Self> {
-        use std::sync::atomic::{AtomicU32, Ordering};
-        static NEXT: AtomicU32 = AtomicU32::new(0);
-        let temporary = std::env::temp_dir();
-        for entry in std::fs::read_dir(&temporary)?.flatten() {
-            let name = entry.file_name().to_string_lossy().into_owned();
-            let owner = name.strip_prefix(NAME).and_then(|rest| rest.split_once('-'));
-            let owner = owner.and_then(|(pid, rest)| {
-                Some((pid.parse().ok()?, rest.split('-').next()?.parse::<u64>().ok()?))
-            });
-            if owner.is_some_and(|(pid, started)| crate::usage::start_time(pid) != Some(started)) {
-                let _ = std::fs::remove_dir_all(entry.path());
-            }
-        }
-        let pid = std::process::id();
-        let started = crate::usage::start_time(pid).context("read this process's start time")?;
-        let path = temporary.join(format!("{NAME}{pid}-{started}-{}", NEXT.fetch_add(1, Ordering::Relaxed)));
-        std::fs::create_dir(&path).with_context(|| format!("make {}", path.display()))?;
-        Ok(Self(path))
-    }
-}
-
-impl Drop for Directory {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
 }
 
 /// Logs of the testbed's own programs, on standard error.
