@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
+use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
 use serde_json::{Value, json};
 
 pub use api::{Api, Object, condition, documents};
@@ -237,7 +237,10 @@ pub(crate) fn secrets(dir: &Path, names: &[String]) -> Result<()> {
     let ca = params.self_signed(&ca_key)?;
     let issuer = Issuer::from_params(&params, &ca_key);
     let key = KeyPair::generate()?;
-    let server = CertificateParams::new(names)?.signed_by(&key, &issuer)?;
+    let mut server = CertificateParams::new(names)?;
+    // OpenSSL takes a leaf with its issuer's name for a self-signed one.
+    server.distinguished_name.push(DnType::CommonName, "kube-apiserver");
+    let server = server.signed_by(&key, &issuer)?;
     let tokens = KeyPair::generate()?;
     let user = format!("system:serviceaccount:{NAMESPACE}:{ACCOUNT}");
     // Watches are logged when they begin, everything else when it has ended.

@@ -154,10 +154,7 @@ async fn register(client: &Client, config: &NodeConfig) -> Result<()> {
             "operatingSystem": "linux", "architecture": "amd64",
         },
     } });
-    nodes
-        .patch_status(name, &PatchParams::default(), &Patch::Strategic(&status))
-        .await
-        .context("its status")?;
+    nodes.patch_status(name, &PatchParams::default(), &Patch::Merge(&status)).await.context("its status")?;
     let lease = json!({
         "apiVersion": "coordination.k8s.io/v1", "kind": "Lease",
         "metadata": { "name": name, "namespace": "kube-node-lease" },
