@@ -3,7 +3,8 @@
 //!
 //! One task owns everything here ([`driver`]). It watches five kinds ([`tables`]), hands exports to the core
 //! ([`crate::core::kubernetes`]), and looks at each service that has changed, here or in the facts: what it is to look like
-//! ([`desired`]), what of it is to be written next ([`plan`]), and writes that ([`write`]), a few services at a time. Only
+//! ([`desired`], [`status`]; [`targets`] for its numbers at the shared sidecars), what of it is to be written next ([`plan`]),
+//! and writes that ([`write`]), a few services at a time ([`queue`]). Only
 //! the leader writes ([`lease`]); every replica watches. The API server may be away for as long as it likes: what is known
 //! stays, and peers keep what they have been told. When our credentials are refused everything begins anew with those
 //! that the files hold now.
@@ -16,8 +17,12 @@ mod labels;
 pub mod lease;
 pub mod metrics;
 mod plan;
+mod queue;
 mod rows;
+mod status;
 mod tables;
+mod targets;
+mod trouble;
 mod write;
 
 use std::time::Duration;
@@ -29,6 +34,7 @@ use kube::runtime::WatchStreamExt;
 use kube::runtime::events::{Recorder, Reporter};
 use kube::runtime::watcher::{self, watcher};
 use tokio::sync::watch;
+use tombolo_model::names::ServiceKey;
 use tombolo_runtime::tasks::TaskGroup;
 
 use crate::core::CoreHandle;
@@ -49,6 +55,8 @@ pub struct KubernetesConfig {
     pub access: KubernetesAccess,
     /// Where the `Lease` is.
     pub namespace: String,
+    /// The `Service` of the shared sidecars, which derived `Service`s lead to; `None`: they lead nowhere.
+    pub shared: Option<ServiceKey>,
 }
 
 /// Exports and imports services of the cluster's Kubernetes.
@@ -104,7 +112,9 @@ impl KubernetesTask {
         let reporter = Reporter { controller: "tombolo.dev/federator".to_owned(), instance: Some(identity) };
         let recorder = Recorder::new(client.clone(), reporter);
         let writer = Writer { client: client.clone(), resources: resources.clone(), recorder };
-        let driver = Driver::new(self.core.clone(), writer, leading, self.metrics.clone());
+        let shared = self.config.shared.as_ref();
+        let shared = shared.map(|service| (service.namespace.to_string(), service.name.to_string()));
+        let driver = Driver::new(self.core.clone(), writer, leading, self.metrics.clone(), shared);
         driver.run(watches(&client, &resources)).await
     }
 }

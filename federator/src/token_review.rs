@@ -1,7 +1,9 @@
 //! Who a Kubernetes service account's token belongs to, by the word of its API server (authentication.k8s.io/v1 TokenReview).
 //!
 //! [`TokenReviewer`] is the capability; [`api`] asks an API server over HTTPS, found by [`access`]. [`read`] judges its
-//! answer, and is pure: the token must be good for our audience, by an API server that knows audiences, and bound to a pod.
+//! answer, and is pure: the token must be good for our audience, by an API server that knows audiences. It is bound to a pod,
+//! or else whoever shows it says for whom it stands ([`PodIdentity::held_by`]): it was given one by the API server for
+//! exactly this service account, which takes a right of its own (`serviceaccounts/token`).
 
 pub mod access;
 pub mod api;
@@ -17,6 +19,10 @@ const POD_NAME: &str = "authentication.kubernetes.io/pod-name";
 const POD_UID: &str = "authentication.kubernetes.io/pod-uid";
 /// Kubernetes object UIDs are UUIDs.
 const MAX_UID_BYTES: usize = 64;
+/// A pod's name.
+const MAX_HOLDER_BYTES: usize = 253;
+/// No UID begins so.
+pub const HELD: &str = "held by ";
 
 /// The audience that projected tokens have to be for: one for another server is of no use here, nor ours elsewhere.
 pub fn audience(domain: &TrustDomain) -> String {
@@ -28,9 +34,26 @@ pub fn audience(domain: &TrustDomain) -> String {
 pub struct PodIdentity {
     pub namespace: Namespace,
     pub service_account: String,
-    /// Of the pod, never given again.
+    /// Of the pod, never given again; of who stands for pods, its name and theirs.
     pub pod_uid: String,
     pub pod: String,
+    /// By the API server's word. Otherwise `pod` is only what the holder calls itself.
+    pub bound: bool,
+}
+
+impl PodIdentity {
+    /// A token that is bound to no pod is good for a holder that has a name.
+    pub fn held_by(self, holder: &str) -> Result<Self, ReviewError> {
+        if self.bound {
+            return Ok(self);
+        }
+        let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'_');
+        if holder.is_empty() || holder.len() > MAX_HOLDER_BYTES || !holder.bytes().all(plain) {
+            return Err(ReviewError::NotBound);
+        }
+        let pod_uid = format!("{HELD}{holder} {}/{}", self.namespace, self.service_account);
+        Ok(Self { pod_uid, pod: holder.to_owned(), ..self })
+    }
 }
 
 /// Why a token was not accepted.
@@ -151,7 +174,8 @@ fn read(answer: &[u8], expected: &str) -> Result<PodIdentity, ReviewError> {
     let extra =
         |key: &str| user.extra.get(key).and_then(|values| values.first()).cloned().unwrap_or_default();
     let (pod, pod_uid) = (extra(POD_NAME), extra(POD_UID));
-    if pod_uid.is_empty() || pod_uid.len() > MAX_UID_BYTES {
+    let bound = !pod_uid.is_empty();
+    if pod_uid.len() > MAX_UID_BYTES {
         return Err(ReviewError::NotBound);
     }
     Ok(PodIdentity {
@@ -159,6 +183,7 @@ fn read(answer: &[u8], expected: &str) -> Result<PodIdentity, ReviewError> {
         service_account: name.to_owned(),
         pod_uid,
         pod: shortened(&pod),
+        bound,
     })
 }
 
@@ -192,6 +217,20 @@ mod tests {
     }
 
     #[test]
+    fn a_token_that_is_bound_to_no_pod_is_good_for_a_holder_with_a_name_alone() {
+        let unbound = judged(|s| s["user"]["extra"] = json!({})).unwrap();
+        for nobody in ["", "two words", "a/b", &"x".repeat(254)] {
+            assert_eq!(unbound.clone().held_by(nobody).unwrap_err().kind(), "not_bound", "{nobody:?}");
+        }
+        let held = unbound.held_by("tombolo-shared-7d").unwrap();
+        assert_eq!((held.pod.as_str(), held.bound), ("tombolo-shared-7d", false));
+        assert_eq!(held.pod_uid, "held by tombolo-shared-7d shop/web");
+        // Whoever has a pod's token speaks for that pod.
+        let bound = judged(|_| ()).unwrap().held_by("other").unwrap();
+        assert_eq!((bound.pod.as_str(), bound.pod_uid.as_str()), ("web-0", "7d2c"));
+    }
+
+    #[test]
     fn every_other_answer_is_refused_with_what_is_wrong() {
         type Change = fn(&mut Value);
         let cases: [(Change, &str, &str); 9] = [
@@ -214,7 +253,7 @@ mod tests {
                 "not_service_account",
                 "No:web",
             ),
-            (|s| s["user"]["extra"] = json!({}), "not_bound", "projected"),
+            (|s| s["user"]["extra"][POD_UID] = json!(["x".repeat(65)]), "not_bound", "projected"),
             (|s| s["user"] = 7.into(), "unavailable", "does not read"),
         ];
         for (change, kind, said) in cases {

@@ -26,6 +26,7 @@ use crate::carry::Carry;
 use crate::failover::{Routes, ShiftLog};
 use crate::health::Verdict;
 use crate::metrics::{Metrics, RejectLabels, UpstreamLabels};
+use crate::provided::{self, Provided, ProvidedService};
 use crate::tables::Tables;
 
 /// A snapshot comes at least every 5 s: three missed ones, and another federator is tried.
@@ -33,6 +34,8 @@ const SILENCE: Duration = Duration::from_secs(16);
 /// The report is also the heartbeat of the lease.
 const REPORT_EVERY: Duration = Duration::from_secs(1);
 const CALL_TIMEOUT: Duration = Duration::from_secs(3);
+/// What is served is told anew this often at most.
+const BETWEEN_HELLOS: Duration = Duration::from_millis(100);
 /// After a stream that a federator ended at once.
 const REOPEN_PAUSE: Duration = Duration::from_millis(500);
 /// How often a refused clone says so.
@@ -79,6 +82,10 @@ pub struct ControlTask {
     pub enforcer: Enforcer,
     /// Services to ask for beside those of `hello`.
     pub wanted: Wanted,
+    /// Services to tell of beside those of `hello`.
+    pub provided: Option<Provided>,
+    /// Counts what the federator was told, for reports to follow at once.
+    pub greeted: watch::Sender<u64>,
 }
 
 impl ControlTask {
@@ -154,7 +161,9 @@ impl ControlTask {
         let channel = self.member.connect(&self.overlay).await?;
         let mut client = ConfigClient::new(channel);
         let mut wanted = self.wanted.changes();
-        let mut snapshots = self.open(&mut client, &mut wanted).await?;
+        let mut provided = self.provided.clone();
+        let mut told = self.provided();
+        let mut snapshots = self.open(&mut client, &mut wanted, &told).await?;
         self.enforcer.tell_again();
         let mut last = None;
         loop {
@@ -162,7 +171,17 @@ impl ControlTask {
                 next = tokio::time::timeout(SILENCE, snapshots.message()) => next?,
                 // The new stream before the end of the old one: a member without a stream is taken out of rotation.
                 Ok(()) = wanted.changed() => {
-                    snapshots = self.open(&mut client, &mut wanted).await?;
+                    snapshots = self.open(&mut client, &mut wanted, &told).await?;
+                    continue;
+                }
+                () = provided::changed(&mut provided) => {
+                    let services = self.provided();
+                    if services != told {
+                        told = services;
+                        snapshots = self.open(&mut client, &mut wanted, &told).await?;
+                        // A rollout changes weights many times a second.
+                        tokio::time::sleep(BETWEEN_HELLOS).await;
+                    }
                     continue;
                 }
             };
@@ -190,8 +209,10 @@ impl ControlTask {
         &self,
         client: &mut ConfigClient<tonic::transport::Channel>,
         wanted: &mut watch::Receiver<Vec<ServiceKey>>,
+        provided: &[v1::LocalService],
     ) -> Result<tonic::Streaming<v1::SidecarSnapshot>, Box<dyn std::error::Error + Send + Sync>> {
         let mut hello = v1::SidecarHello { lease: Some(self.member.lease().to_wire()), ..self.hello.clone() };
+        hello.services.extend_from_slice(provided);
         hello.upstreams.extend(wanted.borrow_and_update().iter().map(ToString::to_string));
         let opened = tokio::time::timeout(CALL_TIMEOUT, client.watch_sidecar(hello)).await?;
         let opened = opened.map_err(|status| -> Box<dyn std::error::Error + Send + Sync> {
@@ -201,7 +222,14 @@ impl ControlTask {
                 status.message().into()
             }
         });
-        Ok(opened?.into_inner())
+        let opened = opened?.into_inner();
+        self.greeted.send_modify(|count| *count += 1);
+        Ok(opened)
+    }
+
+    fn provided(&self) -> Vec<v1::LocalService> {
+        let services = self.provided.as_ref().map(Provided::now).unwrap_or_default();
+        services.iter().map(ProvidedService::to_wire).collect()
     }
 
     /// Parses and publishes; what can't be used is logged and counted. False: nothing of it counts.
@@ -272,6 +300,9 @@ pub struct ReportTask {
     pub member: Member,
     pub overlay: Overlay,
     pub health: Vec<(ServiceKey, watch::Receiver<Option<Verdict>>)>,
+    pub provided: Option<Provided>,
+    /// A federator takes health of services only that it was told of.
+    pub greeted: watch::Receiver<u64>,
     /// Of each thread; they decide alike.
     pub routes: Vec<Routes>,
     pub log: ShiftLog,
@@ -297,6 +328,8 @@ impl ReportTask {
                 tokio::select! {
                     _ = tokio::time::timeout(REPORT_EVERY, changed) => {}
                     () = self.enforcer.news() => {}
+                    () = provided::changed(&mut self.provided) => {}
+                    Ok(()) = self.greeted.changed() => {}
                 }
             }
         };
@@ -331,14 +364,19 @@ impl ReportTask {
     }
 
     fn assemble(&self, leaving: bool) -> v1::StatusReport {
-        let health = self.health.iter().filter_map(|(service, verdict)| {
-            // Not checked yet: nothing to say.
+        // Not checked yet: nothing to say.
+        let checked = self.health.iter().filter_map(|(service, verdict)| {
             let verdict = verdict.borrow().clone()?;
+            Some((service.clone(), verdict))
+        });
+        let provided = self.provided.as_ref().map(Provided::now).unwrap_or_default();
+        let provided = provided.iter().map(|of| (of.service.clone(), of.verdict()));
+        let health = checked.chain(provided).map(|(service, verdict)| {
             let healthy = verdict.healthy && !leaving;
             let labels = UpstreamLabels { service: service.to_string() };
             self.metrics.healthy.get_or_create(&labels).set(i64::from(healthy));
             let reason = if leaving { "draining".to_owned() } else { verdict.reason };
-            Some(v1::ServiceHealth { service: service.to_string(), healthy, reason })
+            v1::ServiceHealth { service: service.to_string(), healthy, reason }
         });
         self.metrics.overlay(&self.overlay.stats());
         let (now, monotonic) = (clock::since_unix_epoch(), std::time::Instant::now());

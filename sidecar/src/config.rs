@@ -12,7 +12,7 @@ use tombolo_model::names::{NameError, ServiceKey};
 use tombolo_model::protocol::Protocol;
 use tombolo_names::server::NamesConfig;
 use tombolo_overlay::MAX_PARTS;
-use tombolo_overlay::member::EntryPoints;
+use tombolo_overlay::member::{EntryPoints, ServiceAccountToken};
 
 use crate::agentless::Backend;
 use crate::capture::CaptureConfig;
@@ -20,6 +20,7 @@ use crate::capture::settings::MAX_ADDRESSES;
 use crate::health::{HealthCheck, Probe};
 use crate::inbound::InboundLimits;
 use crate::pool::PoolLimits;
+use crate::provided::Provided;
 use crate::udp::UdpLimits;
 use crate::workload_api::WorkloadApiConfig;
 
@@ -94,8 +95,8 @@ pub struct SidecarConfig {
     pub state_dir: PathBuf,
     /// A join token's text; needed once, while the state directory is empty.
     pub token: Option<String>,
-    /// File with this pod's projected service account token; `token` is one for pods then.
-    pub service_account_token: Option<PathBuf>,
+    /// The token of the service account that it joins as; `token` is one for pods then.
+    pub service_account_token: Option<ServiceAccountToken>,
     pub bind: SocketAddr,
     /// Where gateways and neighbours reach this sidecar: `None` with an unspecified bind address means that it has none
     /// (a VM behind NAT) and REGISTERs.
@@ -107,6 +108,8 @@ pub struct SidecarConfig {
     /// Largest UDP payload that is tried on a path; what fits is found out.
     pub max_udp_payload_bytes: u16,
     pub services: Vec<ServiceConfig>,
+    /// Beside those: services that come, go and change while it runs; `None`: there are none.
+    pub provided: Option<Provided>,
     pub upstreams: Vec<UpstreamConfig>,
     pub admin: SocketAddr,
     /// Of the byte path, each with a runtime of its own.
@@ -176,6 +179,7 @@ impl SidecarConfig {
     /// Checks what can be checked before anything is bound.
     pub fn check(&self) -> Result<(), ConfigError> {
         if self.services.is_empty()
+            && self.provided.is_none()
             && self.upstreams.is_empty()
             && self.workload_api.is_none()
             && self.capture.is_none()

@@ -9,6 +9,7 @@ use std::io;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
+use arc_swap::ArcSwap;
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, oneshot, watch};
 use tokio_util::sync::CancellationToken;
@@ -32,6 +33,7 @@ use crate::listening::{Listening, UpstreamListener};
 use crate::metrics::Metrics;
 use crate::outbound::{OutboundContext, UpstreamPort, UpstreamTask};
 use crate::pool::PoolContext;
+use crate::provided::{self, Served};
 use crate::shared::CallsTask;
 use crate::tables::Tables;
 use crate::udp::UdpContext;
@@ -106,8 +108,13 @@ impl DataPath {
             drain: drain.clone(),
             tasks: tasks.clone(),
         };
-        let services = targets(&config.services, &agentless, &metrics);
-        tasks.spawn("inbound", InboundTask::new(overlay.clone(), services, admitted, inbound).run());
+        let fixed = Arc::new(targets(&config.services, &agentless, &metrics));
+        let served: Served = Arc::new(ArcSwap::new(Arc::clone(&fixed)));
+        if let Some(provided) = config.provided.clone() {
+            let follow = provided::follow(provided, fixed, Arc::clone(&served), metrics.clone());
+            tasks.spawn("provided services", follow);
+        }
+        tasks.spawn("inbound", InboundTask::new(overlay.clone(), served, admitted, inbound).run());
 
         let pools = PoolContext {
             overlay: overlay.clone(),

@@ -42,6 +42,8 @@ pub struct Route {
     pub tiers: Vec<Vec<(ClusterName, u32)>>,
     /// Seen as unreachable right now: tried last.
     pub down: HashSet<ClusterName>,
+    /// What each cluster serves it on; none: it has not said.
+    pub ports: HashMap<ClusterName, Vec<(Protocol, u16)>>,
     pub pools: HashMap<ClusterName, Pool>,
     /// For UDP flows: on connections of their own, because datagrams would starve streams.
     pub datagrams: HashMap<ClusterName, Pool>,
@@ -62,6 +64,21 @@ impl Route {
             }
         }
         order.sort_by_key(|cluster| self.down.contains(cluster));
+        order
+    }
+
+    /// The same, of the clusters that serve a port: an export of another cluster may have others (KEP-1645: a port is only
+    /// routed to who exposes it).
+    pub fn order_of(
+        &self,
+        protocol: Protocol,
+        port: u16,
+        random: impl FnMut() -> u64,
+    ) -> Vec<ClusterName> {
+        let mut order = self.order(random);
+        order.retain(|cluster| {
+            self.ports.get(cluster).is_none_or(|ports| ports.is_empty() || ports.contains(&(protocol, port)))
+        });
         order
     }
 
@@ -225,8 +242,10 @@ impl Router {
         let mut tiers = vec![outcome.active];
         let others = machine.fallback_order().into_iter().filter(|t| *t != outcome.tier);
         tiers.extend(others.map(|tier| machine.tier_clusters(tier, &seen)));
+        let ports = upstream.backends.iter().map(|backend| (backend.cluster.clone(), backend.ports.clone()));
+        let ports = ports.collect();
         let (service, tier, reason) = (service.clone(), outcome.tier, outcome.reason);
-        Route { service, tier, tiers, down, pools, datagrams, reason }
+        Route { service, tier, tiers, down, ports, pools, datagrams, reason }
     }
 }
 

@@ -33,6 +33,7 @@ use crate::codes;
 use crate::copy::{self, BiStream, End, IdleLimits, Meter};
 use crate::header::{self, HeaderError};
 use crate::metrics::{self, Held, Metrics, ServiceMetrics};
+use crate::provided::Served;
 use crate::udp::UdpContext;
 use crate::udp::demux::Demux;
 use crate::udp::metrics::FlowMetrics;
@@ -97,8 +98,15 @@ pub struct InboundContext {
 /// Everything a stream needs, shared by all of them.
 #[derive(Debug)]
 struct Shared {
-    services: HashMap<Arc<str>, Arc<LocalTarget>>,
+    services: Served,
     context: InboundContext,
+}
+
+impl Shared {
+    /// What a connection is for, as it is served now.
+    fn target(&self, connection: &PeerConnection) -> Option<Arc<LocalTarget>> {
+        self.services.load().get(&**connection.service()?).cloned()
+    }
 }
 
 /// Accepts connections of the overlay and serves their streams.
@@ -112,7 +120,7 @@ pub struct InboundTask {
 impl InboundTask {
     pub fn new(
         overlay: Overlay,
-        services: HashMap<Arc<str>, Arc<LocalTarget>>,
+        services: Served,
         admitted: watch::Receiver<Arc<Admission>>,
         context: InboundContext,
     ) -> Self {
@@ -141,7 +149,7 @@ async fn serve_connection(
         connection.close(close_code::NOT_ADMITTED, "this is no federator");
         return;
     }
-    let Some(target) = connection.service().and_then(|service| shared.services.get(service)).cloned() else {
+    let Some(mut target) = shared.target(&connection) else {
         connection.close(close_code::NOT_ADMITTED, "the service is not served here");
         return;
     };
@@ -161,6 +169,8 @@ async fn serve_connection(
             () = &mut datagrams => return,
             stream = connection.quic().accept_bi() => {
                 let Ok((send, recv)) = stream else { return };
+                // Its ports may have changed since.
+                target = shared.target(&connection).unwrap_or(target);
                 let now_open = open.fetch_add(1, Relaxed) + 1;
                 if now_open.saturating_mul(4) >= limit.saturating_mul(3) && limit < shared.context.limits.max_streams {
                     limit = limit.saturating_mul(2).min(shared.context.limits.max_streams);

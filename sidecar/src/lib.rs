@@ -26,6 +26,7 @@ pub mod metrics;
 pub mod names;
 pub mod outbound;
 pub mod pool;
+pub mod provided;
 pub mod role;
 pub mod shared;
 pub mod tables;

@@ -1,6 +1,7 @@
 //! The sidecar's listeners for applications: bound before anything else, so that a taken port fails the start and uses up no join
 //! token; closed last, so that nobody is reset whose connection stands.
 
+use std::collections::VecDeque;
 use std::io;
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -94,7 +95,7 @@ pub(crate) struct Listening {
     pub captured_udp: Vec<std::net::UdpSocket>,
     pub plain: Vec<std::net::TcpListener>,
     /// What a front hands over that is shared with others.
-    pub calls: Option<mpsc::Receiver<Call>>,
+    pub calls: Option<(VecDeque<Call>, mpsc::Receiver<Call>)>,
 }
 
 /// Why a listener can't be had.

@@ -15,6 +15,7 @@ use bytes::Bytes;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tombolo_model::names::{ClusterName, ServiceKey};
+use tombolo_model::protocol::Protocol;
 use tombolo_runtime::drain::Drain;
 use tombolo_runtime::tasks::TaskGroup;
 
@@ -198,7 +199,7 @@ async fn carry(
     carried: &mut Carried,
 ) -> &'static str {
     let Some(route) = context.routes.of(&upstream.service) else { return "no_route" };
-    let order = route.order(rand::random);
+    let order = route.order_of(Protocol::Tcp, upstream.port, rand::random);
     let mut tries = Tries::default();
     let deadline = Instant::now() + PATIENCE;
     let mut last = "no_backend";

@@ -6,7 +6,9 @@
 #[cfg(test)]
 mod tests;
 
+use std::collections::VecDeque;
 use std::net::SocketAddr;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -19,7 +21,7 @@ use tombolo_names::server::{self as names_server, NamesError};
 use tombolo_names::table::TableHandle;
 use tombolo_overlay::cid::Kind;
 use tombolo_overlay::lease::LeaseError;
-use tombolo_overlay::member::{JoinError, JoinOptions, Member, MemberError};
+use tombolo_overlay::member::{JoinError, JoinOptions, Member, MemberError, ServiceAccountToken};
 use tombolo_overlay::revoking::Enforcer;
 use tombolo_overlay::{BindError, Limits, Overlay, OverlayConfig, Part, Routes, ServerTls};
 use tombolo_proto::v1;
@@ -67,6 +69,8 @@ pub enum BuildError {
         "{dir} holds no identity yet, and no join token is given: make one with `tombolo token create --role sidecar` (or `tombolo vm token`, or `tombolo token pods` in Kubernetes) and give it with --join-token-file"
     )]
     NotJoined { dir: String },
+    #[error("{dir} can't be cleared: {source}")]
+    Clear { dir: String, source: std::io::Error },
     #[error(transparent)]
     Join(#[from] JoinError),
     #[error("{dir} belongs to {found:?}, not to {expected:?}: give each sidecar a state directory of its own", dir = dir)]
@@ -159,17 +163,14 @@ impl Sidecar {
         Self::join(config, listening, around, metrics).await
     }
 
-    /// One of the sidecars of a process that shows metrics and readiness for all of them, and hands it its calls.
+    /// One of the sidecars of a process that shows metrics and readiness for all of them, and hands it its calls
+    /// ([`Bound::hand`]).
     pub(crate) async fn build_among(
         config: SidecarConfig,
         metrics: Metrics,
-        calls: mpsc::Receiver<Call>,
         configured: Option<BlockReady>,
     ) -> Result<Bound, BuildError> {
-        let mut listening = Listening::bind(&config, 1)?;
-        if let Some(first) = listening.first_mut() {
-            first.calls = Some(calls);
-        }
+        let listening = Listening::bind(&config, 1)?;
         Self::join(config, listening, Around { configured, ..Around::default() }, metrics).await
     }
 
@@ -180,11 +181,15 @@ impl Sidecar {
         metrics: Metrics,
     ) -> Result<Bound, BuildError> {
         let dir = config.state_dir.clone();
-        let member = match (Member::load(&dir)?, &config.token, &config.service_account_token) {
+        let known = match &config.service_account_token {
+            Some(ServiceAccountToken::Asked { .. }) => known_or_nobody(&dir)?,
+            _ => Member::load(&dir)?,
+        };
+        let member = match (known, &config.token, &config.service_account_token) {
             (Some(member), _, _) => member,
-            (None, Some(token), Some(file)) => {
+            (None, Some(token), Some(account)) => {
                 let options = JoinOptions { name: config.name.clone(), bind: config.bind };
-                Member::join_pod(token, file, &dir, &options).await?
+                Member::join_pod(token, account, &dir, &options).await?
             }
             (None, Some(token), None) => Member::join(token, &dir, Some(&config.name), config.bind).await?,
             (None, None, _) => return Err(BuildError::NotJoined { dir: dir.display().to_string() }),
@@ -227,6 +232,13 @@ impl Sidecar {
 }
 
 impl Bound {
+    /// Connections that a front has accepted for it: those that have waited, and those to come.
+    pub(crate) fn hand(&mut self, held: VecDeque<Call>, calls: mpsc::Receiver<Call>) {
+        if let Some(first) = self.listening.first_mut() {
+            first.calls = Some((held, calls));
+        }
+    }
+
     pub fn overlay_addr(&self) -> SocketAddr {
         self.overlay.local_addr()
     }
@@ -268,7 +280,10 @@ impl Bound {
             zone: config.zone.clone(),
             enforcer: enforcer.clone(),
             wanted: wanted.clone(),
+            provided: config.provided.clone(),
+            greeted: watch::Sender::new(0),
         };
+        let greeted = control.greeted.subscribe();
         control.restore();
         tasks.spawn("ready once configured", ready_once_configured(received.clone(), configured));
         tasks.spawn("control", control.run());
@@ -358,6 +373,8 @@ impl Bound {
             member,
             overlay: overlay.clone(),
             health: verdicts,
+            provided: config.provided.clone(),
+            greeted,
             routes,
             log,
             tables: received,
@@ -393,6 +410,22 @@ impl Bound {
         tasks.shutdown(FORCED_PATIENCE).await;
         threads.end();
         result
+    }
+}
+
+/// The member of a directory, unless it can't be used any more: whoever may ask for tokens joins anew then.
+fn known_or_nobody(dir: &Path) -> Result<Option<Member>, BuildError> {
+    let known = Member::load(dir).and_then(|member| match member {
+        Some(member) => member.check_renewable(clock::since_unix_epoch()).map(|()| Some(member)),
+        None => Ok(None),
+    });
+    match known {
+        Err(error @ (MemberError::Damaged { .. } | MemberError::TooLate(_) | MemberError::Lease(_))) => {
+            tracing::warn!(%error, "an identity of before can't be used: it is asked for anew");
+            std::fs::remove_dir_all(dir).map_err(|source| BuildError::Clear { dir: dir.display().to_string(), source })?;
+            Ok(None)
+        }
+        known => Ok(known?),
     }
 }
 

@@ -5,48 +5,52 @@
 //!  peer ==overlay==> its sidecar --TCP--> application 10.0.0.11:8080
 //! ```
 //! Each application keeps an identity, a key, an overlay socket and a lease of its own, as if its sidecar ran beside it:
-//! what is shared is the process, its metrics and the front's listeners. [`front`] tells callers apart; [`config`] is what the
-//! operator says, and may say anew while it runs. Tasks: one per application, which starts its sidecar again when that ends
-//! or does not start, so that one application's trouble is nobody else's; one per listener; one that follows the
-//! configuration.
+//! what is shared is the process, its metrics and the front's listeners. [`front`] tells callers apart; [`config`] is what a
+//! [`Source`] says, and may say anew while it runs: an operator's file, or [`kubernetes`]. Tasks: one per application that
+//! runs ([`running`]), one per listener, and the loop here, which follows the source.
 
 mod calls;
 pub mod config;
 mod front;
+mod keeping;
+pub mod kubernetes;
+mod running;
 
-use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
-use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 use tokio::sync::mpsc;
-use tokio::task::JoinHandle;
 use tombolo_runtime::admin::{Admin, AdminError};
-use tombolo_runtime::drain::{self, Drain, DrainTrigger};
-use tombolo_runtime::readiness::{BlockReady, Readiness};
+use tombolo_runtime::drain::Drain;
+use tombolo_runtime::readiness::Readiness;
 use tombolo_runtime::tasks::TaskGroup;
 
 pub(crate) use self::calls::CallsTask;
-use self::config::{Application, SharedConfig, SharedConfigError};
+use self::config::{Register, SharedConfig, SharedConfigError};
 pub(crate) use self::front::Call;
-use self::front::{Front, Fronts};
-use crate::config::SidecarConfig;
+use self::front::{Calls, Front, Fronts};
+use self::keeping::{ApplicationLabels, Context};
+use self::running::Running;
 use crate::listening::ListenError;
 use crate::metrics::Metrics;
-use crate::role::Sidecar;
 
-/// Connections that an application's sidecar has not taken yet: it takes them within microseconds.
-const HANDED: usize = 256;
-const FIRST_PAUSE: Duration = Duration::from_secs(1);
-const LONGEST_PAUSE: Duration = Duration::from_secs(60);
-/// How often the configuration is looked at.
+/// Calls for applications that are to be started: a burst of new pods' first ones.
+const WAKING: usize = 1024;
+/// How often listeners are tried again, and idle applications looked for.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// Of tasks that have nothing open any more.
 const END_PATIENCE: Duration = Duration::from_secs(1);
+
+/// Where the configuration comes from while it runs.
+pub trait Source {
+    /// Waits for the next one. `failed`: an application could not be started since the last; what a configuration names, such
+    /// as a file with a token, may have changed without it. The future may be dropped at any time.
+    fn next(&mut self, failed: &AtomicBool) -> impl Future<Output = Result<SharedConfig, String>>;
+}
 
 /// Why a shared sidecar did not start, or ended.
 #[derive(Debug, thiserror::Error)]
@@ -57,56 +61,26 @@ pub enum SharedError {
     Listen(#[from] ListenError),
     #[error(transparent)]
     Admin(#[from] AdminError),
-    #[error("the front can't be served: {0}")]
-    Front(std::io::Error),
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct ApplicationLabels {
-    application: String,
 }
 
 /// Whose front is bound.
 #[derive(Debug)]
 pub struct Shared {
     config: SharedConfig,
+    front: Front,
     fronts: Fronts,
+    calls: Calls,
+    waking: mpsc::Receiver<(String, Call)>,
     admin: Admin,
     readiness: Readiness,
     metrics: Metrics,
     up: Family<ApplicationLabels, Gauge>,
-}
-
-/// The sidecars that run, by application.
-struct Running {
-    applications: HashMap<String, Kept>,
-    /// Those that are not wanted any more and have not ended. Their triggers are kept: one that is gone would cut them.
-    ending: HashMap<String, (DrainTrigger, JoinHandle<()>)>,
-    context: Context,
-}
-
-struct Kept {
-    trigger: DrainTrigger,
-    task: JoinHandle<()>,
-    fingerprint: String,
-    /// As last read: a start that is tried again goes by it.
-    sidecar: Arc<Mutex<SidecarConfig>>,
-}
-
-#[derive(Clone)]
-struct Context {
-    front: Front,
-    metrics: Metrics,
-    up: Family<ApplicationLabels, Gauge>,
-    /// An application could not be started since the configuration was read.
-    failed: Arc<AtomicBool>,
     tasks: TaskGroup,
 }
 
 impl Shared {
     /// Binds the front and the admin endpoint. Needs a one-thread runtime, which then runs it.
     pub async fn build(config: SharedConfig) -> Result<Self, SharedError> {
-        config.check()?;
         let mut registry = Registry::default();
         let metrics = Metrics::register(&mut registry);
         let shared = registry.sub_registry_with_prefix("tombolo_sidecar_shared");
@@ -116,50 +90,62 @@ impl Shared {
             "Whether the application's sidecar runs (1) or is to be started again (0)",
             up.clone(),
         );
-        let fronts = Fronts::bind(&config.upstreams, shared)?;
+        let (sender, waking) = mpsc::channel(WAKING);
+        let calls = Calls::register(shared, sender);
+        if let Some(Register(register)) = &config.register {
+            register(shared);
+        }
+        let tasks = TaskGroup::new();
+        let front = Front::default();
+        let fronts = Fronts::start(front.clone(), &config.upstreams, calls.clone(), tasks.clone())?;
         let readiness = Readiness::new();
         let admin = Admin::bind(config.admin, registry, readiness.clone()).await?;
         tracing::info!(applications = config.applications.len(), admin = %admin.local_addr(), "shared sidecar bound");
-        Ok(Self { config, fronts, admin, readiness, metrics, up })
+        Ok(Self { config, front, fronts, calls, waking, admin, readiness, metrics, up, tasks })
     }
 
-    /// Runs until `shutdown` starts and every application's drain is over. `again` reads the configuration anew: `None`
-    /// while it has not changed, unless it is asked for all the same (what it names, such as a token, may have changed).
-    pub async fn run(
-        self,
-        shutdown: Drain,
-        mut again: impl FnMut(bool) -> Result<Option<SharedConfig>, String>,
-    ) -> Result<(), SharedError> {
-        let Self { config, fronts, admin, readiness, metrics, up } = self;
-        let tasks = TaskGroup::new();
-        let front = fronts.start(&shutdown, &tasks).map_err(SharedError::Front)?;
+    /// Runs until `shutdown` starts and every application's drain is over.
+    pub async fn run(self, shutdown: Drain, mut source: impl Source) -> Result<(), SharedError> {
+        let Self { config, front, mut fronts, calls, mut waking, admin, readiness, metrics, up, tasks } = self;
         let failed = Arc::new(AtomicBool::new(false));
-        let context = Context { front, metrics, up, failed: Arc::clone(&failed), tasks: tasks.clone() };
-        let mut running = Running { applications: HashMap::new(), ending: HashMap::new(), context };
-        running.follow(&config.applications, |name| Some(readiness.block(format!("application {name}"))));
+        let tasks_of_applications = tasks.clone();
+        let context =
+            Context { front, calls, metrics, up, failed: Arc::clone(&failed), tasks: tasks_of_applications };
+        let mut running = Running::new(config.overlay_ports, context);
+        let mut unsettled = config.incomplete.then(|| readiness.block("configuration"));
+        running.follow(config.applications, |name| Some(readiness.block(format!("application {name}"))));
 
-        let (bound, upstreams) = (config.admin, config.upstreams);
+        let bound = config.admin;
+        let mut look = tokio::time::interval(LOOK_EVERY);
+        look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let follow = async {
             let mut refused = String::new();
             loop {
-                tokio::time::sleep(LOOK_EVERY).await;
-                let read = again(failed.swap(false, Relaxed)).and_then(|read| match read {
-                    Some(config) => config.check().map(|()| Some(config)).map_err(|e| e.to_string()),
-                    None => Ok(None),
-                });
-                match read {
-                    Ok(Some(config)) => {
-                        refused.clear();
-                        if config.upstreams != upstreams || config.admin != bound {
-                            tracing::warn!("what the front listens on has changed: that takes a restart");
+                tokio::select! {
+                    read = source.next(&failed) => match read {
+                        Ok(config) => {
+                            refused.clear();
+                            if config.admin != bound {
+                                tracing::warn!("`admin` has changed: that takes a restart");
+                            }
+                            fronts.follow(&config.upstreams);
+                            running.follow(config.applications, |name| {
+                                unsettled.as_ref().map(|_| readiness.block(format!("application {name}")))
+                            });
+                            if !config.incomplete {
+                                unsettled = None;
+                            }
                         }
-                        running.follow(&config.applications, |_| None);
-                    }
-                    Ok(None) => {}
-                    Err(error) if error == refused => {}
-                    Err(error) => {
-                        tracing::error!(%error, "the configuration can't be taken over; the last one stays");
-                        refused = error;
+                        Err(error) if error == refused => {}
+                        Err(error) => {
+                            tracing::error!(%error, "the configuration can't be taken over; the last one stays");
+                            refused = error;
+                        }
+                    },
+                    Some((name, call)) = waking.recv() => running.wake(&name, call),
+                    _ = look.tick() => {
+                        fronts.tend();
+                        running.rest();
                     }
                 }
             }
@@ -170,124 +156,9 @@ impl Shared {
             () = shutdown.started() => Ok(()),
             () = follow => Ok(()),
         };
+        fronts.end();
         running.end(&shutdown).await;
         tasks.shutdown(END_PATIENCE).await;
         result
     }
-}
-
-impl Running {
-    /// Starts what is new, ends what is gone, leaves the rest alone.
-    fn follow(&mut self, applications: &[Application], block: impl Fn(&str) -> Option<BlockReady>) {
-        let known: HashMap<&str, &Application> =
-            applications.iter().map(|application| (application.name(), application)).collect();
-        self.ending.retain(|_, (_, task)| !task.is_finished());
-        let stays =
-            |kept: &Kept, name: &str| known.get(name).is_some_and(|new| new.fingerprint == kept.fingerprint);
-        let gone = self.applications.extract_if(|name, kept| !stays(kept, name));
-        for (name, kept) in gone {
-            tracing::info!(application = name, "the application's sidecar ends");
-            kept.trigger.start();
-            self.ending.insert(name, (kept.trigger, kept.task));
-        }
-        for application in applications {
-            match self.applications.get(application.name()) {
-                Some(kept) => {
-                    *kept.sidecar.lock().unwrap_or_else(PoisonError::into_inner) =
-                        application.sidecar.clone();
-                }
-                None => self.start(application, block(application.name())),
-            }
-        }
-        self.context.front.know(applications);
-    }
-
-    fn start(&mut self, application: &Application, block: Option<BlockReady>) {
-        let (trigger, drain) = drain::channel();
-        let sidecar = Arc::new(Mutex::new(application.sidecar.clone()));
-        // Of the same name: it has the state directory and the socket until its drain is over.
-        let before = self.ending.remove(application.name());
-        let (context, name, config) =
-            (self.context.clone(), application.name().to_owned(), Arc::clone(&sidecar));
-        let task = self.context.tasks.spawn("application", async move {
-            if let Some((_trigger, before)) = before {
-                let _ = before.await;
-            }
-            context.keep(name, config, drain, block).await;
-        });
-        let kept = Kept { trigger, task, fingerprint: application.fingerprint.clone(), sidecar };
-        self.applications.insert(application.name().to_owned(), kept);
-    }
-
-    /// Every drain at once; each application's own patience bounds it.
-    async fn end(self, shutdown: &Drain) {
-        let wanted = self.applications.into_values().map(|kept| (kept.trigger, kept.task));
-        let (triggers, tasks): (Vec<_>, Vec<_>) = wanted.chain(self.ending.into_values()).unzip();
-        for trigger in &triggers {
-            trigger.start();
-        }
-        let drained = async {
-            for task in tasks {
-                let _ = task.await;
-            }
-        };
-        tokio::select! {
-            () = drained => {}
-            () = shutdown.forced() => triggers.iter().for_each(DrainTrigger::force),
-        }
-    }
-}
-
-impl Context {
-    /// Runs an application's sidecar, and starts it again for as long as it is wanted.
-    async fn keep(
-        self,
-        application: String,
-        sidecar: Arc<Mutex<SidecarConfig>>,
-        drain: Drain,
-        mut block: Option<BlockReady>,
-    ) {
-        let labels = ApplicationLabels { application: application.clone() };
-        let mut pause = FIRST_PAUSE;
-        while drain.phase() == drain::Phase::Serving {
-            let (sender, calls) = mpsc::channel(HANDED);
-            let config = sidecar.lock().unwrap_or_else(PoisonError::into_inner).clone();
-            match Sidecar::build_among(config, self.metrics.clone(), calls, block.take()).await {
-                Ok(bound) => {
-                    self.front.serve(&application, Some(sender));
-                    self.up.get_or_create(&labels).set(1);
-                    let ended = bound.run(drain.clone()).await;
-                    self.up.get_or_create(&labels).set(0);
-                    self.front.serve(&application, None);
-                    if let Err(error) = ended {
-                        tracing::error!(%application, %error, "the application's sidecar has ended");
-                    }
-                    pause = FIRST_PAUSE;
-                }
-                Err(error) => {
-                    self.up.get_or_create(&labels).set(0);
-                    self.failed.store(true, Relaxed);
-                    tracing::error!(%application, error = %chain(&error), again_in = ?pause,
-                        "the application's sidecar can't be started");
-                }
-            }
-            tokio::select! {
-                () = drain.started() => {}
-                () = tokio::time::sleep(pause) => {}
-            }
-            pause = (pause * 2).min(LONGEST_PAUSE);
-        }
-        self.up.remove(&labels);
-    }
-}
-
-/// An error with its causes.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text = format!("{text}: {error}");
-        cause = error.source();
-    }
-    text
 }

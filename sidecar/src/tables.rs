@@ -41,6 +41,8 @@ pub struct Backend {
     pub total: u32,
     pub properties: BTreeMap<String, String>,
     pub stale: bool,
+    /// That this cluster serves; none: it has not said.
+    pub ports: Vec<(Protocol, u16)>,
 }
 
 /// A service that local applications call.
@@ -218,6 +220,14 @@ fn inbound(wire: &v1::InboundHandle) -> Result<(Handle, InboundHandle), FieldErr
     Ok((handle, InboundHandle { class: HandleClass::Mesh, importer: Some(importer), service }))
 }
 
+fn port(field: &'static str, wire: &v1::ServicePort) -> Result<(Protocol, u16), FieldError> {
+    let number = u16::try_from(wire.port).ok().filter(|number| *number != 0);
+    let number = number.ok_or_else(|| FieldError::new(field, wire.port, "a port of 1..=65535"))?;
+    let protocol = Protocol::parse(&wire.protocol)
+        .ok_or_else(|| FieldError::new(field, &wire.protocol, "protocol TCP or UDP"))?;
+    Ok((protocol, number))
+}
+
 fn upstream(
     wire: &v1::Upstream,
     own: &ClusterName,
@@ -225,14 +235,7 @@ fn upstream(
 ) -> Result<(Upstream, Vec<Rejected>), FieldError> {
     let service: ServiceKey = convert::parse("upstreams.service", &wire.service)?;
     let mut sieve = Sieve(Vec::new());
-    let port = |port: &v1::ServicePort| {
-        let number = u16::try_from(port.port).ok().filter(|p| *p != 0);
-        let number = number.ok_or_else(|| FieldError::new("upstreams.ports.port", port.port, "1..=65535"))?;
-        let protocol = Protocol::parse(&port.protocol)
-            .ok_or_else(|| FieldError::new("upstreams.ports.protocol", &port.protocol, "TCP or UDP"))?;
-        Ok((protocol, number))
-    };
-    let ports = wire.ports.iter().filter_map(|p| sieve.take("port", port(p))).collect();
+    let ports = wire.ports.iter().filter_map(|p| sieve.take("port", port("upstreams.ports", p))).collect();
     let mut backends: Vec<Arc<Backend>> = Vec::new();
     for wire in &wire.backends {
         let Some(backend) = sieve.take("backend", backend(wire)) else { continue };
@@ -282,5 +285,7 @@ fn backend(wire: &v1::Backend) -> Result<Backend, FieldError> {
         total: wire.total,
         properties: wire.properties.clone().into_iter().collect(),
         stale: wire.stale,
+        // One of another protocol is nobody's reason to leave the cluster out.
+        ports: wire.ports.iter().filter_map(|wire| port("backends.ports", wire).ok()).collect(),
     })
 }

@@ -111,16 +111,27 @@ impl ControlPlane {
 
     /// Prepares the cluster by the product's own means, and starts its federator with nothing but its service account.
     pub fn federate(&self, mesh: &mut Mesh) -> Result<()> {
+        self.federate_with(mesh, &[])
+    }
+
+    /// The same, with more flags.
+    pub fn federate_with(&self, mesh: &mut Mesh, more: &[&str]) -> Result<()> {
         let cluster = self.cluster.clone();
         self.install_crds(mesh)?;
         for document in documents(RBAC)? {
             self.api.apply(&document)?;
         }
-        let account = Object::new("v1", "ServiceAccount", NAMESPACE, ACCOUNT);
-        let token = self.api.token(&account)?;
-        let kubeconfig = self.dir.join("federator.kubeconfig");
-        std::fs::write(&kubeconfig, self::kubeconfig(&self.dir, self.address, &token)?)?;
-        mesh.federator_with(&cluster, &["--kubernetes", &text(&kubeconfig), "--kubernetes-services"])
+        let kubeconfig = text(&self.kubeconfig_of(ACCOUNT)?);
+        let flags = [&["--kubernetes", &kubeconfig, "--kubernetes-services"][..], more].concat();
+        mesh.federator_with(&cluster, &flags)
+    }
+
+    /// A kubeconfig with a token of one of the product's service accounts, and nothing else.
+    pub fn kubeconfig_of(&self, account: &str) -> Result<PathBuf> {
+        let token = self.api.token(&Object::new("v1", "ServiceAccount", NAMESPACE, account))?;
+        let path = self.dir.join(format!("{account}.kubeconfig"));
+        std::fs::write(&path, kubeconfig(&self.dir, self.address, &token)?)?;
+        Ok(path)
     }
 
     /// `tombolo kube crds --install`; what it said.

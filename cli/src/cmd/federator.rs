@@ -123,6 +123,10 @@ struct Settings {
     /// Namespace of the Lease by which federators agree on who writes [default: the pod's, else tombolo-system]
     #[arg(long, env = "TOMBOLO_KUBERNETES_NAMESPACE", value_name = "NAMESPACE")]
     kubernetes_namespace: Option<String>,
+    /// Service of the shared sidecars (`tombolo sidecar shared --kubernetes`): imports' derived Services lead there, so that
+    /// pods without a sidecar can call them. Off unless given
+    #[arg(long, env = "TOMBOLO_KUBERNETES_SHARED", value_name = "NAMESPACE/NAME")]
+    kubernetes_shared: Option<String>,
     /// CA certificates (PEM) by which foreign bundle endpoints of profile https_web are verified [default: the system's]
     #[arg(
         long,
@@ -155,6 +159,7 @@ layered!(Settings {
     kubernetes,
     kubernetes_services,
     kubernetes_namespace,
+    kubernetes_shared,
     bundle_client_roots,
     virtual_ranges,
     dns_listen,
@@ -194,6 +199,7 @@ impl Settings {
             kubernetes,
             kubernetes_services,
             kubernetes_namespace,
+            kubernetes_shared,
             bundle_client_roots,
             virtual_ranges,
             dns_listen,
@@ -227,8 +233,9 @@ impl Settings {
             (None, Err(failure)) => Err(Failure::new(failure)),
         };
         let kubernetes = kubernetes.map(|place| api_server(&place)).transpose()?;
+        let wanted = kubernetes_services.unwrap_or(false);
         let kubernetes_services =
-            services(kubernetes.as_ref(), kubernetes_services.unwrap_or(false), kubernetes_namespace)?;
+            services(kubernetes.as_ref(), wanted, kubernetes_namespace, kubernetes_shared)?;
         Ok(FederatorConfig {
             trust_dir: place(trust_dir, &|dirs| dirs.trust().join("clusters").join(&name))?,
             state_dir: place(state_dir, &|dirs| dirs.role_state(&name, "federator"))?,
@@ -253,8 +260,8 @@ impl Settings {
     }
 }
 
-/// Where the Kubernetes API server is.
-fn api_server(place: &str) -> Result<KubernetesAccess, Failure> {
+/// Where the Kubernetes API server is: `in-cluster`, or a kubeconfig.
+pub fn api_server(place: &str) -> Result<KubernetesAccess, Failure> {
     if place != "in-cluster" {
         return Ok(KubernetesAccess::Kubeconfig(PathBuf::from(place)));
     }
@@ -275,7 +282,12 @@ fn services(
     access: Option<&KubernetesAccess>,
     wanted: bool,
     namespace: Option<String>,
+    shared: Option<String>,
 ) -> Result<Option<KubernetesConfig>, Failure> {
+    if let Some(shared) = shared.as_ref().filter(|_| !wanted) {
+        let failure = format_args!("--kubernetes-shared {shared}: there is no --kubernetes-services");
+        return Err(Failure::usage(failure).remedy("give it too: only then there are derived Services"));
+    }
     if !wanted {
         return Ok(None);
     }
@@ -292,7 +304,10 @@ fn services(
     let parsed: Result<Namespace, _> = namespace.trim().parse();
     let namespace =
         parsed.map_err(|error| Failure::usage(format_args!("--kubernetes-namespace: {error}")))?.to_string();
-    Ok(Some(KubernetesConfig { access, namespace }))
+    let shared = shared.map(|text| {
+        text.parse().map_err(|error| Failure::usage(format_args!("--kubernetes-shared {text:?}: {error}")))
+    });
+    Ok(Some(KubernetesConfig { access, namespace, shared: shared.transpose()? }))
 }
 
 /// One per family.

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand};
 use ipnet::IpNet;
 use serde::Deserialize;
-use tombolo_overlay::member::EntryPoints;
+use tombolo_overlay::member::{EntryPoints, ServiceAccountToken};
 use tombolo_runtime::{admin, dirs::Dirs};
 use tombolo_sidecar::config::{
     self, Mapping, ServiceConfig, SidecarConfig, UpstreamConfig, services_from, upstreams_from,
@@ -377,7 +377,7 @@ impl Settings {
                 None => Dirs::from_environment().map_err(Failure::new)?.role_state("sidecar", &name),
             },
             token: join_token_file.as_deref().map(role::join_token).transpose()?.flatten(),
-            service_account_token,
+            service_account_token: service_account_token.map(ServiceAccountToken::File),
             name,
             bind: bind.unwrap_or_else(|| (Ipv4Addr::UNSPECIFIED, config::DEFAULT_PORT).into()),
             announce,
@@ -385,6 +385,7 @@ impl Settings {
             gateways: entry_points(gateways)?,
             max_udp_payload_bytes: max_udp_payload.unwrap_or(config::DEFAULT_UDP_PAYLOAD),
             services,
+            provided: None,
             upstreams,
             admin: admin.unwrap_or(admin::DEFAULT_ADDRESS),
             threads: threads.map_or(NonZeroUsize::MIN, Threads::count),

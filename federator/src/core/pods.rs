@@ -18,12 +18,15 @@ use super::{Core, CoreError, Moment};
 use crate::facts::{LeaseRecord, PodRecord, Role};
 use crate::joining;
 use crate::store::{Table, Transaction};
-use crate::token_review::{PodIdentity, ReviewError};
+use crate::token_review::{HELD, PodIdentity, ReviewError};
 
 /// A container that fails at once is started five times in the first two and a half minutes, then once in five (kubelet's
 /// back-off). A pod in a loop of its own makes 2,900 leases in a day, after which they are forgotten: a megabyte.
 const JOINS_OF_ONE: usize = 5;
 const JOINS_WITHIN: Duration = Duration::from_secs(150);
+/// Replicas of shared sidecars that stand for one service account, and join at once: each is named by itself, so they are
+/// bounded together.
+const HOLDERS: usize = 32;
 /// `federator_names` of a token.
 const MAX_NAMES: usize = 16;
 
@@ -120,9 +123,24 @@ impl Core {
                 JOINS_WITHIN.as_secs()
             )));
         }
+        let held = |lease: &&Arc<LeaseRecord>| {
+            let recent = |known: &PodRecord| {
+                known.uid.starts_with(HELD) && known.joined_unix + JOINS_WITHIN.as_secs() > unix
+            };
+            lease.spiffe_id == id.as_str() && lease.pod.as_ref().is_some_and(recent)
+        };
+        if !pod.bound && self.facts.leases.values().filter(held).count() >= HOLDERS {
+            return Err(CoreError::Exhausted(format!(
+                "holders of tokens that are bound to no pod have joined {HOLDERS} times as {id} within {} s: try again later",
+                JOINS_WITHIN.as_secs()
+            )));
+        }
         let issued = self.issue(csr_der, &id, Role::Sidecar, moment, Transaction::new())?;
         let mut event = issued.event(Action::Join);
-        event.reason = format!("{}; pod {} by its service account", event.reason, pod.pod);
+        event.reason = match pod.bound {
+            true => format!("{}; pod {} by its service account", event.reason, pod.pod),
+            false => format!("{}; {} for pods of the service account", event.reason, pod.pod),
+        };
         let Issued { svid, mut transaction, record: identity, .. } = issued;
         let mut lease = self.new_lease(id.as_str(), Role::Sidecar, unix + LEASE_LIFE.as_secs())?;
         let (uid, name) = (pod.pod_uid.clone(), pod.pod.clone());

@@ -1,5 +1,5 @@
-//! The documents that stand for a service in Kubernetes (pure): `ServiceImport`, derived `Service`, `EndpointSlice`s,
-//! and the status of export and import.
+//! The documents that stand for a service in Kubernetes (pure): `ServiceImport`, derived `Service`, and `EndpointSlice`s of
+//! either.
 //!
 //! A document is applied whole by one field manager, so that what is left out of it is taken away. Each carries a
 //! fingerprint of itself ([`labels::APPLIED`]); what the API server adds does not count as a difference.
@@ -8,21 +8,25 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use serde_json::{Map, Value, json};
+use sha2::{Digest, Sha256};
 use tombolo_model::mcs::{IpFamily, Merged, Port, SessionAffinity};
 use tombolo_model::names::{ClusterName, ServiceKey};
-use tombolo_model::resource::Condition;
+use tombolo_model::protocol::Protocol;
 use tombolo_model::resource::service_export::ServiceType;
 
 use super::labels::{
-    self, APPLIED, DERIVED_SERVICE, IMPORT, MANAGED_BY, SERVICE_NAME, SLICE_MANAGED_BY, SLICE_MANAGER,
+    self, APPLIED, DERIVED_SERVICE, IMPORT, LOCAL_SERVICE, MANAGED_BY, SERVICE_NAME, SLICE_MANAGED_BY, SLICE_MANAGER,
     SOURCE_CLUSTER, TOMBOLO, derived_name, digest, is_label, is_qualified,
 };
 use super::tables::dashed;
-use crate::facts::KubernetesHosts;
+use super::targets::ServicePort;
+use crate::facts::{KubernetesHosts, NamedEndpoint};
 use crate::view::kubernetes::ShownImport;
 
-/// Endpoints of one slice, as Kubernetes' own controller has it.
+/// Shared sidecars that one derived `Service` leads to, as many as Kubernetes' own controller puts into a slice.
 const PER_SLICE: usize = 100;
+/// Endpoints that a slice has at least, on average: half of what it has at most. The API server takes 1000.
+const FEW_PER_SLICE: usize = 64;
 /// KEP-4444, KEP-3015.
 const TRAFFIC_DISTRIBUTIONS: [&str; 3] = ["PreferClose", "PreferSameZone", "PreferSameNode"];
 
@@ -124,17 +128,18 @@ fn port(port: &Port) -> Value {
 }
 
 /// The `Service` that gives an import its address: without a selector, owned by the import. `None` for a headless one.
-/// `found`: as it is, if it is there.
+/// `found`: as it is, if it is there. `numbers`: of its ports at the shared sidecars.
 pub fn derived(
     service: &ServiceKey,
     merged: &Merged,
     found: Option<&Value>,
     import_uid: &str,
     api_version: &str,
+    numbers: &BTreeMap<ServicePort, u16>,
 ) -> Option<Value> {
     // Kubernetes takes no service without ports.
-    let usable: Vec<&Port> = ports(merged).collect();
-    if merged.kind == ServiceType::Headless || usable.is_empty() {
+    let ports = service_ports(merged);
+    if ports.is_empty() {
         return None;
     }
     let mut metadata = metadata(service, &derived_name(service));
@@ -142,22 +147,13 @@ pub fn derived(
     metadata.insert("ownerReferences".to_owned(), owner(service, import_uid, api_version));
     let mut spec = Map::new();
     spec.insert("type".to_owned(), "ClusterIP".into());
-    // A Service with several ports needs a name for each; an import does not.
-    let several = usable.len() > 1;
-    let taken: BTreeSet<&str> = usable.iter().map(|port| port.name.as_str()).collect();
-    let named = |of: &&Port| {
-        let mut value = port(of);
-        if several && of.name.is_empty() {
-            let mut name = format!("{}-{}", of.protocol.to_ascii_lowercase(), of.port);
-            // Somebody's own name.
-            while taken.contains(name.as_str()) {
-                name.push_str("-x");
-            }
-            value["name"] = name.into();
+    let numbered = |(of, mut value): (&Port, Value)| {
+        if let Some(number) = port_of(of).and_then(|port| numbers.get(&port)) {
+            value["targetPort"] = (*number).into();
         }
         value
     };
-    spec.insert("ports".to_owned(), usable.iter().map(named).collect());
+    spec.insert("ports".to_owned(), ports.into_iter().map(numbered).collect());
     properties(merged, &mut spec);
     // Nodes of this cluster have no endpoints of their own to prefer.
     spec.remove("internalTrafficPolicy");
@@ -180,9 +176,90 @@ pub fn derived(
     Some(signed(json!({ "apiVersion": "v1", "kind": "Service", "metadata": metadata, "spec": spec })))
 }
 
+/// The ports of a derived `Service`; none: there is to be none.
+fn service_ports(merged: &Merged) -> Vec<(&Port, Value)> {
+    if merged.kind == ServiceType::Headless {
+        return Vec::new();
+    }
+    let usable: Vec<&Port> = ports(merged).collect();
+    // A Service with several ports needs a name for each; an import does not.
+    let several = usable.len() > 1;
+    let taken: BTreeSet<&str> = usable.iter().map(|port| port.name.as_str()).collect();
+    let named = |of: &&Port| {
+        let mut value = port(of);
+        if several && of.name.is_empty() {
+            let mut name = format!("{}-{}", of.protocol.to_ascii_lowercase(), of.port);
+            // Somebody's own name.
+            while taken.contains(name.as_str()) {
+                name.push_str("-x");
+            }
+            value["name"] = name.into();
+        }
+        value
+    };
+    usable.iter().map(|of| (*of, named(of))).collect()
+}
+
+fn port_of(port: &Port) -> Option<ServicePort> {
+    Some((Protocol::parse(&port.protocol)?, port.port))
+}
+
+/// The ports of a derived `Service` that shared sidecars can tell apart by a number.
+pub fn numbered_ports(merged: &Merged) -> Vec<ServicePort> {
+    service_ports(merged).iter().filter_map(|(port, _)| port_of(port)).collect()
+}
+
+/// The slices that lead from a derived `Service` to the shared sidecars, by name: one per family of its addresses, without
+/// endpoints when none is ready. Their front carries TCP.
+pub fn fronts(
+    service: &ServiceKey,
+    merged: &Merged,
+    derived_uid: &str,
+    cluster_ips: &[IpAddr],
+    numbers: &BTreeMap<ServicePort, u16>,
+    shared: &BTreeSet<IpAddr>,
+) -> BTreeMap<String, Value> {
+    let carried = |(of, mut value): (&Port, Value)| {
+        let port = port_of(of).filter(|(protocol, _)| *protocol == Protocol::Tcp)?;
+        value["port"] = (*numbers.get(&port)?).into();
+        Some(value)
+    };
+    let ports: Vec<Value> = service_ports(merged).into_iter().filter_map(carried).collect();
+    let derived = derived_name(service);
+    let slice = |ip: &IpAddr| {
+        let family = family_of(ip);
+        let name = format!("{derived}-{}", family.as_str().to_ascii_lowercase());
+        let mut metadata = metadata(service, &name);
+        let labels =
+            json!({ MANAGED_BY: TOMBOLO, SLICE_MANAGED_BY: SLICE_MANAGER, LOCAL_SERVICE: derived.as_str() });
+        metadata.insert("labels".to_owned(), labels);
+        metadata.insert("annotations".to_owned(), json!({ IMPORT: service.name.as_str() }));
+        let owner = json!([{ "apiVersion": "v1", "kind": "Service", "name": derived.as_str(), "uid": derived_uid }]);
+        metadata.insert("ownerReferences".to_owned(), owner);
+        let of_family = shared.iter().filter(|address| family_of(address) == family).take(PER_SLICE);
+        let endpoint =
+            |ip: &IpAddr| json!({ "addresses": [ip.to_string()], "conditions": { "ready": true } });
+        let document = json!({
+            "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "metadata": metadata,
+            "addressType": family.as_str(),
+            "endpoints": of_family.map(endpoint).collect::<Vec<_>>(),
+            "ports": ports,
+        });
+        (name, signed(document))
+    };
+    cluster_ips.iter().map(slice).collect()
+}
+
 fn owner(service: &ServiceKey, uid: &str, api_version: &str) -> Value {
     let name = service.name.as_str();
     json!([{ "apiVersion": api_version, "kind": "ServiceImport", "name": name, "uid": uid }])
+}
+
+/// Which of so many slices an endpoint is in: always the same, so that one that comes or goes changes one slice.
+fn bucket(address: &IpAddr, buckets: usize) -> usize {
+    let digest = Sha256::digest(address.to_string());
+    let number = digest.first_chunk::<4>().map_or(0, |bytes| u32::from_be_bytes(*bytes));
+    usize::try_from(number).unwrap_or(0) % buckets.max(1)
 }
 
 /// The slices of an import, by name: of one source cluster and one family each.
@@ -194,19 +271,21 @@ pub fn slices(
 ) -> BTreeMap<String, Value> {
     let mut slices = BTreeMap::new();
     for (cluster, KubernetesHosts { hosts, ports }) in &shown.endpoints {
-        let mut index = 0;
-        for family in [IpFamily::IPv4, IpFamily::IPv6] {
-            let of_family: Vec<_> = hosts
-                .iter()
-                .filter(|host| family_of(&host.address) == family && usable(host.address))
-                .collect();
-            for some in of_family.chunks(PER_SLICE) {
-                let name = labels::slice_name(service, cluster, index);
-                index += 1;
+        for (nth, family) in [IpFamily::IPv4, IpFamily::IPv6].into_iter().enumerate() {
+            let of_family = |host: &&NamedEndpoint| family_of(&host.address) == family && usable(host.address);
+            // Doubled as the service grows, which half of the endpoints move for.
+            let count = hosts.iter().filter(of_family).count();
+            let buckets = (count / FEW_PER_SLICE).max(1).next_power_of_two();
+            let mut chunks: BTreeMap<usize, Vec<&NamedEndpoint>> = BTreeMap::new();
+            for host in hosts.iter().filter(of_family) {
+                chunks.entry(bucket(&host.address, buckets)).or_default().push(host);
+            }
+            for (bucket, some) in chunks {
+                let name = labels::slice_name(service, cluster, 2 * bucket + nth);
                 let mut metadata = metadata(service, &name);
                 metadata.insert("labels".to_owned(), slice_labels(service, cluster));
                 metadata.insert("ownerReferences".to_owned(), owner(service, import_uid, api_version));
-                let endpoint = |host: &&crate::facts::NamedEndpoint| {
+                let endpoint = |host: &&NamedEndpoint| {
                     let mut value =
                         json!({ "addresses": [host.address.to_string()], "conditions": { "ready": true } });
                     if host.hostname != dashed(&host.address) {
@@ -251,51 +330,5 @@ fn usable(address: IpAddr) -> bool {
             !(v6.is_loopback() || v6.is_multicast() || v6.is_unspecified() || v6.is_unicast_link_local())
                 && v6.to_ipv4_mapped().is_none()
         }
-    }
-}
-
-/// Conditions as Kubernetes has them: each keeps the time of its last change. `now`: RFC 3339.
-pub fn conditions(wanted: &[Condition], before: &[Value], generation: u64, now: &str) -> Vec<Value> {
-    let known = |condition: &Condition| {
-        before.iter().find(|value| value.get("type").and_then(Value::as_str) == Some(&condition.r#type))
-    };
-    let since = |condition: &Condition| {
-        let same = known(condition)
-            .filter(|value| value.get("status").and_then(Value::as_str) == Some(condition.status.as_str()));
-        let time = same.and_then(|value| value.get("lastTransitionTime")).and_then(Value::as_str);
-        time.unwrap_or(now).to_owned()
-    };
-    let value = |condition: &Condition| {
-        let mut value = json!({
-            "type": condition.r#type, "status": condition.status, "reason": condition.reason,
-            "message": condition.message, "lastTransitionTime": since(condition),
-        });
-        if generation > 0 {
-            value["observedGeneration"] = generation.into();
-        }
-        value
-    };
-    wanted.iter().map(value).collect()
-}
-
-/// The status of an export or import.
-pub fn status(service: &ServiceKey, api_version: &str, kind: &str, status: Value) -> Value {
-    json!({
-        "apiVersion": api_version, "kind": kind,
-        "metadata": { "name": service.name.as_str(), "namespace": service.namespace.as_str() },
-        "status": status,
-    })
-}
-
-/// Whether everything of `wanted` is in `found`; lists are compared as wholes.
-pub fn holds(found: &Value, wanted: &Value) -> bool {
-    match (found, wanted) {
-        (Value::Object(found), Value::Object(wanted)) => {
-            wanted.iter().all(|(key, value)| found.get(key).is_some_and(|found| holds(found, value)))
-        }
-        (Value::Array(found), Value::Array(wanted)) => {
-            found.len() == wanted.len() && found.iter().zip(wanted).all(|(found, value)| holds(found, value))
-        }
-        _ => found == wanted,
     }
 }

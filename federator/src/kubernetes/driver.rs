@@ -11,13 +11,17 @@ use kube::core::DynamicObject;
 use kube::runtime::watcher::{self, Event};
 use tokio::sync::watch;
 use tokio::time::Instant;
+use tombolo_kubernetes::table::Place;
 use tombolo_model::names::ServiceKey;
 use tombolo_runtime::clock;
 
 use super::client::ConnectError;
+use super::desired;
 use super::metrics::Metrics;
-use super::plan::{Plan, Surroundings, Write, plan};
+use super::plan::{Front, Plan, Surroundings, Write, plan};
+use super::queue::Queue;
 use super::tables::{Kind, Tables};
+use super::trouble::{Trouble, unauthenticated};
 use super::write::{Failure, Outcome, Writer};
 use crate::core::kubernetes::KubernetesChanges;
 use crate::core::{Core, CoreGone, CoreHandle, Moment};
@@ -30,8 +34,6 @@ const AT_ONCE: usize = 16;
 const PACE: Duration = Duration::from_millis(20);
 /// Events of a watch that are taken over before the next look.
 const BATCH: usize = 256;
-/// What was refused or did not settle is tried again after 1 s, then twice as long, up to this.
-const SLOWEST: Duration = Duration::from_secs(60);
 
 /// Why a session with an API server ended.
 #[derive(Debug, thiserror::Error)]
@@ -49,22 +51,6 @@ pub(super) enum SessionEnd {
 /// What a watch brings.
 pub(super) type Watched = (Kind, Result<Event<DynamicObject>, watcher::Error>);
 
-/// A service whose writes did not lead where they should.
-#[derive(Clone, Debug)]
-struct Trouble {
-    attempts: u32,
-    not_before: Instant,
-    /// What was written last: the same again means that something undoes it.
-    last: Vec<Write>,
-    refusal: Option<String>,
-}
-
-impl Trouble {
-    fn pause(attempts: u32) -> Duration {
-        Duration::from_secs(1 << attempts.min(6)).min(SLOWEST)
-    }
-}
-
 pub(super) struct Driver {
     core: CoreHandle,
     writer: Writer,
@@ -78,9 +64,7 @@ pub(super) struct Driver {
     /// Exports to hand to the core.
     exports: BTreeSet<ServiceKey>,
     /// Services to look at.
-    dirty: BTreeSet<ServiceKey>,
-    /// Services that are being written.
-    busy: BTreeSet<ServiceKey>,
+    queue: Queue,
     trouble: HashMap<ServiceKey, Trouble>,
     /// The core knows every export there is.
     told: bool,
@@ -94,6 +78,7 @@ impl Driver {
         writer: Writer,
         leading: watch::Receiver<Option<Instant>>,
         metrics: Metrics,
+        shared: Option<Place>,
     ) -> Self {
         Self {
             core,
@@ -101,11 +86,10 @@ impl Driver {
             leading,
             metrics,
             away: false,
-            tables: Tables::default(),
+            tables: Tables::new(shared),
             inputs: Inputs::default(),
             exports: BTreeSet::new(),
-            dirty: BTreeSet::new(),
-            busy: BTreeSet::new(),
+            queue: Queue::default(),
             trouble: HashMap::new(),
             told: false,
         }
@@ -146,6 +130,7 @@ impl Driver {
                 changed = self.leading.changed() => {
                     changed.map_err(|_| SessionEnd::Lease)?;
                     if self.leading.borrow().is_some() {
+                        self.tables.recount_targets();
                         self.everything();
                     }
                 }
@@ -154,21 +139,22 @@ impl Driver {
             self.hand_over().await?;
             self.write(&mut writing);
             self.metrics.leads.set(self.leads().into());
-            self.metrics.waiting.set(i64::try_from(self.dirty.len()).unwrap_or(i64::MAX));
+            self.metrics.waiting.set(i64::try_from(self.queue.waiting()).unwrap_or(i64::MAX));
         }
     }
 
     /// When a service is to be tried again.
     fn next_due(&self) -> Option<Instant> {
-        if !self.leads() {
-            return None;
+        self.queue.next_time().filter(|_| self.leads())
+    }
+
+    /// These are to be looked at.
+    fn look_at(&mut self, services: impl IntoIterator<Item = ServiceKey>) {
+        let now = Instant::now();
+        for service in services {
+            let not_before = self.trouble.get(&service).map(|trouble| trouble.not_before);
+            self.queue.touch(service, not_before, now);
         }
-        let waits = |service: &&ServiceKey| !self.busy.contains(*service);
-        self.dirty
-            .iter()
-            .filter(waits)
-            .filter_map(|service| Some(self.trouble.get(service)?.not_before))
-            .min()
     }
 
     fn leads(&self) -> bool {
@@ -179,8 +165,8 @@ impl Driver {
     fn everything(&mut self) {
         let facts = self.core.facts();
         let Moment { monotonic, unix } = self.core.now();
-        self.dirty.extend(Services::new(&facts, monotonic, unix).exported());
-        self.dirty.extend(self.tables.known());
+        self.look_at(Services::new(&facts, monotonic, unix).exported());
+        self.look_at(self.tables.known());
     }
 
     fn look_at_facts(&mut self) {
@@ -189,7 +175,7 @@ impl Driver {
         let now = Inputs::of(&facts, monotonic, unix);
         match now.since(&self.inputs) {
             Changed::All => self.everything(),
-            Changed::Only(services) => self.dirty.extend(services),
+            Changed::Only(services) => self.look_at(services),
         }
         self.inputs = now;
     }
@@ -227,14 +213,17 @@ impl Driver {
     fn touch(&mut self, kind: Kind, event: Event<DynamicObject>) {
         let touched = self.tables.apply(kind, event);
         self.exports.extend(touched.exports);
-        self.dirty.extend(touched.services);
+        self.look_at(touched.services);
+        if touched.fronts {
+            self.everything();
+        }
         if !touched.namespaces.is_empty() {
             let facts = self.core.facts();
             let Moment { monotonic, unix } = self.core.now();
             let services = Services::new(&facts, monotonic, unix);
             let inside = |service: &ServiceKey| touched.namespaces.contains(service.namespace.as_str());
-            self.dirty.extend(services.exported().filter(inside));
-            self.dirty.extend(self.tables.known().into_iter().filter(inside));
+            self.look_at(services.exported().filter(inside));
+            self.look_at(self.tables.known().into_iter().filter(inside));
         }
     }
 
@@ -267,7 +256,7 @@ impl Driver {
 
     /// Starts writing what is due.
     fn write(&mut self, writing: &mut Writing) {
-        if !self.leads() || !self.told || self.dirty.is_empty() || self.busy.len() >= AT_ONCE {
+        if !self.leads() || !self.told {
             return;
         }
         let now = Instant::now();
@@ -275,77 +264,79 @@ impl Driver {
         let Moment { monotonic, unix } = self.core.now();
         let services = Services::new(&facts, monotonic, unix);
         let clock = rfc3339_seconds(clock::unix_seconds());
-        let due = |service: &&ServiceKey| {
-            !self.busy.contains(*service) && self.trouble.get(*service).is_none_or(|t| t.not_before <= now)
-        };
-        let due: Vec<ServiceKey> = self.dirty.iter().filter(due).cloned().collect();
-        for service in due {
-            if self.busy.len() >= AT_ONCE {
-                break;
-            }
-            self.dirty.remove(&service);
+        let addresses = self.tables.shared_addresses();
+        while self.queue.busy() < AT_ONCE
+            && let Some(service) = self.queue.next(now)
+        {
+            let shown = services.of(&service);
+            let ports = shown.import.as_ref().map(|import| desired::numbered_ports(&import.merged));
+            let numbers =
+                self.tables.allot(&service, &ports.unwrap_or_default(), (monotonic, unix.as_secs()));
             let trouble = self.trouble.get(&service);
             let with = Surroundings {
                 api_version: &self.writer.resources.api_version,
                 cluster: &facts.cluster.name,
                 now: &clock,
                 refusal: trouble.and_then(|trouble| trouble.refusal.as_deref()),
+                front: addresses.as_ref().map(|addresses| Front { numbers: &numbers, addresses }),
             };
-            let Plan { writes, obstacle } = plan(&service, &services.of(&service), &self.tables, &with);
+            let Plan { writes, obstacle } = plan(&service, &shown, &self.tables, &with);
             if writes.is_empty() {
+                let refused = with.refusal.is_some();
                 if obstacle.is_none() {
                     self.trouble.remove(&service);
                 }
-                continue;
-            }
-            if let Some(trouble) = self.trouble.get_mut(&service)
-                && trouble.last == writes
-            {
-                // Written already, and not as it should be: somebody undoes it, or the server sees it otherwise.
-                trouble.attempts += 1;
-                trouble.not_before = now + Trouble::pause(trouble.attempts);
-                if trouble.attempts == 3 {
-                    tracing::warn!(%service, "what is written to Kubernetes for this service does not stay as it was written");
+                // What was refused is not wanted any more: its condition is to say so.
+                if refused && obstacle.is_none() {
+                    self.queue.touch(service, None, now);
                 }
-            }
-            let attempts = self.trouble.get(&service).map_or(0, |trouble| trouble.attempts);
-            let refusal = self.trouble.get(&service).and_then(|trouble| trouble.refusal.clone());
-            let not_before = self.trouble.get(&service).map_or(now, |trouble| trouble.not_before);
-            let last = writes.clone();
-            self.trouble.insert(service.clone(), Trouble { attempts, not_before, last, refusal });
-            if not_before > now {
-                self.dirty.insert(service);
                 continue;
             }
-            self.busy.insert(service.clone());
-            writing.push(Box::pin(self.writer.clone().perform(service, writes)));
+            self.start(service, writes, now, writing);
         }
+    }
+
+    fn start(&mut self, service: ServiceKey, writes: Vec<Write>, now: Instant, writing: &mut Writing) {
+        let before = self.trouble.remove(&service);
+        let mut trouble = before.unwrap_or_else(|| Trouble::none(now));
+        if trouble.last == writes {
+            // Written already, and not as it should be: somebody undoes it, or the server sees it otherwise.
+            trouble.attempts += 1;
+            trouble.not_before = now + Trouble::pause(trouble.attempts);
+            if trouble.attempts == 3 {
+                tracing::warn!(%service, "what is written to Kubernetes for this service does not stay as it was written");
+            }
+        }
+        trouble.last.clone_from(&writes);
+        let not_before = trouble.not_before;
+        self.trouble.insert(service.clone(), trouble);
+        if not_before > now {
+            return self.queue.touch(service, Some(not_before), now);
+        }
+        self.queue.begin(service.clone());
+        writing.push(Box::pin(self.writer.clone().perform(service, writes)));
     }
 
     fn done(&mut self, outcome: Outcome) -> Result<(), SessionEnd> {
         let Outcome { service, answers, failure } = outcome;
         self.metrics.step(failure.as_ref());
-        self.busy.remove(&service);
-        self.dirty.insert(service.clone());
         for (kind, event) in answers {
             self.touch(kind, event);
         }
+        let now = Instant::now();
         let Some(failure) = failure else {
             if let Some(trouble) = self.trouble.get_mut(&service) {
                 trouble.refusal = None;
             }
+            let not_before = self.trouble.get(&service).map(|trouble| trouble.not_before);
+            self.queue.end(service, not_before, now);
             return Ok(());
         };
-        let now = Instant::now();
-        let trouble = self.trouble.entry(service.clone()).or_insert_with(|| Trouble {
-            attempts: 0,
-            not_before: now,
-            last: Vec::new(),
-            refusal: None,
-        });
+        let trouble = self.trouble.entry(service.clone()).or_insert_with(|| Trouble::none(now));
         trouble.attempts += 1;
         trouble.not_before = now + Trouble::pause(trouble.attempts);
         trouble.last.clear();
+        self.queue.end(service.clone(), Some(trouble.not_before), now);
         match failure {
             Failure::Unauthenticated(reason) => return Err(SessionEnd::Unauthenticated(reason)),
             Failure::Away(reason) => {
@@ -359,19 +350,5 @@ impl Driver {
             }
         }
         Ok(())
-    }
-}
-
-fn unauthenticated(error: &watcher::Error) -> Option<String> {
-    let error = match error {
-        watcher::Error::InitialListFailed(error) | watcher::Error::WatchStartFailed(error) => error,
-        watcher::Error::WatchError(status) => {
-            return (status.code == 401).then(|| status.message.clone());
-        }
-        _ => return None,
-    };
-    match error {
-        kube::Error::Api(status) if status.code == 401 => Some(status.message.clone()),
-        _ => None,
     }
 }

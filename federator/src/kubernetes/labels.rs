@@ -4,16 +4,12 @@ use std::collections::BTreeMap;
 
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
+use tombolo_kubernetes::words::base32hex;
+pub use tombolo_kubernetes::words::{IMPORT, LOCAL_SERVICE, MANAGED_BY, TOMBOLO, derived_name};
 use tombolo_model::names::{ClusterName, ServiceKey};
 
-/// Of every object that is written here; what lacks it is somebody else's and is not touched.
-pub const MANAGED_BY: &str = "app.kubernetes.io/managed-by";
-/// The value of [`MANAGED_BY`], and the field manager of every write.
-pub const TOMBOLO: &str = "tombolo";
 /// Fingerprint of what was written last: tells what is to be written anew from what others have added.
 pub const APPLIED: &str = "tombolo.dev/applied";
-/// On a derived `Service`: the `ServiceImport` that it gives an address.
-pub const IMPORT: &str = "tombolo.dev/service-import";
 /// On a `ServiceImport`: its derived `Service`.
 pub const DERIVED_SERVICE: &str = "multicluster.kubernetes.io/derived-service";
 /// On an imported `EndpointSlice` (KEP-1645).
@@ -24,22 +20,6 @@ pub const SOURCE_CLUSTER: &str = "multicluster.kubernetes.io/source-cluster";
 pub const SLICE_MANAGED_BY: &str = "endpointslice.kubernetes.io/managed-by";
 /// The value of [`SLICE_MANAGED_BY`] for ours.
 pub const SLICE_MANAGER: &str = "federator.tombolo.dev";
-/// On an `EndpointSlice` of a `Service` of the cluster.
-pub const LOCAL_SERVICE: &str = "kubernetes.io/service-name";
-
-/// RFC 4648 section 7, lower case, without padding.
-fn base32hex(bytes: &[u8], characters: usize) -> String {
-    const ALPHABET: &[u8; 32] = b"0123456789abcdefghijklmnopqrstuv";
-    let bit = |index: usize| bytes.get(index / 8).map_or(0, |byte| usize::from(byte >> (7 - index % 8) & 1));
-    let character = |at: usize| (0..5).fold(0, |value, index| value << 1 | bit(at * 5 + index));
-    (0..characters).filter_map(|at| ALPHABET.get(character(at))).map(|byte| char::from(*byte)).collect()
-}
-
-/// The derived `Service` of an import, named as the reference implementation names it.
-pub fn derived_name(service: &ServiceKey) -> String {
-    format!("derived-{}", base32hex(&Sha256::digest(service.to_string()), 10))
-}
-
 /// The `EndpointSlice`s of an import from one cluster.
 pub fn slice_name(service: &ServiceKey, source: &ClusterName, index: usize) -> String {
     let digest = Sha256::digest(format!("{service}/{source}"));

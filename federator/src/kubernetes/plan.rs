@@ -4,6 +4,7 @@
 //! them. After each step the answers are in the tables, and a plan without writes means that all is done. What somebody
 //! else keeps under one of our names is never touched, and said ([`Plan::obstacle`]).
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use serde_json::{Value, json};
@@ -11,10 +12,11 @@ use tombolo_model::names::{ClusterName, ServiceKey};
 use tombolo_model::resource::Condition;
 use tombolo_model::resource::service_export::ServiceType;
 
-use super::desired;
 use super::labels::derived_name;
-use super::rows::{ImportRow, Meta};
+use super::rows::{ImportRow, Meta, ServiceRow, SliceRow};
 use super::tables::{Kind, Tables};
+use super::targets::ServicePort;
+use super::{desired, status};
 use crate::view::kubernetes::{ShownExport, ShownImport, ShownService};
 
 /// One request.
@@ -46,6 +48,17 @@ pub struct Surroundings<'a> {
     pub now: &'a str,
     /// What the API server said of the last write, if it refused it.
     pub refusal: Option<&'a str>,
+    /// `None`: derived `Service`s lead nowhere here.
+    pub front: Option<Front<'a>>,
+}
+
+/// Where the derived `Service` leads.
+#[derive(Clone, Copy, Debug)]
+pub struct Front<'a> {
+    /// The number of each port there.
+    pub numbers: &'a BTreeMap<ServicePort, u16>,
+    /// The shared sidecars that are ready.
+    pub addresses: &'a BTreeSet<IpAddr>,
 }
 
 /// The next step for a service.
@@ -75,7 +88,7 @@ pub fn plan(service: &ServiceKey, shown: &ShownService, tables: &Tables, with: &
 /// Whether an object has to be applied: it is not what was written last, or somebody has changed it.
 fn differs(meta: &Meta, found: &Value, document: &Value) -> bool {
     meta.applied != desired::applied(document)
-        || !desired::holds(found, document.get("spec").unwrap_or(&Value::Null))
+        || !status::holds(found, document.get("spec").unwrap_or(&Value::Null))
 }
 
 fn plan_import(
@@ -107,7 +120,9 @@ fn plan_import(
     }
     let uid = row.meta.uid.as_str();
     let found = own.map(|row| &row.spec);
-    match (desired::derived(service, &wanted.merged, found, uid, with.api_version), derived) {
+    let none = BTreeMap::new();
+    let numbers = with.front.map_or(&none, |front| front.numbers);
+    match (desired::derived(service, &wanted.merged, found, uid, with.api_version, numbers), derived) {
         (Some(_), Some(row)) if own.is_none() && !row.meta.deleting => {
             plan.obstacle = Some(format!(
                 "a Service {}/{} is there that somebody else keeps: {service} gets no address",
@@ -125,7 +140,13 @@ fn plan_import(
         }
         _ => {}
     }
-    plan_slices(plan, service, wanted, uid, tables, with);
+    let slices = desired::slices(service, wanted, uid, with.api_version);
+    plan_slices(plan, slices, &tables.slices_of_import(service));
+    let fronts = with.front.zip(own).map(|(front, own)| {
+        let ServiceRow { meta, cluster_ips, .. } = own;
+        desired::fronts(service, &wanted.merged, &meta.uid, cluster_ips, front.numbers, front.addresses)
+    });
+    plan_slices(plan, fronts.unwrap_or_default(), &tables.fronts_of_import(service));
     let ready = import_ready(plan, wanted, row, with);
     if let Some(ready) = ready {
         plan_import_status(plan, service, wanted, row, ready, with);
@@ -136,17 +157,8 @@ fn delete(kind: Kind, name: String, meta: &Meta) -> Write {
     Write::Delete { kind, name, uid: meta.uid.clone() }
 }
 
-fn plan_slices(
-    plan: &mut Plan,
-    service: &ServiceKey,
-    wanted: &ShownImport,
-    import_uid: &str,
-    tables: &Tables,
-    with: &Surroundings<'_>,
-) {
-    let wanted = desired::slices(service, wanted, import_uid, with.api_version);
-    let found = tables.slices_of_import(service);
-    for (name, row) in &found {
+fn plan_slices(plan: &mut Plan, wanted: BTreeMap<String, Value>, found: &BTreeMap<&str, &SliceRow>) {
+    for (name, row) in found {
         if !wanted.contains_key(*name) && !row.meta.deleting {
             plan.writes.push(delete(Kind::EndpointSlice, (*name).to_owned(), &row.meta));
         }
@@ -173,20 +185,30 @@ fn import_ready(
     with: &Surroundings<'_>,
 ) -> Option<Condition> {
     let clusters: Vec<&str> = wanted.clusters.iter().map(ClusterName::as_str).collect();
-    let addressed = wanted.merged.kind == ServiceType::Headless || row.spec.get("ips").is_some();
-    if addressed {
-        return Some(Condition::new("Ready", true, "Ready", format!("exported by {}", clusters.join(", "))));
-    }
-    let text = plan.obstacle.as_deref().or(with.refusal);
-    if wanted.merged.ports.is_empty() {
-        let text = "no exporter says what its ports are yet";
-        return Some(Condition::new("Ready", false, "Pending", text));
-    }
-    text.map(|text| {
+    let headless = wanted.merged.kind == ServiceType::Headless;
+    let addressed = headless || row.spec.get("ips").is_some();
+    let pending = |text: String| Some(Condition::new("Ready", false, "Pending", text));
+    if let Some(text) = plan.obstacle.as_deref().or(with.refusal) {
         let family = text.contains("ipFamilies") || text.contains("ipFamilyPolicy");
         let reason = if family { "IPFamilyNotSupported" } else { "Pending" };
-        Condition::new("Ready", false, reason, format!("it has no address: {text}"))
-    })
+        let what = if addressed { "what is there is out of date" } else { "it has no address" };
+        return Some(Condition::new("Ready", false, reason, format!("{what}: {text}")));
+    }
+    if !addressed && wanted.merged.ports.is_empty() {
+        return pending("no exporter says what its ports are yet".to_owned());
+    }
+    if !addressed {
+        return None;
+    }
+    let without = |port: &&ServicePort| with.front.is_some_and(|front| !front.numbers.contains_key(*port));
+    let ports = desired::numbered_ports(&wanted.merged);
+    if let Some((protocol, port)) = ports.iter().find(without) {
+        return pending(format!("no number is left at the shared sidecars for port {port}/{protocol}: they tell 10,000 apart"));
+    }
+    if !headless && with.front.is_some_and(|front| front.addresses.is_empty()) {
+        return pending("no shared sidecar is ready: its address leads nowhere for pods without a sidecar".to_owned());
+    }
+    Some(Condition::new("Ready", true, "Ready", format!("exported by {}", clusters.join(", "))))
 }
 
 fn plan_import_status(
@@ -200,14 +222,14 @@ fn plan_import_status(
     let before = row.status.get("conditions").and_then(Value::as_array).cloned().unwrap_or_default();
     let clusters: Vec<Value> =
         wanted.clusters.iter().map(|cluster| json!({ "cluster": cluster.as_str() })).collect();
-    let conditions = desired::conditions(&[ready], &before, 0, with.now);
+    let conditions = status::conditions(&[ready], &before, 0, with.now);
     let status = json!({ "clusters": clusters, "conditions": conditions });
-    if desired::holds(&row.status, &status) {
+    if status::holds(&row.status, &status) {
         return;
     }
     plan.writes.push(Write::Status {
         kind: Kind::ServiceImport,
-        document: desired::status(service, with.api_version, "ServiceImport", status),
+        document: status::document(service, with.api_version, "ServiceImport", status),
         uid: row.meta.uid.clone(),
         changed: Vec::new(),
     });
@@ -215,7 +237,7 @@ fn plan_import_status(
 
 /// Nobody exports it: what was written for it goes.
 fn plan_removal(plan: &mut Plan, service: &ServiceKey, row: Option<&ImportRow>, tables: &Tables) {
-    for (name, slice) in tables.slices_of_import(service) {
+    for (name, slice) in tables.slices_of_import(service).into_iter().chain(tables.fronts_of_import(service)) {
         if !slice.meta.deleting {
             plan.writes.push(delete(Kind::EndpointSlice, name.to_owned(), &slice.meta));
         }
@@ -249,11 +271,11 @@ fn plan_export(
             *ready = Condition::new("Ready", false, "Failed", text);
         }
     }
-    let conditions = desired::conditions(&wanted, &row.conditions, row.generation, with.now);
+    let conditions = status::conditions(&wanted, &row.conditions, row.generation, with.now);
     let before = Value::from(row.conditions.clone());
     // Those of other controllers are theirs, and come in any order.
     let has = |condition: &Value| {
-        before.as_array().into_iter().flatten().any(|found| desired::holds(found, condition))
+        before.as_array().into_iter().flatten().any(|found| status::holds(found, condition))
     };
     if conditions.iter().all(has) {
         return;
@@ -269,7 +291,7 @@ fn plan_export(
     let changed = changed.map(|(condition, _)| condition).collect();
     plan.writes.push(Write::Status {
         kind: Kind::ServiceExport,
-        document: desired::status(
+        document: status::document(
             service,
             with.api_version,
             "ServiceExport",

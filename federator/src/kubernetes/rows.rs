@@ -6,11 +6,14 @@ use std::net::IpAddr;
 
 use kube::core::DynamicObject;
 use serde_json::Value;
+use tombolo_kubernetes::table::{Identity, Row, version};
 use tombolo_model::mcs::{InternalTrafficPolicy, IpFamily, Port, ServiceProperties, SessionAffinity};
 use tombolo_model::names::ServiceKey;
+use tombolo_model::protocol::Protocol;
 use tombolo_model::resource::{Object, ObjectMeta, ServiceExportSpec, Spec};
 
 use super::labels::{APPLIED, IMPORT, LOCAL_SERVICE, MANAGED_BY, SERVICE_NAME, SOURCE_CLUSTER, TOMBOLO};
+use super::targets::ServicePort;
 use crate::facts::{ExportedService, KubernetesService};
 
 /// Of one slice: Kubernetes' own limit.
@@ -32,11 +35,15 @@ impl Meta {
     fn of(object: &DynamicObject) -> Self {
         Self {
             uid: object.metadata.uid.clone().unwrap_or_default(),
-            version: object.metadata.resource_version.as_deref().and_then(|v| v.parse().ok()).unwrap_or(0),
+            version: version(object),
             ours: label(object, MANAGED_BY) == Some(TOMBOLO),
             applied: annotation(object, APPLIED).unwrap_or_default().to_owned(),
             deleting: object.metadata.deletion_timestamp.is_some(),
         }
+    }
+
+    fn identity(&self) -> Identity<'_> {
+        Identity { uid: &self.uid, version: self.version }
     }
 }
 
@@ -46,12 +53,6 @@ fn label<'a>(object: &'a DynamicObject, key: &str) -> Option<&'a str> {
 
 fn annotation<'a>(object: &'a DynamicObject, key: &str) -> Option<&'a str> {
     object.metadata.annotations.as_ref()?.get(key).map(String::as_str)
-}
-
-/// An object that is kept, and can be told from another of its name.
-pub trait Row: PartialEq + Sized {
-    fn read(object: DynamicObject) -> Option<Self>;
-    fn meta(&self) -> &Meta;
 }
 
 /// A namespace: whether objects can be made in it.
@@ -66,8 +67,8 @@ impl Row for NamespaceRow {
         let meta = Meta { version: 0, ..Meta::of(&object) };
         Some(Self { meta })
     }
-    fn meta(&self) -> &Meta {
-        &self.meta
+    fn identity(&self) -> Identity<'_> {
+        self.meta.identity()
     }
 }
 
@@ -81,6 +82,19 @@ pub struct ServiceRow {
     pub import: Option<String>,
     /// Of a derived one, as it is.
     pub spec: Value,
+    pub created_unix: u64,
+}
+
+impl ServiceRow {
+    /// Of a derived one: the numbers that its ports have at the shared sidecars.
+    pub fn targets(&self) -> impl Iterator<Item = (ServicePort, u16)> {
+        let ports = self.spec.get("ports").and_then(Value::as_array).into_iter().flatten();
+        ports.filter_map(|port| {
+            let number = |field| u16::try_from(port.get(field)?.as_u64()?).ok();
+            let protocol = Protocol::parse(text(port, "protocol"))?;
+            Some(((protocol, number("port")?), number("targetPort")?))
+        })
+    }
 }
 
 impl Row for ServiceRow {
@@ -91,11 +105,17 @@ impl Row for ServiceRow {
         let cluster_ips = ips.filter_map(|ip| ip.as_str()?.parse().ok()).collect();
         let import = annotation(&object, IMPORT).map(str::to_owned).filter(|_| meta.ours);
         let kept = if import.is_some() { spec.clone() } else { Value::Null };
-        Some(Self { meta, service: service(spec), cluster_ips, import, spec: kept })
+        let created_unix = created_unix(&object);
+        Some(Self { meta, service: service(spec), cluster_ips, import, spec: kept, created_unix })
     }
-    fn meta(&self) -> &Meta {
-        &self.meta
+    fn identity(&self) -> Identity<'_> {
+        self.meta.identity()
     }
+}
+
+fn created_unix(object: &DynamicObject) -> u64 {
+    let created = object.metadata.creation_timestamp.as_ref().map_or(0, |time| time.0.as_second());
+    u64::try_from(created).unwrap_or(0)
 }
 
 fn text<'a>(value: &'a Value, field: &str) -> &'a str {
@@ -144,8 +164,10 @@ pub struct SliceRow {
     pub meta: Meta,
     /// Of this cluster's `Service`.
     pub service: Option<String>,
-    /// The import, of one that is written here.
+    /// The import, of one that is written here of a source cluster's endpoints.
     pub import: Option<String>,
+    /// The import, of one that leads from a derived `Service` to the shared sidecars.
+    pub front: Option<String>,
     pub ready: Vec<Endpoint>,
     pub ports: Vec<Port>,
 }
@@ -162,8 +184,10 @@ impl Row for SliceRow {
         let meta = Meta::of(&object);
         let imported = label(&object, SOURCE_CLUSTER).is_some();
         let import = label(&object, SERVICE_NAME).map(str::to_owned).filter(|_| meta.ours && imported);
-        let service = label(&object, LOCAL_SERVICE).map(str::to_owned).filter(|_| !imported);
-        if import.is_none() && service.is_none() {
+        let front = annotation(&object, IMPORT).map(str::to_owned).filter(|_| meta.ours && !imported);
+        let local = !imported && front.is_none();
+        let service = label(&object, LOCAL_SERVICE).map(str::to_owned).filter(|_| local);
+        if import.is_none() && service.is_none() && front.is_none() {
             return None;
         }
         let list = |field| object.data.get(field).and_then(Value::as_array).into_iter().flatten();
@@ -179,10 +203,10 @@ impl Row for SliceRow {
             .collect();
         endpoints.sort_unstable();
         let ports = list("ports").filter_map(|port| read_port(port, "port")).collect();
-        Some(Self { meta, service, import, ready: endpoints, ports })
+        Some(Self { meta, service, import, front, ready: endpoints, ports })
     }
-    fn meta(&self) -> &Meta {
-        &self.meta
+    fn identity(&self) -> Identity<'_> {
+        self.meta.identity()
     }
 }
 
@@ -207,7 +231,7 @@ impl Row for ExportRow {
             exported_labels: map("exportedLabels").unwrap_or_default(),
             exported_annotations: map("exportedAnnotations").unwrap_or_default(),
         };
-        let created = object.metadata.creation_timestamp.as_ref().map_or(0, |time| time.0.as_second());
+        let created_unix = created_unix(&object);
         let mut metadata = ObjectMeta::default();
         metadata.name = object.metadata.name.clone()?;
         metadata.namespace = object.metadata.namespace.clone();
@@ -219,13 +243,13 @@ impl Row for ExportRow {
         Some(Self {
             meta: Meta { ours: false, ..meta },
             object: Object { api_version, metadata, spec: Spec::ServiceExport(spec) },
-            created_unix: u64::try_from(created).unwrap_or(0),
+            created_unix,
             generation: u64::try_from(object.metadata.generation.unwrap_or(0)).unwrap_or(0),
             conditions: conditions(&object.data),
         })
     }
-    fn meta(&self) -> &Meta {
-        &self.meta
+    fn identity(&self) -> Identity<'_> {
+        self.meta.identity()
     }
 }
 
@@ -252,8 +276,8 @@ impl Row for ImportRow {
         let (spec, status) = (part("spec"), part("status"));
         Some(Self { meta, spec, status })
     }
-    fn meta(&self) -> &Meta {
-        &self.meta
+    fn identity(&self) -> Identity<'_> {
+        self.meta.identity()
     }
 }
 

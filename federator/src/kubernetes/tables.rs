@@ -1,25 +1,22 @@
 //! What the API server holds, as far as it is of use here: one table per kind, filled by watches, and which services are
 //! to be looked at again (pure).
-//!
-//! A list that begins anew (after an outage, or when the server has forgotten the versions in between) replaces a table
-//! once it is complete: until then what was known before stays, so that nothing is taken for deleted. An answer to a write
-//! counts as an event, and an event that is older than what is known already does not.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::time::Duration;
 
 use kube::core::DynamicObject;
 use kube::runtime::watcher::Event;
+use tombolo_kubernetes::table::{Place, Table};
 use tombolo_model::names::ServiceKey;
 use tombolo_model::resource::{Object, Spec};
 
 use super::labels::derived_name;
-use super::rows::{ExportRow, ImportRow, NamespaceRow, Row, ServiceRow, SliceRow, key};
+use super::rows::{ExportRow, ImportRow, NamespaceRow, ServiceRow, SliceRow, key};
+use super::targets::{ServicePort, Targets};
 use crate::core::kubernetes::KubernetesExport;
 use crate::facts::{KubernetesHosts, KubernetesService, NamedEndpoint};
 use crate::import::{MAX_COPIED, MAX_COPIED_BYTES, MAX_PORTS};
-
-/// Namespace and name.
-pub type Place = (String, String);
 
 /// Kinds that are watched.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -46,81 +43,6 @@ impl Kind {
     }
 }
 
-fn place(object: &DynamicObject) -> Option<Place> {
-    Some((object.metadata.namespace.clone().unwrap_or_default(), object.metadata.name.clone()?))
-}
-
-/// Rows of one kind.
-#[derive(Debug)]
-struct Table<R> {
-    rows: BTreeMap<Place, R>,
-    /// What the list that is being received has named so far.
-    listing: Option<BTreeSet<Place>>,
-    synced: bool,
-}
-
-impl<R> Default for Table<R> {
-    fn default() -> Self {
-        Self { rows: BTreeMap::new(), listing: None, synced: false }
-    }
-}
-
-impl<R: Row> Table<R> {
-    /// The rows that have changed: before and after.
-    fn apply(&mut self, event: Event<DynamicObject>) -> Vec<(Place, Option<R>)> {
-        match event {
-            Event::Init => {
-                self.listing = Some(BTreeSet::new());
-                Vec::new()
-            }
-            Event::InitApply(object) => {
-                if let (Some(listing), Some(place)) = (&mut self.listing, place(&object)) {
-                    listing.insert(place);
-                }
-                self.put(object)
-            }
-            Event::InitDone => {
-                self.synced = true;
-                let listed = self.listing.take().unwrap_or_default();
-                let gone: Vec<Place> =
-                    self.rows.keys().filter(|place| !listed.contains(*place)).cloned().collect();
-                gone.into_iter().map(|place| (place.clone(), self.rows.remove(&place))).collect()
-            }
-            Event::Apply(object) => self.put(object),
-            Event::Delete(object) => {
-                let Some(place) = place(&object) else { return Vec::new() };
-                let uid = object.metadata.uid.as_deref();
-                // One that was deleted before another of its name was made.
-                if self.rows.get(&place).is_some_and(|row| uid != Some(row.meta().uid.as_str())) {
-                    return Vec::new();
-                }
-                match self.rows.remove(&place) {
-                    Some(row) => vec![(place, Some(row))],
-                    None => Vec::new(),
-                }
-            }
-        }
-    }
-
-    fn put(&mut self, object: DynamicObject) -> Vec<(Place, Option<R>)> {
-        let Some(place) = place(&object) else { return Vec::new() };
-        let Some(row) = R::read(object) else {
-            return match self.rows.remove(&place) {
-                Some(before) => vec![(place, Some(before))],
-                None => Vec::new(),
-            };
-        };
-        let before = self.rows.get(&place);
-        let older = before.is_some_and(|before| {
-            before.meta().uid == row.meta().uid && before.meta().version > row.meta().version
-        });
-        if older || before == Some(&row) {
-            return Vec::new();
-        }
-        vec![(place.clone(), self.rows.insert(place, row))]
-    }
-}
-
 /// Services to look at again.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Touched {
@@ -130,6 +52,8 @@ pub struct Touched {
     pub services: BTreeSet<ServiceKey>,
     /// A namespace has come or gone: look at all of its services.
     pub namespaces: BTreeSet<String>,
+    /// Shared sidecars have come or gone: look at every service.
+    pub fronts: bool,
 }
 
 /// Every table.
@@ -143,9 +67,18 @@ pub struct Tables {
     /// Slices by the service of this cluster, and those written here by the import.
     of_service: BTreeMap<Place, BTreeSet<Place>>,
     of_import: BTreeMap<Place, BTreeSet<Place>>,
+    of_front: BTreeMap<Place, BTreeSet<Place>>,
+    /// The `Service` of the shared sidecars.
+    shared: Option<Place>,
+    targets: Targets,
 }
 
 impl Tables {
+    /// `shared`: the `Service` of the shared sidecars, if derived `Service`s are to lead there.
+    pub fn new(shared: Option<Place>) -> Self {
+        Self { shared, ..Self::default() }
+    }
+
     /// Takes an event over.
     pub fn apply(&mut self, kind: Kind, event: Event<DynamicObject>) -> Touched {
         let mut touched = Touched::default();
@@ -157,7 +90,13 @@ impl Tables {
             Kind::Service => {
                 for ((namespace, name), before) in self.services.apply(event) {
                     let place = (namespace.clone(), name.clone());
-                    let now = self.services.rows.get(&place);
+                    let now = self.services.get(&place);
+                    if let Some((import, row)) = now.and_then(|row| Some((row.import.as_deref()?, row)))
+                        && let Some(service) = key(&namespace, import).filter(|key| derived_name(key) == name)
+                    {
+                        let lost = self.targets.found(&service, row.created_unix, row.targets());
+                        touched.services.extend(lost);
+                    }
                     let imports = before.iter().chain(now).filter_map(|row| row.import.as_deref());
                     touched.services.extend(imports.filter_map(|import| key(&namespace, import)));
                     touched.exports.extend(key(&namespace, &name));
@@ -181,91 +120,134 @@ impl Tables {
     fn apply_slices(&mut self, event: Event<DynamicObject>, touched: &mut Touched) {
         for (place, before) in self.slices.apply(event) {
             let (namespace, _) = &place;
-            let now = self.slices.rows.get(&place);
-            for (index, of, services) in [
-                (
-                    &mut self.of_service,
-                    before.as_ref().and_then(|row| row.service.as_ref()),
-                    &mut touched.exports,
-                ),
-                (
-                    &mut self.of_import,
-                    before.as_ref().and_then(|row| row.import.as_ref()),
-                    &mut touched.services,
-                ),
-            ] {
-                let Some(of) = of else { continue };
-                services.extend(key(namespace, of));
-                let owner = (namespace.clone(), of.clone());
-                if let Some(slices) = index.get_mut(&owner) {
-                    slices.remove(&place);
-                    if slices.is_empty() {
-                        index.remove(&owner);
+            let now = self.slices.get(&place);
+            let of = |row: Option<&SliceRow>, which: fn(&SliceRow) -> &Option<String>| {
+                row.and_then(|row| which(row).clone()).map(|name| (namespace.clone(), name))
+            };
+            let kinds: [(_, fn(&SliceRow) -> &Option<String>, bool); 3] = [
+                (&mut self.of_service, |row| &row.service, true),
+                (&mut self.of_import, |row| &row.import, false),
+                (&mut self.of_front, |row| &row.front, false),
+            ];
+            for (index, which, local) in kinds {
+                let services = if local { &mut touched.exports } else { &mut touched.services };
+                if let Some(owner) = of(before.as_ref(), which) {
+                    services.extend(key(namespace, &owner.1));
+                    touched.fronts |= self.shared.as_ref() == Some(&owner);
+                    if let Some(slices) = index.get_mut(&owner) {
+                        slices.remove(&place);
+                        if slices.is_empty() {
+                            index.remove(&owner);
+                        }
                     }
                 }
+                if let Some(owner) = of(now, which) {
+                    services.extend(key(namespace, &owner.1));
+                    touched.fronts |= self.shared.as_ref() == Some(&owner);
+                    index.entry(owner).or_default().insert(place.clone());
+                }
             }
-            for (index, of, services) in [
-                (&mut self.of_service, now.and_then(|row| row.service.as_ref()), &mut touched.exports),
-                (&mut self.of_import, now.and_then(|row| row.import.as_ref()), &mut touched.services),
-            ] {
-                let Some(of) = of else { continue };
-                services.extend(key(namespace, of));
-                index.entry((namespace.clone(), of.clone())).or_default().insert(place.clone());
+        }
+    }
+
+    /// Addresses of the shared sidecars that are ready; `None`: derived `Service`s lead nowhere here.
+    pub fn shared_addresses(&self) -> Option<BTreeSet<IpAddr>> {
+        let slices = self.of_service.get(self.shared.as_ref()?).into_iter().flatten();
+        let rows = slices.filter_map(|place| self.slices.get(place));
+        Some(rows.flat_map(|row| row.ready.iter().map(|endpoint| endpoint.address)).collect())
+    }
+
+    /// The numbers of a service's ports at the shared sidecars ([`Targets::allot`]); none where there are none, or when it
+    /// has no address.
+    pub fn allot(
+        &mut self,
+        service: &ServiceKey,
+        ports: &[ServicePort],
+        moment: (Duration, u64),
+    ) -> BTreeMap<ServicePort, u16> {
+        if self.shared.is_none() {
+            return BTreeMap::new();
+        }
+        let (now, unix) = moment;
+        let derived = self.derived_row(service).map(|row| row.created_unix);
+        if ports.is_empty() {
+            // Its numbers are taken as long as its `Service` is there.
+            if derived.is_none() {
+                self.targets.release(service, now);
+            }
+            return BTreeMap::new();
+        }
+        self.targets.allot(service, derived.unwrap_or(unix), ports, now)
+    }
+
+    /// Numbers as the derived `Service`s have them, and no others: nothing is released while somebody else writes.
+    pub fn recount_targets(&mut self) {
+        self.targets = Targets::default();
+        for ((namespace, _), row) in self.services.iter() {
+            if let Some(service) = row.import.as_deref().and_then(|import| key(namespace, import)) {
+                self.targets.found(&service, row.created_unix, row.targets());
             }
         }
     }
 
     /// Whether every table was received whole once: before, what is missing may only be late.
     pub fn is_synced(&self) -> bool {
-        self.namespaces.synced
-            && self.services.synced
-            && self.slices.synced
-            && self.exports.synced
-            && self.imports.synced
+        self.namespaces.is_synced()
+            && self.services.is_synced()
+            && self.slices.is_synced()
+            && self.exports.is_synced()
+            && self.imports.is_synced()
     }
 
     /// Whether objects can be made in a namespace.
     pub fn has_namespace(&self, name: &str) -> bool {
-        let row = self.namespaces.rows.get(&(String::new(), name.to_owned()));
+        let row = self.namespaces.get(&(String::new(), name.to_owned()));
         row.is_some_and(|row| !row.meta.deleting)
     }
 
     /// Every service that something is held of which is written here, or that is exported.
     pub fn known(&self) -> BTreeSet<ServiceKey> {
-        let imports = self.imports.rows.iter().filter(|(_, row)| row.meta.ours).map(|(place, _)| place);
-        let places = self.exports.rows.keys().chain(imports).chain(self.of_import.keys());
-        let derived = self.services.rows.iter().filter_map(|((ns, _), row)| key(ns, row.import.as_deref()?));
+        let imports = self.imports.iter().filter(|(_, row)| row.meta.ours).map(|(place, _)| place);
+        let slices = self.of_import.keys().chain(self.of_front.keys());
+        let places = self.exports.places().chain(imports).chain(slices);
+        let derived = self.services.iter().filter_map(|((ns, _), row)| key(ns, row.import.as_deref()?));
         places.filter_map(|(namespace, name)| key(namespace, name)).chain(derived).collect()
     }
 
     /// Exports there are.
     pub fn exported(&self) -> impl Iterator<Item = ServiceKey> {
-        self.exports.rows.keys().filter_map(|(namespace, name)| key(namespace, name))
+        self.exports.places().filter_map(|(namespace, name)| key(namespace, name))
     }
 
     pub fn export_row(&self, service: &ServiceKey) -> Option<&ExportRow> {
-        self.exports.rows.get(&place_of(service))
+        self.exports.get(&place_of(service))
     }
 
     pub fn import_row(&self, service: &ServiceKey) -> Option<&ImportRow> {
-        self.imports.rows.get(&place_of(service))
+        self.imports.get(&place_of(service))
     }
 
     /// What has the name of an import's derived `Service`, ours or not.
     pub fn derived_row(&self, service: &ServiceKey) -> Option<&ServiceRow> {
-        self.services.rows.get(&(service.namespace.to_string(), derived_name(service)))
+        self.services.get(&(service.namespace.to_string(), derived_name(service)))
     }
 
     /// Slices that are written here for an import, by name.
     pub fn slices_of_import(&self, service: &ServiceKey) -> BTreeMap<&str, &SliceRow> {
         let slices = self.of_import.get(&place_of(service)).into_iter().flatten();
-        slices.filter_map(|place| Some((place.1.as_str(), self.slices.rows.get(place)?))).collect()
+        slices.filter_map(|place| Some((place.1.as_str(), self.slices.get(place)?))).collect()
+    }
+
+    /// Slices that lead from an import's derived `Service` to the shared sidecars, by name.
+    pub fn fronts_of_import(&self, service: &ServiceKey) -> BTreeMap<&str, &SliceRow> {
+        let slices = self.of_front.get(&place_of(service)).into_iter().flatten();
+        slices.filter_map(|place| Some((place.1.as_str(), self.slices.get(place)?))).collect()
     }
 
     /// An export with what it is about, as the core keeps it.
     pub fn export(&self, service: &ServiceKey) -> Option<KubernetesExport> {
         let row = self.export_row(service).filter(|row| !row.meta.deleting)?;
-        let found = self.services.rows.get(&place_of(service)).filter(|row| !row.meta.deleting);
+        let found = self.services.get(&place_of(service)).filter(|row| !row.meta.deleting);
         let state = found.map_or(KubernetesService::Missing, |row| row.service.clone());
         let state = match (state, too_large(&row.object)) {
             (KubernetesService::Found(_), Some(why)) => KubernetesService::TooLarge(why),
@@ -290,7 +272,7 @@ impl Tables {
     /// Ready endpoints of a service of this cluster.
     fn hosts(&self, service: &ServiceKey) -> KubernetesHosts {
         let slices = self.of_service.get(&place_of(service)).into_iter().flatten();
-        let slices: Vec<&SliceRow> = slices.filter_map(|place| self.slices.rows.get(place)).collect();
+        let slices: Vec<&SliceRow> = slices.filter_map(|place| self.slices.get(place)).collect();
         let hosts: BTreeMap<_, _> = slices
             .iter()
             .flat_map(|slice| &slice.ready)

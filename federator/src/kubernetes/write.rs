@@ -83,16 +83,21 @@ impl Writer {
             Write::Status { kind, document, uid, changed } => {
                 let name = service.name.as_str();
                 let patch = Patch::Apply(document);
-                let object = api(*kind).patch_status(name, &ours.force(), &patch).await?;
+                let object = match api(*kind).patch_status(name, &ours.force(), &patch).await {
+                    Ok(object) => object,
+                    // It has gone: so that nobody takes it for there when the watch has missed that.
+                    Err(Error::Api(status)) if status.code == 404 => {
+                        return Ok(Some((*kind, Event::Delete(self.gone(service, *kind, name, uid)))));
+                    }
+                    Err(error) => return Err(error),
+                };
                 self.tell(service, *kind, uid, changed).await;
                 Ok(Some((*kind, Event::Apply(object))))
             }
             Write::Delete { kind, name, uid } => {
                 let this = Preconditions { uid: Some(uid.clone()), resource_version: None };
                 let params = DeleteParams::background().preconditions(this);
-                let mut gone = DynamicObject::new(name, &self.resources.resource(*kind));
-                gone.metadata.namespace = Some(service.namespace.to_string());
-                gone.metadata.uid = Some(uid.clone());
+                let gone = self.gone(service, *kind, name, uid);
                 match api(*kind).delete(name, &params).await {
                     // Left: still there, with a deletion timestamp.
                     Ok(deleted) => {
@@ -105,6 +110,14 @@ impl Writer {
                 }
             }
         }
+    }
+
+    /// What is known of an object that is no more.
+    fn gone(&self, service: &ServiceKey, kind: Kind, name: &str, uid: &str) -> DynamicObject {
+        let mut gone = DynamicObject::new(name, &self.resources.resource(kind));
+        gone.metadata.namespace = Some(service.namespace.to_string());
+        gone.metadata.uid = Some(uid.to_owned());
+        gone
     }
 
     /// An Event for each condition that has changed; that one is lost costs nothing else.

@@ -90,10 +90,10 @@ impl Join for JoinService {
         request: Request<v1::JoinPodRequest>,
     ) -> Result<Response<v1::JoinWorkloadResponse>, Status> {
         let turned_away = self.admit()?;
-        let v1::JoinPodRequest { service_account_token, csr_der } = request.into_inner();
+        let v1::JoinPodRequest { service_account_token, csr_der, holder } = request.into_inner();
         let token = Zeroizing::new(service_account_token);
         let expected = audience(&self.svid.load().spiffe_id.trust_domain());
-        let reviewed = self.reviewer.review(&token, &expected).await;
+        let reviewed = self.reviewer.review(&token, &expected).await.and_then(|pod| pod.held_by(&holder));
         if let Err(error) = &reviewed {
             tracing::warn!(%error, kind = error.kind(), "a pod is not let in");
         }

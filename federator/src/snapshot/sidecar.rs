@@ -14,7 +14,7 @@ use super::across::across;
 use super::rings::Rings;
 use super::{gateways_for, port_to_wire};
 use crate::exports;
-use crate::facts::{Facts, Role};
+use crate::facts::{Facts, Port, Role};
 use crate::foreign;
 use crate::jwt;
 use crate::policies::{self, policy_for};
@@ -205,6 +205,7 @@ fn upstream(facts: &Facts, service: &ServiceKey, rings: &Rings, unix: Duration) 
             stale: import.freshness == Freshness::Stale,
             endpoints: Vec::new(),
             export_uid: hex::encode(export.export_uid),
+            ports: export.ports.iter().map(port_to_wire).collect(),
         });
     }
     let policy = policy_for(facts, service);
@@ -248,5 +249,15 @@ fn own_backend(facts: &Facts, service: &ServiceKey, rings: &Rings, unix: Duratio
         stale: false,
         endpoints: facts.registry.healthy(service).into_iter().map(EndpointId::value).collect(),
         export_uid: hex::encode(record.export_uid),
+        ports: own_ports(facts, service).iter().map(port_to_wire).collect(),
     })
+}
+
+/// What this cluster serves a service on, whether it exports it or not.
+fn own_ports(facts: &Facts, service: &ServiceKey) -> Vec<Port> {
+    let export = exports::export_of(facts, service).filter(exports::Export::is_valid);
+    match export {
+        Some(export) => export.ports(facts.registry.serving(service)),
+        None => exports::served_ports(facts.registry.serving(service), service),
+    }
 }

@@ -13,6 +13,7 @@ fn config(services: &[&str], upstreams: &[&str]) -> SidecarConfig {
         zone: String::new(),
         max_udp_payload_bytes: DEFAULT_UDP_PAYLOAD,
         services: services_from(parse(services)),
+        provided: None,
         upstreams: upstreams_from(parse(upstreams)),
         admin: SocketAddr::from(([127, 0, 0, 1], 0)),
         threads: NonZeroUsize::MIN,

@@ -11,6 +11,7 @@ fn route(tiers: &[&[(&str, u32)]], down: &[&str]) -> Route {
         tier: 0,
         tiers: tiers.iter().map(|tier| tier.iter().map(|(c, w)| (cluster(c), *w)).collect()).collect(),
         down: down.iter().map(|c| cluster(c)).collect(),
+        ports: HashMap::new(),
         pools: HashMap::new(),
         datagrams: HashMap::new(),
         reason: String::new(),
@@ -26,6 +27,17 @@ fn the_active_tier_comes_first_and_what_is_down_last() {
     let tiers: &[&[(&str, u32)]] = &[&[("east", 1)], &[("west", 1)], &[("north", 1)]];
     assert_eq!(names(&route(tiers, &[]).order(|| 0)), ["east", "west", "north"]);
     assert_eq!(names(&route(tiers, &["east"]).order(|| 0)), ["west", "north", "east"]);
+}
+
+#[test]
+fn a_port_is_called_only_where_it_is_served() {
+    let mut route = route(&[&[("east", 1)], &[("west", 1)], &[("north", 1)]], &[]);
+    let ports = [("east", vec![(Protocol::Tcp, 42)]), ("west", vec![(Protocol::Tcp, 4242), (Protocol::Udp, 42)])];
+    route.ports = ports.into_iter().map(|(name, ports)| (cluster(name), ports)).collect();
+    let order = |protocol, port| route.order_of(protocol, port, || 0);
+    assert_eq!(names(&order(Protocol::Tcp, 42)), ["east", "north"], "one that says none may have any");
+    assert_eq!(names(&order(Protocol::Tcp, 4242)), ["west", "north"]);
+    assert_eq!(names(&order(Protocol::Udp, 42)), ["west", "north"]);
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! An application's connections, as the front hands them to its sidecar.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -17,6 +17,8 @@ const ROUTE_PATIENCE: Duration = Duration::from_secs(5);
 /// Carries what the front hands over.
 #[derive(Debug)]
 pub(crate) struct CallsTask {
+    /// Those that waited for the sidecar to start.
+    held: VecDeque<Call>,
     calls: mpsc::Receiver<Call>,
     outbound: OutboundContext,
     /// Services are asked for when they are first called.
@@ -26,13 +28,20 @@ pub(crate) struct CallsTask {
 }
 
 impl CallsTask {
-    pub fn new(calls: mpsc::Receiver<Call>, outbound: OutboundContext, wanted: Wanted) -> Self {
-        Self { calls, outbound, wanted, ports: HashMap::new() }
+    pub fn new(
+        (held, calls): (VecDeque<Call>, mpsc::Receiver<Call>),
+        outbound: OutboundContext,
+        wanted: Wanted,
+    ) -> Self {
+        Self { held, calls, outbound, wanted, ports: HashMap::new() }
     }
 
     /// Until the drain starts; what was handed over by then is carried.
     pub async fn run(mut self) {
         let drain = self.outbound.drain.clone();
+        for call in std::mem::take(&mut self.held) {
+            self.take(call);
+        }
         loop {
             let call = tokio::select! {
                 () = drain.started() => break,
@@ -48,7 +57,7 @@ impl CallsTask {
     }
 
     fn take(&mut self, call: Call) {
-        let Call { tcp, from, service, port } = call;
+        let Call { tcp, from, service, port, open, .. } = call;
         let metrics = &self.outbound.metrics;
         let new = || Arc::new(UpstreamPort::new(service.clone(), port, metrics));
         let upstream = Arc::clone(self.ports.entry((service.clone(), port)).or_insert_with(new));
@@ -56,7 +65,7 @@ impl CallsTask {
             return outbound::refuse(tcp, &upstream, "too_many_services");
         };
         if self.outbound.routes.of(&service).is_some() {
-            return outbound::start(tcp, from, &upstream, &self.outbound, held);
+            return outbound::start(tcp, from, &upstream, &self.outbound, (held, open));
         }
         let context = self.outbound.clone();
         self.outbound.tasks.spawn("first call", async move {
@@ -65,7 +74,7 @@ impl CallsTask {
                 routed = tokio::time::timeout(ROUTE_PATIENCE, context.routed(&service)) => routed.is_ok(),
             };
             if routed {
-                outbound::start(tcp, from, &upstream, &context, held);
+                outbound::start(tcp, from, &upstream, &context, (held, open));
             } else {
                 tracing::info!(client = %from, %service, "a call is refused: no such service is known here");
                 outbound::refuse(tcp, &upstream, "unknown_service");

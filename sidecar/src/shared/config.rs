@@ -2,8 +2,11 @@
 
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
+use std::ops::RangeInclusive;
+use std::sync::Arc;
 
 use ipnet::IpNet;
+use prometheus_client::registry::Registry;
 use tombolo_model::protocol::Protocol;
 
 use crate::config::{ConfigError, SidecarConfig, UpstreamConfig};
@@ -22,6 +25,16 @@ pub struct Application {
     pub sidecar: SidecarConfig,
     /// Changes when the sidecar has to be started anew.
     pub fingerprint: String,
+    pub start: Start,
+}
+
+/// When an application's sidecar runs.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Start {
+    #[default]
+    Now,
+    /// Once it calls, until it has not for long.
+    WhenCalled,
 }
 
 impl Application {
@@ -37,6 +50,22 @@ pub struct SharedConfig {
     /// Where every application calls these services; whose identity carries a call is told by where it comes from.
     pub upstreams: Vec<UpstreamConfig>,
     pub admin: SocketAddr,
+    /// For overlay sockets that are given no port.
+    pub overlay_ports: Option<RangeInclusive<u16>>,
+    /// More is to come before anybody may be told that all is ready.
+    pub incomplete: bool,
+    /// Adds the source's own metrics.
+    pub register: Option<Register>,
+}
+
+/// Adds metrics to those of the shared sidecar.
+#[derive(Clone)]
+pub struct Register(pub Arc<dyn Fn(&mut Registry) + Send + Sync>);
+
+impl std::fmt::Debug for Register {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Register")
+    }
 }
 
 /// What is wrong with a setting, and what would be right.

@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use arc_swap::ArcSwapOption;
 use bytes::{Bytes, BytesMut};
 use tombolo_model::names::ClusterName;
+use tombolo_model::protocol::Protocol;
 use tombolo_overlay::PeerConnection;
 use tombolo_proto::flow as wire;
 use tombolo_proto::stream_header::{self, MAX_HEADER_BYTES};
@@ -173,7 +174,7 @@ async fn place(
     let deadline = Instant::now() + PATIENCE;
     let (mut tried, mut patient, mut last) = (0, false, "no_backend");
     let mut refused_by: Vec<usize> = avoid.into_iter().collect();
-    let mut clusters: VecDeque<_> = route.order(rand::random).into();
+    let mut clusters: VecDeque<_> = route.order_of(Protocol::Udp, upstream.port(), rand::random).into();
     let mut slow = VecDeque::new();
     while let Some(cluster) = clusters.pop_front().or_else(|| {
         // Nobody else serves: an outage is waited out, and who was lost may be back.

@@ -114,6 +114,15 @@ impl Api {
         })
     }
 
+    /// A merge patch of the status.
+    pub fn merge_status(&self, object: &Object, patch: Value) -> Result<()> {
+        let object = object.clone();
+        self.run(|client| async move {
+            let patch = Patch::Merge(patch);
+            object.api(client).patch_status(&object.name, &PatchParams::default(), &patch).await.map(drop)
+        })
+    }
+
     pub fn get(&self, object: &Object) -> Result<Option<Value>> {
         let object = object.clone();
         let found = self.run(|client| async move { object.api(client).get_opt(&object.name).await })?;
@@ -125,6 +134,15 @@ impl Api {
         let object = of.clone();
         let list = self.run(|client| async move { object.api(client).list(&ListParams::default()).await })?;
         Ok(list.items.into_iter().map(serde_json::to_value).collect::<Result<_, _>>()?)
+    }
+
+    /// At once, without a grace period.
+    pub fn kill(&self, object: &Object) -> Result<()> {
+        let object = object.clone();
+        self.run(|client| async move {
+            let params = DeleteParams { grace_period_seconds: Some(0), ..DeleteParams::default() };
+            object.api(client).delete(&object.name, &params).await.map(drop)
+        })
     }
 
     pub fn delete(&self, object: &Object) -> Result<()> {

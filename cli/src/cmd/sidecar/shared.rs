@@ -1,7 +1,11 @@
 //! `tombolo sidecar shared`: one process for many applications that have no sidecar of their own.
 
+mod kubernetes;
+
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::time::Duration;
 
 use clap::Args;
 use ipnet::IpNet;
@@ -9,12 +13,16 @@ use serde::Deserialize;
 use tombolo_runtime::tasks::TaskGroup;
 use tombolo_runtime::{admin, settings, signals};
 use tombolo_sidecar::config::{Mapping, upstreams_from};
-use tombolo_sidecar::shared::Shared;
-use tombolo_sidecar::shared::config::{Application, SharedConfig};
+use tombolo_sidecar::shared::config::{Application, SharedConfig, Start};
+use tombolo_sidecar::shared::{Shared, Source};
 
+use self::kubernetes::KubernetesArgs;
 use super::Settings;
 use crate::cmd::role;
 use crate::failure::{Exit, Failure};
+
+/// How often the file is looked at.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 /// Run the sidecars of many applications that have none of their own, in one process
 #[derive(Debug, Args)]
@@ -37,12 +45,19 @@ FILE is YAML; applications that are added, changed or removed there are taken ov
         joinTokenFile: db.token
         services: [ 'shop/db:5432=10.0.0.12:5432' ]   # what it serves, where it really is
 
-Example:
-  tombolo sidecar shared --config shared.yaml")]
+In Kubernetes there is no file: each service account whose pods have no sidecar is an application, exports are what it
+serves, and derived Services lead here (docs/kubernetes.md shows the Deployment).
+
+Examples:
+  tombolo sidecar shared --config shared.yaml
+  tombolo sidecar shared --kubernetes in-cluster --trust-domain acme.example --address $(POD_IP) \\
+      --join-token-file /etc/tombolo/pods.token")]
 pub struct SharedArgs {
     /// Applications, and where they call
-    #[arg(long, env = "TOMBOLO_CONFIG", value_name = "FILE")]
-    config: PathBuf,
+    #[arg(long, env = "TOMBOLO_CONFIG", value_name = "FILE", required_unless_present = "kubernetes")]
+    config: Option<PathBuf>,
+    #[command(flatten)]
+    kubernetes: KubernetesArgs,
     /// Metrics and readiness of all of them [default: 127.0.0.1:7445]
     #[arg(long, env = "TOMBOLO_ADMIN", value_name = "ADDRESS:PORT")]
     admin: Option<SocketAddr>,
@@ -73,27 +88,58 @@ struct FileApplication {
 }
 
 pub fn run(args: SharedArgs) -> Result<Exit, Failure> {
-    let SharedArgs { config: path, admin, log_level, log_format } = args;
+    let SharedArgs { config, kubernetes, admin, log_level, log_format } = args;
+    let path = match config {
+        None => {
+            role::logging(log_format, log_level)?;
+            return kubernetes.run(admin);
+        }
+        Some(_) if kubernetes.is_given() => {
+            return Err(Failure::usage("--config and --kubernetes: applications come from one of them")
+                .remedy("leave one out; run a second shared sidecar for the others"));
+        }
+        Some(path) => path,
+    };
     let file: File = role::file(Some(&path))?;
     role::logging(log_format.or(file.log_format.clone()), log_level.or(file.log_level.clone()))?;
-    let mut seen = std::fs::read(&path).ok();
+    let seen = std::fs::read(&path).ok();
     let config = read(file, admin).map_err(|failure| failure.at(path.display()))?;
     config.check().map_err(|error| Failure::usage(error).at(path.display()))?;
     role::run("sidecar shared", async move {
         let tasks = TaskGroup::new();
         let drain = signals::process_drain(&tasks)?;
         let shared = Shared::build(config).await?;
-        let again = move |all_the_same: bool| {
-            let now = std::fs::read(&path).map_err(|e| format!("{}: {e}", path.display()))?;
-            if seen.as_ref() == Some(&now) && !all_the_same {
-                return Ok(None);
-            }
-            let config = again(&path, admin)?;
-            seen = Some(now);
-            Ok(Some(config))
-        };
-        Ok::<_, Box<dyn std::error::Error>>(shared.run(drain, again).await?)
+        let mut look = tokio::time::interval(LOOK_EVERY);
+        look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let source = Watched { path, admin, seen, look };
+        Ok::<_, Box<dyn std::error::Error>>(shared.run(drain, source).await?)
     })
+}
+
+/// The file, looked at every second.
+struct Watched {
+    path: PathBuf,
+    admin: Option<SocketAddr>,
+    /// As it was read last.
+    seen: Option<Vec<u8>>,
+    look: tokio::time::Interval,
+}
+
+impl Source for Watched {
+    async fn next(&mut self, failed: &AtomicBool) -> Result<SharedConfig, String> {
+        loop {
+            self.look.tick().await;
+            let all_the_same = failed.swap(false, Relaxed);
+            let now = std::fs::read(&self.path).map_err(|e| format!("{}: {e}", self.path.display()))?;
+            if self.seen.as_ref() == Some(&now) && !all_the_same {
+                continue;
+            }
+            let config = again(&self.path, self.admin)?;
+            config.check().map_err(|e| e.to_string())?;
+            self.seen = Some(now);
+            return Ok(config);
+        }
+    }
 }
 
 fn again(path: &Path, admin: Option<SocketAddr>) -> Result<SharedConfig, String> {
@@ -115,12 +161,15 @@ fn read(file: File, admin: Option<SocketAddr>) -> Result<SharedConfig, Failure> 
             let fingerprint = format!("{sidecar:?}");
             let sources = sources.iter().map(|text| network(&at, text)).collect::<Result<_, _>>()?;
             let sidecar = sidecar.config(false).map_err(|failure| failure.at(&at))?;
-            Ok(Application { sources, sidecar, fingerprint })
+            Ok(Application { sources, sidecar, fingerprint, start: Start::Now })
         });
     Ok(SharedConfig {
         applications: applications.collect::<Result<_, _>>()?,
         upstreams: upstreams_from(upstreams),
         admin: admin.or(filed).unwrap_or(admin::DEFAULT_ADDRESS),
+        overlay_ports: None,
+        incomplete: false,
+        register: None,
     })
 }
 

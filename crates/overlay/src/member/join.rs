@@ -6,6 +6,8 @@
 
 mod pod;
 
+pub use pod::{ServiceAccountToken, TokenSource};
+
 use std::collections::HashSet;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -50,8 +52,8 @@ const CLOSE_PATIENCE: Duration = Duration::from_secs(1);
 enum Proof {
     /// A join token's secret.
     Secret,
-    /// A service account's token, in a file that is read when it is needed: Kubernetes replaces it.
-    ServiceAccount(PathBuf),
+    /// A service account's token.
+    ServiceAccount(ServiceAccountToken),
 }
 
 /// What a token says, ready to be used.
@@ -156,6 +158,8 @@ pub enum JoinError {
         "cluster {cluster} did not answer the join request in time: the token may be used up; if joining again is refused, ask for a new one"
     )]
     Late { cluster: ClusterName },
+    #[error("there is no token of the service account: {0}")]
+    ServiceAccount(String),
     #[error("the federator's answer can't be used: {0}")]
     Answer(#[from] FieldError),
     #[error(transparent)]
@@ -181,6 +185,7 @@ impl JoinError {
             Self::WrongPeer { .. } => "wrong_peer",
             Self::Refused { .. } => "refused",
             Self::Late { .. } => "late",
+            Self::ServiceAccount(_) => "service_account",
             Self::Answer(_) => "answer",
             Self::State(_) => "state",
             Self::Tls(_) => "tls",
@@ -188,7 +193,7 @@ impl JoinError {
     }
     /// Whether the same token may work later.
     pub fn is_retryable(&self) -> bool {
-        matches!(self, Self::Unreachable { .. } | Self::Bind(_))
+        matches!(self, Self::Unreachable { .. } | Self::Bind(_) | Self::ServiceAccount(_))
     }
 }
 
@@ -231,7 +236,7 @@ impl Member {
         let way = JoinConnection::open(plan, options.bind).await?;
         let joined = match proof {
             Proof::Secret => ask(plan, way.peer(), &options.name).await,
-            Proof::ServiceAccount(file) => pod::ask(plan, way.peer(), &options.name, file).await,
+            Proof::ServiceAccount(token) => pod::ask(plan, way.peer(), &options.name, token).await,
         };
         way.close().await;
         let (key, answer) = joined?;

@@ -111,6 +111,7 @@ fn service_accounts_are_selected_by_namespace_and_name_and_token_holders_need_no
         service_account: account.into(),
         pod_uid: format!("{namespace}-{account}"),
         pod: account.into(),
+        bound: true,
     };
     let accounts = json!({ "namespaces": ["shop", "team-*"], "names": ["web"] });
     let spec = json!({ "serviceAccounts": accounts, "services": ["*/web"] });

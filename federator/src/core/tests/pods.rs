@@ -9,6 +9,7 @@ fn pod(uid: &str, account: &str) -> PodIdentity {
         service_account: account.into(),
         pod_uid: uid.into(),
         pod: format!("{account}-{uid}"),
+        bound: true,
     }
 }
 

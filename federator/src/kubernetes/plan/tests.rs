@@ -7,6 +7,8 @@ use kube::core::DynamicObject;
 use kube::runtime::watcher::Event;
 use tombolo_model::mcs::{Exporter, IpFamily, Port, ServiceProperties, merge};
 
+mod fronts;
+
 use super::*;
 use crate::facts::{KubernetesHosts, NamedEndpoint};
 
@@ -116,16 +118,24 @@ impl Server {
     }
 
     fn plan(&self, shown: &ShownService) -> Plan {
+        self.plan_with(shown, None, None)
+    }
+
+    fn plan_with(&self, shown: &ShownService, front: Option<Front<'_>>, refusal: Option<&str>) -> Plan {
         let cluster = "east".parse().unwrap();
         let now = "2026-11-24T02:15:05Z";
-        let with = Surroundings { api_version: API, cluster: &cluster, now, refusal: None };
+        let with = Surroundings { api_version: API, cluster: &cluster, now, refusal, front };
         plan(&web(), shown, &self.tables, &with)
     }
 
     /// Until nothing is left to be written; what was written.
     fn settle(&mut self, shown: &ShownService) -> Vec<String> {
+        self.settle_with(shown, None)
+    }
+
+    fn settle_with(&mut self, shown: &ShownService, front: Option<Front<'_>>) -> Vec<String> {
         for _ in 0..10 {
-            let Plan { writes, .. } = self.plan(shown);
+            let Plan { writes, .. } = self.plan_with(shown, front, None);
             if writes.is_empty() {
                 return std::mem::take(&mut self.written);
             }
@@ -184,7 +194,7 @@ fn an_exporter_that_says_nonsense_costs_the_others_nothing() {
         Some(ServiceProperties { traffic_distribution: Some("Nowhere".into()), ..Default::default() });
     let good = Exporter { since: Duration::from_secs(2), ..exporter("west", ServiceType::ClusterSetIp) };
     let merged = merge(&[bad, good]);
-    let service = super::super::desired::derived(&web(), &merged, None, "uid", "v1").unwrap();
+    let service = super::super::desired::derived(&web(), &merged, None, "uid", "v1", &BTreeMap::new()).unwrap();
     let ports: Vec<_> = service["spec"]["ports"].as_array().unwrap().clone();
     let names: Vec<_> = ports.iter().map(|port| port["name"].as_str().unwrap_or_default()).collect();
     assert_eq!(names, ["tcp-82-x", "tcp-82", "http"], "{ports:?}");
@@ -261,11 +271,11 @@ fn what_others_change_is_put_right_and_what_they_add_is_left() {
 #[test]
 fn conditions_keep_the_time_of_their_last_change_and_those_of_others_are_left() {
     let condition = |status, message: &str| Condition::new("Ready", status, "Exported", message);
-    let before = desired::conditions(&[condition(true, "a")], &[], 1, "2026-01-01T00:00:00Z");
-    let same = desired::conditions(&[condition(true, "b")], &before, 2, "2027-01-01T00:00:00Z");
+    let before = status::conditions(&[condition(true, "a")], &[], 1, "2026-01-01T00:00:00Z");
+    let same = status::conditions(&[condition(true, "b")], &before, 2, "2027-01-01T00:00:00Z");
     assert_eq!(same[0]["lastTransitionTime"], "2026-01-01T00:00:00Z");
     assert_eq!((&same[0]["message"], &same[0]["observedGeneration"]), (&json!("b"), &json!(2)));
-    let other = desired::conditions(&[condition(false, "b")], &before, 2, "2027-01-01T00:00:00Z");
+    let other = status::conditions(&[condition(false, "b")], &before, 2, "2027-01-01T00:00:00Z");
     assert_eq!(other[0]["lastTransitionTime"], "2027-01-01T00:00:00Z");
 }
 

@@ -16,6 +16,7 @@ fn application(name: &str, bind: &str, sources: &[&str]) -> Application {
         zone: String::new(),
         max_udp_payload_bytes: DEFAULT_UDP_PAYLOAD,
         services: Vec::new(),
+        provided: None,
         upstreams: Vec::new(),
         admin: "127.0.0.1:0".parse().unwrap(),
         threads: NonZeroUsize::MIN,
@@ -29,11 +30,18 @@ fn application(name: &str, bind: &str, sources: &[&str]) -> Application {
         agentless_allow: Vec::new(),
     };
     let sources = sources.iter().map(|source| source.parse().unwrap()).collect();
-    Application { sources, sidecar, fingerprint: String::new() }
+    Application { sources, sidecar, fingerprint: String::new(), start: Start::Now }
 }
 
 fn shared(applications: Vec<Application>) -> SharedConfig {
-    SharedConfig { applications, upstreams: Vec::new(), admin: "127.0.0.1:0".parse().unwrap() }
+    SharedConfig {
+        applications,
+        upstreams: Vec::new(),
+        admin: "127.0.0.1:0".parse().unwrap(),
+        overlay_ports: None,
+        incomplete: false,
+        register: None,
+    }
 }
 
 #[test]

@@ -1,19 +1,39 @@
-//! Joining as a pod: where to says a token without a secret, who says the pod's projected service account token.
+//! Joining as a pod: where to says a token without a secret, who says a service account's token: the pod's projected one, or
+//! one that Kubernetes gives to whoever may stand for the service account.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
+use futures::future::BoxFuture;
 use tombolo_identity::files;
 use tombolo_identity::issuer::KeyAndCsr;
 use tombolo_proto::v1::join_client::JoinClient;
 use tombolo_proto::{convert, token, v1};
 use tombolo_runtime::clock;
+use zeroize::Zeroizing;
 
 use super::{JoinError, JoinOptions, JoinPlan, Proof, answered, control_targets, log_rejected};
 use crate::connection::PeerConnection;
 use crate::grpc;
 use crate::keys::{CidKey, KeyRing};
 use crate::member::{Member, MemberError};
+
+/// Where the token of a service account comes from.
+#[derive(Clone, Debug)]
+pub enum ServiceAccountToken {
+    /// A file that is read when it is needed: Kubernetes replaces it.
+    File(PathBuf),
+    /// Asked for when it is needed. `holder`: what this process calls itself, for the federator to tell it from others that
+    /// stand for the same service account.
+    Asked { source: Arc<dyn TokenSource>, holder: String },
+}
+
+/// Asks for tokens of one service account, for the federator's audience.
+pub trait TokenSource: Send + Sync + std::fmt::Debug {
+    /// A token that is good now, or why there is none.
+    fn token(&self) -> BoxFuture<'_, Result<Zeroizing<String>, String>>;
+}
 
 /// 1 to 2 KB; the federator takes no more.
 const MAX_SERVICE_ACCOUNT_TOKEN: u64 = 16 * 1024;
@@ -50,16 +70,15 @@ impl JoinPlan {
 }
 
 impl Member {
-    /// Joins as the pod that this process is in. `text`: a token for pods, which says where; `service_account`: the file with
-    /// the projected token, which says who.
+    /// Joins as a service account. `text`: a token for pods, which says where; `service_account`: its own, which says who.
     pub async fn join_pod(
         text: &str,
-        service_account: &Path,
+        service_account: &ServiceAccountToken,
         dir: &Path,
         options: &JoinOptions,
     ) -> Result<Self, JoinError> {
         let plan = JoinPlan::for_pod(text, clock::since_unix_epoch()).await?;
-        Self::join_by(&plan, &Proof::ServiceAccount(service_account.to_owned()), dir, options).await
+        Self::join_by(&plan, &Proof::ServiceAccount(service_account.clone()), dir, options).await
     }
 }
 
@@ -68,13 +87,22 @@ pub(super) async fn ask(
     plan: &JoinPlan,
     peer: &PeerConnection,
     name: &str,
-    file: &Path,
+    service_account: &ServiceAccountToken,
 ) -> Result<(KeyAndCsr, v1::JoinWorkloadResponse), JoinError> {
-    let token = files::read(file, MAX_SERVICE_ACCOUNT_TOKEN).map_err(MemberError::from)?;
+    let (token, holder) = match service_account {
+        ServiceAccountToken::File(file) => {
+            let bytes = Zeroizing::new(files::read(file, MAX_SERVICE_ACCOUNT_TOKEN).map_err(MemberError::from)?);
+            (Zeroizing::new(String::from_utf8_lossy(&bytes).trim().to_owned()), "")
+        }
+        ServiceAccountToken::Asked { source, holder } => {
+            (source.token().await.map_err(JoinError::ServiceAccount)?, holder.as_str())
+        }
+    };
     let fresh = KeyAndCsr::generate().map_err(MemberError::from)?;
     let request = v1::JoinPodRequest {
-        service_account_token: String::from_utf8_lossy(&token).trim().to_owned(),
+        service_account_token: token.to_string(),
         csr_der: fresh.csr_der.clone(),
+        holder: holder.to_owned(),
     };
     let client = JoinClient::new(grpc::channel(peer.clone()));
     let call = || {

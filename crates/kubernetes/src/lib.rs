@@ -1,0 +1,5 @@
+//! What the federator and the shared sidecar have in common in Kubernetes (pure): tables that follow a watch ([`table`]), and
+//! the words by which one knows what the other has written ([`words`]).
+
+pub mod table;
+pub mod words;
