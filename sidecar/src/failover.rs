@@ -69,12 +69,7 @@ impl Route {
 
     /// The same, of the clusters that serve a port: an export of another cluster may have others (KEP-1645: a port is only
     /// routed to who exposes it).
-    pub fn order_of(
-        &self,
-        protocol: Protocol,
-        port: u16,
-        random: impl FnMut() -> u64,
-    ) -> Vec<ClusterName> {
+    pub fn order_of(&self, protocol: Protocol, port: u16, random: impl FnMut() -> u64) -> Vec<ClusterName> {
         let mut order = self.order(random);
         order.retain(|cluster| {
             self.ports.get(cluster).is_none_or(|ports| ports.is_empty() || ports.contains(&(protocol, port)))

@@ -115,7 +115,12 @@ pub(crate) type Served = Arc<ArcSwap<HashMap<Arc<str>, Arc<LocalTarget>>>>;
 type Backends = BTreeMap<(ServiceKey, Protocol, u16), watch::Sender<Arc<Alive>>>;
 
 /// Keeps `served` at what is provided beside `fixed`. Streams that are open go on.
-pub(crate) async fn follow(mut provided: Provided, fixed: Arc<HashMap<Arc<str>, Arc<LocalTarget>>>, served: Served, metrics: Metrics) {
+pub(crate) async fn follow(
+    mut provided: Provided,
+    fixed: Arc<HashMap<Arc<str>, Arc<LocalTarget>>>,
+    served: Served,
+    metrics: Metrics,
+) {
     let mut backends = Backends::new();
     loop {
         let services = Arc::clone(&provided.0.borrow_and_update());
@@ -137,7 +142,8 @@ fn update(
     for service in services {
         let mut ports = HashMap::new();
         for port in &service.ports {
-            let alive = Arc::new(Alive(port.backends.iter().map(|backend| (*backend, BACKEND_WEIGHT)).collect()));
+            let alive =
+                Arc::new(Alive(port.backends.iter().map(|backend| (*backend, BACKEND_WEIGHT)).collect()));
             let key = (service.service.clone(), port.protocol, port.port);
             let sender = backends.remove(&key).unwrap_or_else(|| watch::channel(Arc::default()).0);
             ports.insert((port.protocol, port.port), Destination::Agentless(sender.subscribe()));
@@ -191,7 +197,8 @@ mod tests {
     fn open_connections_follow_backends_and_a_port_that_is_gone_leads_to_nobody() {
         let metrics = Metrics::register(&mut Registry::default());
         let (fixed, served, mut backends) = (HashMap::new(), Served::default(), Backends::new());
-        let mut say = |services: &[ProvidedService]| update(services, &fixed, &served, &mut backends, &metrics);
+        let mut say =
+            |services: &[ProvidedService]| update(services, &fixed, &served, &mut backends, &metrics);
         say(&[service("web", &[(80, &["10.0.0.1:8080"])])]);
         let held = served.load().get("shop/web").cloned().unwrap();
         let at = |target: &LocalTarget, port| target.ports[&(Protocol::Tcp, port)].candidates();

@@ -422,7 +422,8 @@ fn known_or_nobody(dir: &Path) -> Result<Option<Member>, BuildError> {
     match known {
         Err(error @ (MemberError::Damaged { .. } | MemberError::TooLate(_) | MemberError::Lease(_))) => {
             tracing::warn!(%error, "an identity of before can't be used: it is asked for anew");
-            std::fs::remove_dir_all(dir).map_err(|source| BuildError::Clear { dir: dir.display().to_string(), source })?;
+            std::fs::remove_dir_all(dir)
+                .map_err(|source| BuildError::Clear { dir: dir.display().to_string(), source })?;
             Ok(None)
         }
         known => Ok(known?),

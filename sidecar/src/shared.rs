@@ -106,7 +106,8 @@ impl Shared {
 
     /// Runs until `shutdown` starts and every application's drain is over.
     pub async fn run(self, shutdown: Drain, mut source: impl Source) -> Result<(), SharedError> {
-        let Self { config, front, mut fronts, calls, mut waking, admin, readiness, metrics, up, tasks } = self;
+        let Self { config, front, mut fronts, calls, mut waking, admin, readiness, metrics, up, tasks } =
+            self;
         let failed = Arc::new(AtomicBool::new(false));
         let tasks_of_applications = tasks.clone();
         let context =

@@ -15,8 +15,8 @@ use tombolo_model::protocol::Protocol;
 use tombolo_model::resource::service_export::ServiceType;
 
 use super::labels::{
-    self, APPLIED, DERIVED_SERVICE, IMPORT, LOCAL_SERVICE, MANAGED_BY, SERVICE_NAME, SLICE_MANAGED_BY, SLICE_MANAGER,
-    SOURCE_CLUSTER, TOMBOLO, derived_name, digest, is_label, is_qualified,
+    self, APPLIED, DERIVED_SERVICE, IMPORT, LOCAL_SERVICE, MANAGED_BY, SERVICE_NAME, SLICE_MANAGED_BY,
+    SLICE_MANAGER, SOURCE_CLUSTER, TOMBOLO, derived_name, digest, is_label, is_qualified,
 };
 use super::tables::dashed;
 use super::targets::ServicePort;
@@ -234,7 +234,8 @@ pub fn fronts(
             json!({ MANAGED_BY: TOMBOLO, SLICE_MANAGED_BY: SLICE_MANAGER, LOCAL_SERVICE: derived.as_str() });
         metadata.insert("labels".to_owned(), labels);
         metadata.insert("annotations".to_owned(), json!({ IMPORT: service.name.as_str() }));
-        let owner = json!([{ "apiVersion": "v1", "kind": "Service", "name": derived.as_str(), "uid": derived_uid }]);
+        let owner =
+            json!([{ "apiVersion": "v1", "kind": "Service", "name": derived.as_str(), "uid": derived_uid }]);
         metadata.insert("ownerReferences".to_owned(), owner);
         let of_family = shared.iter().filter(|address| family_of(address) == family).take(PER_SLICE);
         let endpoint =
@@ -272,7 +273,8 @@ pub fn slices(
     let mut slices = BTreeMap::new();
     for (cluster, KubernetesHosts { hosts, ports }) in &shown.endpoints {
         for (nth, family) in [IpFamily::IPv4, IpFamily::IPv6].into_iter().enumerate() {
-            let of_family = |host: &&NamedEndpoint| family_of(&host.address) == family && usable(host.address);
+            let of_family =
+                |host: &&NamedEndpoint| family_of(&host.address) == family && usable(host.address);
             // Doubled as the service grows, which half of the endpoints move for.
             let count = hosts.iter().filter(of_family).count();
             let buckets = (count / FEW_PER_SLICE).max(1).next_power_of_two();

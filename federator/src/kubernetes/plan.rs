@@ -203,10 +203,14 @@ fn import_ready(
     let without = |port: &&ServicePort| with.front.is_some_and(|front| !front.numbers.contains_key(*port));
     let ports = desired::numbered_ports(&wanted.merged);
     if let Some((protocol, port)) = ports.iter().find(without) {
-        return pending(format!("no number is left at the shared sidecars for port {port}/{protocol}: they tell 10,000 apart"));
+        return pending(format!(
+            "no number is left at the shared sidecars for port {port}/{protocol}: they tell 10,000 apart"
+        ));
     }
     if !headless && with.front.is_some_and(|front| front.addresses.is_empty()) {
-        return pending("no shared sidecar is ready: its address leads nowhere for pods without a sidecar".to_owned());
+        return pending(
+            "no shared sidecar is ready: its address leads nowhere for pods without a sidecar".to_owned(),
+        );
     }
     Some(Condition::new("Ready", true, "Ready", format!("exported by {}", clusters.join(", "))))
 }
@@ -237,7 +241,8 @@ fn plan_import_status(
 
 /// Nobody exports it: what was written for it goes.
 fn plan_removal(plan: &mut Plan, service: &ServiceKey, row: Option<&ImportRow>, tables: &Tables) {
-    for (name, slice) in tables.slices_of_import(service).into_iter().chain(tables.fronts_of_import(service)) {
+    for (name, slice) in tables.slices_of_import(service).into_iter().chain(tables.fronts_of_import(service))
+    {
         if !slice.meta.deleting {
             plan.writes.push(delete(Kind::EndpointSlice, name.to_owned(), &slice.meta));
         }

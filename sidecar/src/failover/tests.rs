@@ -32,7 +32,8 @@ fn the_active_tier_comes_first_and_what_is_down_last() {
 #[test]
 fn a_port_is_called_only_where_it_is_served() {
     let mut route = route(&[&[("east", 1)], &[("west", 1)], &[("north", 1)]], &[]);
-    let ports = [("east", vec![(Protocol::Tcp, 42)]), ("west", vec![(Protocol::Tcp, 4242), (Protocol::Udp, 42)])];
+    let ports =
+        [("east", vec![(Protocol::Tcp, 42)]), ("west", vec![(Protocol::Tcp, 4242), (Protocol::Udp, 42)])];
     route.ports = ports.into_iter().map(|(name, ports)| (cluster(name), ports)).collect();
     let order = |protocol, port| route.order_of(protocol, port, || 0);
     assert_eq!(names(&order(Protocol::Tcp, 42)), ["east", "north"], "one that says none may have any");

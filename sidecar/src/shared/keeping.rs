@@ -68,12 +68,7 @@ impl Keeper {
 
 impl Context {
     /// Runs an application's sidecar, and starts it again for as long as it is wanted.
-    pub async fn keep(
-        self,
-        keeper: Keeper,
-        mut calls: mpsc::Receiver<Call>,
-        mut block: Option<BlockReady>,
-    ) {
+    pub async fn keep(self, keeper: Keeper, mut calls: mpsc::Receiver<Call>, mut block: Option<BlockReady>) {
         let Keeper { name, drain, .. } = &keeper;
         let labels = ApplicationLabels { application: name.clone() };
         let mut pause = FIRST_PAUSE;

@@ -33,15 +33,19 @@ use tombolo_runtime::tasks::TaskGroup;
 
 use self::picture::{Account, AccountPicture, Picture, Tables};
 use self::token::AskedToken;
-use self::watching::{News, WatchTask};
 pub use self::watching::{Connect, Session};
+use self::watching::{News, WatchTask};
 use super::Source;
 use super::config::{Application, Register, SharedConfig, Start};
 use crate::config::{SidecarConfig, UpstreamConfig};
 use crate::provided::{Provided, Services};
 
-/// What comes together is taken over together; a backend that changes is followed within this and a little.
+/// What comes together is taken over together; a backend that changes is followed within this and a little. In a cluster of
+/// thousands of pods a look takes milliseconds: then within so many times as long, so that bytes have the thread for the
+/// rest.
 const SETTLE: Duration = Duration::from_millis(20);
+const SETTLE_FACTOR: u32 = 10;
+const LONGEST_SETTLE: Duration = Duration::from_millis(500);
 /// Events that wait to be taken over: more only wait where they are cheaper.
 const QUEUED: usize = 256;
 /// Directories of service accounts that are gone are looked for this often.
@@ -87,6 +91,7 @@ pub struct KubernetesSource {
     told: BTreeMap<Account, (watch::Sender<Services>, Provided)>,
     /// When the picture is to be looked at anew.
     due: Option<Instant>,
+    settle: Duration,
     /// Since when the API server has not been heard.
     away: Option<Instant>,
     /// It has not been heard for too long: callers are not told apart.
@@ -112,9 +117,20 @@ impl KubernetesSource {
         };
         tasks.spawn("Kubernetes watches", task.run());
         let tables = Tables::new(config.namespaces.len());
-        let (told, warned) = (BTreeMap::new(), BTreeSet::new());
-        let (due, away, stale, swept) = (None, None, false, None);
-        let mut source = Self { config, news, session, tables, told, due, away, stale, warned, swept, metrics };
+        let mut source = Self {
+            config,
+            news,
+            session,
+            tables,
+            told: BTreeMap::new(),
+            due: None,
+            settle: SETTLE,
+            away: None,
+            stale: false,
+            warned: BTreeSet::new(),
+            swept: None,
+            metrics,
+        };
         let first = source.configuration();
         (source, first)
     }
@@ -138,7 +154,9 @@ impl KubernetesSource {
         let changed = changed || (self.stale && self.away.is_none());
         self.metrics.reachable.set(i64::from(self.away.is_none()));
         if changed && self.tables.is_synced() {
-            self.due.get_or_insert(now + SETTLE);
+            let at = now + self.settle;
+            // What is due later, because a pod's time is over then, is looked at with it.
+            self.due = Some(self.due.map_or(at, |due| due.min(at)));
         }
     }
 
@@ -172,6 +190,7 @@ impl KubernetesSource {
         let upstreams = fronts.flat_map(|ip| picture.numbered.iter().map(move |of| upstream(ip, of)));
         let upstreams = upstreams.collect();
         let metrics = self.metrics.clone();
+        self.settle = (now.elapsed() * SETTLE_FACTOR).clamp(SETTLE, LONGEST_SETTLE);
         SharedConfig {
             applications,
             upstreams,
@@ -188,10 +207,8 @@ impl KubernetesSource {
         };
         self.told.retain(known);
         let applications = picture.accounts.iter().map(|(account, AccountPicture { sources, services })| {
-            let (told, provided) = self
-                .told
-                .entry(account.clone())
-                .or_insert_with(|| Provided::channel(Services::default()));
+            let (told, provided) =
+                self.told.entry(account.clone()).or_insert_with(|| Provided::channel(Services::default()));
             told.send_if_modified(|known| {
                 let changed = **known != *services;
                 if changed {
@@ -233,10 +250,22 @@ impl KubernetesSource {
         self.metrics.nobodys.set(gauge(*nobodys));
         self.metrics.contested.set(gauge(*contested));
         let said = [
-            (self.stale, "the API server has been away for too long: callers are not told apart any more, since addresses may be others' by now"),
-            (*nobodys > 0, "endpoints of exported services are no pods: nobody can stand for them, and they are left out"),
-            (*contested > 0, "pods of several service accounts have the same address: calls from there are refused"),
-            (*too_many > 0, "a service account's pods serve more exported services than one sidecar may: the last ones are left out"),
+            (
+                self.stale,
+                "the API server has been away for too long: callers are not told apart any more, since addresses may be others' by now",
+            ),
+            (
+                *nobodys > 0,
+                "endpoints of exported services are no pods: nobody can stand for them, and they are left out",
+            ),
+            (
+                *contested > 0,
+                "pods of several service accounts have the same address: calls from there are refused",
+            ),
+            (
+                *too_many > 0,
+                "a service account's pods serve more exported services than one sidecar may: the last ones are left out",
+            ),
         ];
         for (holds, text) in said {
             if !holds {
@@ -292,13 +321,13 @@ impl Source for KubernetesSource {
 impl Metrics {
     fn register(&self, registry: &mut prometheus_client::registry::Registry) {
         let registry = registry.sub_registry_with_prefix("kubernetes");
-        registry.register("accounts", "Service accounts whose pods call or serve here", self.accounts.clone());
-        registry.register("api_reachable", "1 while the API server is heard", self.reachable.clone());
         registry.register(
-            "watch_errors",
-            "Watches that broke or could not begin",
-            self.watch_errors.clone(),
+            "accounts",
+            "Service accounts whose pods call or serve here",
+            self.accounts.clone(),
         );
+        registry.register("api_reachable", "1 while the API server is heard", self.reachable.clone());
+        registry.register("watch_errors", "Watches that broke or could not begin", self.watch_errors.clone());
         registry.register(
             "unidentified_endpoints",
             "Endpoints of exported services that are no pod's, and are not served",

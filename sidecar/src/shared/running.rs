@@ -61,7 +61,12 @@ impl Running {
         self.context.front.know(&applications);
         self.known = applications.into_iter().map(|new| (new.name().to_owned(), new)).collect();
         self.ending.retain(|_, ending| !ending.task.is_finished());
-        let gone: Vec<String> = self.applications.iter().filter(|(name, kept)| self.is_over(name, kept)).map(|(name, _)| name.clone()).collect();
+        let gone: Vec<String> = self
+            .applications
+            .iter()
+            .filter(|(name, kept)| self.is_over(name, kept))
+            .map(|(name, _)| name.clone())
+            .collect();
         for name in gone {
             self.end_one(&name);
         }
@@ -115,9 +120,10 @@ impl Running {
 
     /// Those that only calls keep, and that have been idle for so long.
     fn idle_for(&self, least: Duration) -> Vec<(String, Duration)> {
-        let kept = self.applications.keys().filter(|name| {
-            self.known.get(*name).is_some_and(|known| known.start == Start::WhenCalled)
-        });
+        let kept = self
+            .applications
+            .keys()
+            .filter(|name| self.known.get(*name).is_some_and(|known| known.start == Start::WhenCalled));
         let idle = kept.filter_map(|name| Some((name.clone(), self.context.front.idle(name)?)));
         idle.filter(|(_, idle)| *idle >= least).collect()
     }
@@ -135,7 +141,10 @@ impl Running {
             Ok(port) => port,
             Err(reason) => {
                 if !std::mem::replace(&mut self.full, true) {
-                    tracing::error!(application = name, "{reason}: its sidecar is not started, nor those of others");
+                    tracing::error!(
+                        application = name,
+                        "{reason}: its sidecar is not started, nor those of others"
+                    );
                 }
                 return false;
             }
@@ -163,7 +172,8 @@ impl Running {
     fn room(&mut self, application: &Application) -> Result<Option<u16>, String> {
         if self.applications.len() >= MAX_APPLICATIONS {
             let longest = self.idle_for(IDLE_ENOUGH).into_iter().max_by_key(|(_, idle)| *idle);
-            let (idle, _) = longest.ok_or_else(|| format!("{MAX_APPLICATIONS} applications' sidecars run"))?;
+            let (idle, _) =
+                longest.ok_or_else(|| format!("{MAX_APPLICATIONS} applications' sidecars run"))?;
             self.end_one(&idle);
         }
         let Some(ports) = self.ports.clone().filter(|_| application.sidecar.bind.port() == 0) else {
@@ -177,8 +187,7 @@ impl Running {
 
     fn free_port(&self, mut ports: RangeInclusive<u16>) -> Option<u16> {
         let kept = self.applications.values().filter_map(|kept| kept.port);
-        let taken: HashSet<u16> =
-            kept.chain(self.ending.values().filter_map(|ending| ending.port)).collect();
+        let taken: HashSet<u16> = kept.chain(self.ending.values().filter_map(|ending| ending.port)).collect();
         ports.find(|port| !taken.contains(port))
     }
 

@@ -14,7 +14,8 @@ mod site;
 
 use site::{CART, NOBODY, OTHER, SHARED, SOON, Site, WEB};
 
-const HTTP: fn(u16) -> serde_json::Value = |port| json!([{ "name": "http", "port": port, "targetPort": 8080 }]);
+const HTTP: fn(u16) -> serde_json::Value =
+    |port| json!([{ "name": "http", "port": port, "targetPort": 8080 }]);
 
 /// Lets these service accounts of west in, and nobody else.
 fn only(account: &str) -> String {
@@ -40,7 +41,10 @@ fn leads_there_once_one_is_ready(site: &mut Site) -> Result<()> {
     site.export("east", "web")?;
     site.becomes("west's import says that its address leads nowhere", |site| {
         let (ready, message) = site.import_ready("west", "web")?;
-        ensure!(ready == "False Pending" && message.contains("no shared sidecar is ready"), "{ready} {message}");
+        ensure!(
+            ready == "False Pending" && message.contains("no shared sidecar is ready"),
+            "{ready} {message}"
+        );
         ensure!(site.led_to("west", "web", 80)?.is_empty());
         Ok(())
     })?;
@@ -67,7 +71,10 @@ fn callers_are_their_service_accounts(site: &mut Site) -> Result<()> {
         let label = format!("application=\"shop/{account}\"");
         site.shared_metric("west", SHARED[0], "application_up", &[&label])
     };
-    ensure!(up(site, "cart")? == 1.0 && up(site, "other")? == 0.0, "started by the first call, and not before");
+    ensure!(
+        up(site, "cart")? == 1.0 && up(site, "other")? == 0.0,
+        "started by the first call, and not before"
+    );
     site.mesh.apply("east", &only("cart"))?;
     site.becomes("another service account is refused by a policy for the first", |site| {
         ensure!(site.called("west", OTHER, "web", 80, 0).is_err(), "it is let in");
@@ -84,7 +91,13 @@ fn callers_are_their_service_accounts(site: &mut Site) -> Result<()> {
     site.pod("west", "meshed-0", "cart", NOBODY, json!({ "tombolo.dev/injected": "true" }))?;
     std::thread::sleep(Duration::from_millis(500));
     ensure!(site.called("west", NOBODY, "web", 80, 0).is_err(), "a pod with a sidecar was stood for");
-    site.kill_pod("west", "meshed-0")
+    site.kill_pod("west", "meshed-0")?;
+    // Pods that are being deleted, with their grace period: nothing that follows waits for them.
+    for cluster in ["east", "west"] {
+        site.pod_at(cluster, ("ending-0", "other"), "10.202.0.1", json!({}))?;
+        site.plane(cluster).api.delete(&Object::new("v1", "Pod", "shop", "ending-0"))?;
+    }
+    Ok(())
 }
 
 /// From an export to the first answer at the derived `Service`'s address.
@@ -98,14 +111,23 @@ fn exports_are_answered_soon(site: &mut Site) -> Result<()> {
         let start = Instant::now();
         site.export("east", &name)?;
         while site.called("west", CART, &name, 80, 0).is_err() {
-            ensure!(start.elapsed() < SOON, "{name} is not answered: {:?}", site.called("west", CART, &name, 80, 0));
+            ensure!(
+                start.elapsed() < SOON,
+                "{name} is not answered: {:?}",
+                site.called("west", CART, &name, 80, 0)
+            );
             std::thread::sleep(Duration::from_millis(10));
         }
         times.push(start.elapsed());
     }
     times.sort_unstable();
     let at = |share: usize| times[(times.len() * share / 100).min(times.len() - 1)];
-    println!("FIGURE export -> first answer by the derived Service: p50 {:?}, p99 {:?} of {}", at(50), at(99), times.len());
+    println!(
+        "FIGURE export -> first answer by the derived Service: p50 {:?}, p99 {:?} of {}",
+        at(50),
+        at(99),
+        times.len()
+    );
     ensure!(at(99) <= Duration::from_secs(2), "p99 {:?}", at(99));
     Ok(())
 }
@@ -149,8 +171,12 @@ fn ports_lead_only_where_they_are_exposed(site: &mut Site) -> Result<()> {
         site.export(name, "ports")?;
         std::thread::sleep(Duration::from_millis(1100));
     }
-    for (cluster, exposer, port) in [("west", "east", 42), ("west", "west", 4242), ("east", "east", 42), ("east", "west", 4242)] {
-        site.becomes(&format!("{cluster} is answered on {exposer}'s port"), |site| site.called(cluster, CART, "ports", port, 0).map(drop))?;
+    for (cluster, exposer, port) in
+        [("west", "east", 42), ("west", "west", 4242), ("east", "east", 42), ("east", "west", 4242)]
+    {
+        site.becomes(&format!("{cluster} is answered on {exposer}'s port"), |site| {
+            site.called(cluster, CART, "ports", port, 0).map(drop)
+        })?;
         for _ in 0..10 {
             let answer = site.called(cluster, CART, "ports", port, 0)?;
             ensure!(answer.contains(&format!("web of {exposer}")), "{cluster} {port}: {answer}");
@@ -237,7 +263,9 @@ fn an_address_is_whose_it_is_now(site: &mut Site) -> Result<()> {
     ensure!(site.called("west", CART, "web", 80, 0).is_err(), "the new pod calls as the old one");
     site.kill_pod("west", "thief-0")?;
     site.pod("west", "cart-1", "cart", CART, json!({}))?;
-    site.becomes("the old service account calls again", |site| site.called("west", CART, "web", 80, 0).map(drop))?;
+    site.becomes("the old service account calls again", |site| {
+        site.called("west", CART, "web", 80, 0).map(drop)
+    })?;
     Ok(())
 }
 
@@ -273,14 +301,21 @@ fn what_pods_and_applications_cost(site: &mut Site) -> Result<()> {
     }
     site.becomes("every service account that serves has its sidecar", |site| {
         let metrics = site.mesh.metrics("east", SHARED[0])?;
-        let up = metrics.lines().filter(|line| line.contains("application_up{application=\"shop/many-") && line.ends_with(" 1"));
+        let up = metrics
+            .lines()
+            .filter(|line| line.contains("application_up{application=\"shop/many-") && line.ends_with(" 1"));
         let up = u32::try_from(up.count())?;
         ensure!(up == accounts, "{up} of {accounts}");
         Ok(())
     })?;
     let kib = |bytes: u64, before: u64, count: u32| bytes.saturating_sub(before) / 1024 / u64::from(count);
     let after = rss(site)?;
-    println!("FIGURE shared sidecar (debug): {} MiB, {} KiB per pod, {} KiB per application", after >> 20, kib(crowd, before, pods), kib(after, crowd, accounts));
+    println!(
+        "FIGURE shared sidecar (debug): {} MiB, {} KiB per pod, {} KiB per application",
+        after >> 20,
+        kib(crowd, before, pods),
+        kib(after, crowd, accounts)
+    );
     ensure!(kib(after, crowd, accounts) < 2048, "an application costs {} KiB", kib(after, crowd, accounts));
     Ok(())
 }

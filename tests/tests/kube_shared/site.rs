@@ -69,11 +69,13 @@ impl Site {
         let federator = self.at(cluster, 1, 7443)?.to_string();
         let token = self.mesh.path(&format!("{cluster}/pods.token"));
         std::fs::write(&token, self.mesh.operate(cluster, &["token", "pods", "--federator", &federator])?)?;
-        let (token, state) = (token.display().to_string(), self.mesh.state(cluster, &name).display().to_string());
+        let (token, state) =
+            (token.display().to_string(), self.mesh.state(cluster, &name).display().to_string());
         let (ip, admin) = (self.ip(cluster, host)?.to_string(), self.at(cluster, host, 7445)?.to_string());
         let args = ["sidecar", "shared", "--kubernetes", &kubeconfig, "--trust-domain", "acme.example"];
         let args = [&args[..], &["--address", &ip, "--front", &ip, "--name", &name]].concat();
-        let args = [&args[..], &["--join-token-file", &token, "--state-dir", &state, "--admin", &admin]].concat();
+        let args =
+            [&args[..], &["--join-token-file", &token, "--state-dir", &state, "--admin", &admin]].concat();
         let spec = self.mesh.spec(cluster, &name, &args)?;
         self.mesh.spawn(&format!("{cluster}/{name}"), spec)?;
         self.mesh.ready(cluster, host, &name)
@@ -81,7 +83,11 @@ impl Site {
 
     /// These replicas are ready, as Kubernetes would have it by their readiness.
     pub fn replicas(&self, cluster: &str, hosts: &[u8]) -> Result<()> {
-        let endpoint = |host: &u8| Ok(json!({ "addresses": [self.ip(cluster, *host)?.to_string()], "conditions": { "ready": true } }));
+        let endpoint = |host: &u8| {
+            Ok(
+                json!({ "addresses": [self.ip(cluster, *host)?.to_string()], "conditions": { "ready": true } }),
+            )
+        };
         let endpoints = hosts.iter().map(endpoint).collect::<Result<Vec<_>>>()?;
         let metadata = json!({
             "name": "tombolo-shared-1", "namespace": SYSTEM,
@@ -101,13 +107,7 @@ impl Site {
     }
 
     /// The same with an address that nobody has.
-    pub fn pod_at(
-        &self,
-        cluster: &str,
-        (name, account): (&str, &str),
-        ip: &str,
-        more: Value,
-    ) -> Result<()> {
+    pub fn pod_at(&self, cluster: &str, (name, account): (&str, &str), ip: &str, more: Value) -> Result<()> {
         let api = &self.plane(cluster).api;
         let mut metadata = json!({ "name": name, "namespace": SHOP, "labels": { "app": account } });
         for (key, value) in more.as_object().into_iter().flatten() {
@@ -175,7 +175,10 @@ impl Site {
             if slice["metadata"]["labels"]["kubernetes.io/service-name"] != derived {
                 continue;
             }
-            let named = |p: &&Value| p["name"].as_str().unwrap_or("") == wanted["name"].as_str().unwrap_or("") && p["protocol"] == wanted["protocol"];
+            let named = |p: &&Value| {
+                p["name"].as_str().unwrap_or("") == wanted["name"].as_str().unwrap_or("")
+                    && p["protocol"] == wanted["protocol"]
+            };
             let number = slice["ports"].as_array().into_iter().flatten().find(named);
             let Some(number) = number.and_then(|p| p["port"].as_u64()) else { continue };
             ensure!(wanted["targetPort"] == number, "{wanted} {slice}");

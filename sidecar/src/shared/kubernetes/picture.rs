@@ -194,12 +194,14 @@ impl Tables {
                     }
                     let of_account = found.entry(&pod.account).or_default();
                     for (nth, port) in row.ports.iter().enumerate() {
-                        let target = slice.ports.iter().find(|(name, protocol, _)| {
-                            *name == port.name && *protocol == port.protocol
-                        });
+                        let target = slice
+                            .ports
+                            .iter()
+                            .find(|(name, protocol, _)| *name == port.name && *protocol == port.protocol);
                         let Some((_, _, target)) = target else { continue };
                         let backend = Backend { at: (endpoint.address, *target), ready: endpoint.ready };
-                        let known = of_account.entry(nth).or_default().entry(&endpoint.pod).or_insert(backend);
+                        let known =
+                            of_account.entry(nth).or_default().entry(&endpoint.pod).or_insert(backend);
                         if endpoint.address.is_ipv6() == v6 {
                             *known = backend;
                         }

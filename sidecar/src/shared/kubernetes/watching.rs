@@ -8,9 +8,9 @@ use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::StreamExt;
 use futures::future::BoxFuture;
 use futures::stream::{BoxStream, SelectAll};
-use futures::StreamExt;
 use kube::core::{ApiResource, DynamicObject, GroupVersionKind};
 use kube::runtime::WatchStreamExt;
 use kube::runtime::watcher::{self, Event, watcher};
@@ -92,14 +92,20 @@ impl WatchTask {
                         Ok(never) => match never {},
                         Err(End::Unheard) => return,
                         Err(End::Unauthenticated) => {
-                            tracing::warn!("the API server does not know this shared sidecar: it is asked anew with the credentials as they are now");
+                            tracing::warn!(
+                                "the API server does not know this shared sidecar: it is asked anew with the credentials as they are now"
+                            );
                         }
                     }
                 }
                 Err(error) => {
                     self.errors.inc();
                     if error != said {
-                        tracing::warn!(error, "Kubernetes can't be used now; tried again every {} s", AGAIN.as_secs());
+                        tracing::warn!(
+                            error,
+                            "Kubernetes can't be used now; tried again every {} s",
+                            AGAIN.as_secs()
+                        );
                         said = error;
                     }
                 }

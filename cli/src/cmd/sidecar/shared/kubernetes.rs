@@ -36,7 +36,13 @@ pub struct KubernetesArgs {
     #[arg(long, env = "TOMBOLO_KUBERNETES", value_name = "in-cluster|FILE", help_heading = "Kubernetes")]
     kubernetes: Option<String>,
     /// Namespaces whose pods call and serve here, and whose derived Services are answered [default: all]
-    #[arg(long, env = "TOMBOLO_NAMESPACES", value_delimiter = ',', value_name = "NAMESPACE", help_heading = "Kubernetes")]
+    #[arg(
+        long,
+        env = "TOMBOLO_NAMESPACES",
+        value_delimiter = ',',
+        value_name = "NAMESPACE",
+        help_heading = "Kubernetes"
+    )]
     namespaces: Vec<String>,
     /// The federation's, as the federator has it: tokens of service accounts are for its audience
     #[arg(long, env = "TOMBOLO_TRUST_DOMAIN", value_name = "DOMAIN", help_heading = "Kubernetes")]
@@ -51,7 +57,13 @@ pub struct KubernetesArgs {
     #[arg(long, env = "TOMBOLO_OVERLAY_PORTS", value_name = "FIRST-LAST", help_heading = "Kubernetes")]
     overlay_ports: Option<String>,
     /// Where pods call, at the numbers of derived Services (TCP 20000-29999); may be repeated [default: every address]
-    #[arg(long, env = "TOMBOLO_FRONT", value_delimiter = ',', value_name = "IP", help_heading = "Kubernetes")]
+    #[arg(
+        long,
+        env = "TOMBOLO_FRONT",
+        value_delimiter = ',',
+        value_name = "IP",
+        help_heading = "Kubernetes"
+    )]
     front: Vec<IpAddr>,
     /// A directory per service account with its identity and last configuration [default: <state directory>/sidecar/shared]
     #[arg(long, env = "TOMBOLO_STATE_DIR", value_name = "DIR", help_heading = "Kubernetes")]
@@ -128,7 +140,9 @@ impl KubernetesArgs {
         };
         let holder = match name.or_else(|| settings::environment("HOSTNAME")) {
             Some(name) => name,
-            None => std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default().trim().to_owned(),
+            None => {
+                std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default().trim().to_owned()
+            }
         };
         let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '_');
         if holder.is_empty() || holder.len() > 253 || !holder.chars().all(plain) {
@@ -185,7 +199,8 @@ fn every_address() -> IpAddr {
 }
 
 fn ports(text: &str) -> Result<RangeInclusive<u16>, Failure> {
-    let parsed = text.split_once('-').and_then(|(first, last)| Some(first.parse().ok()?..=last.parse().ok()?));
+    let parsed =
+        text.split_once('-').and_then(|(first, last)| Some(first.parse().ok()?..=last.parse().ok()?));
     parsed.filter(|ports: &RangeInclusive<u16>| !ports.is_empty() && *ports.start() > 0).ok_or_else(|| {
         Failure::usage(format_args!("--overlay-ports {text:?} is not FIRST-LAST"))
             .remedy("give it as 10000-10999: one for each service account whose pods call or serve")

@@ -91,7 +91,8 @@ pub(super) async fn ask(
 ) -> Result<(KeyAndCsr, v1::JoinWorkloadResponse), JoinError> {
     let (token, holder) = match service_account {
         ServiceAccountToken::File(file) => {
-            let bytes = Zeroizing::new(files::read(file, MAX_SERVICE_ACCOUNT_TOKEN).map_err(MemberError::from)?);
+            let bytes =
+                Zeroizing::new(files::read(file, MAX_SERVICE_ACCOUNT_TOKEN).map_err(MemberError::from)?);
             (Zeroizing::new(String::from_utf8_lossy(&bytes).trim().to_owned()), "")
         }
         ServiceAccountToken::Asked { source, holder } => {

@@ -20,7 +20,9 @@ fn a_derived_service_leads_to_the_shared_sidecars_that_are_ready() {
     let addresses = |server: &Server| {
         let slices = server.tables.fronts_of_import(&web());
         let row = slices.get(format!("{}-ipv4", derived_name(&web())).as_str()).copied().cloned();
-        row.map(|row| (row.ready.iter().map(|e| e.address.to_string()).collect::<Vec<_>>(), row.ports[0].port))
+        row.map(|row| {
+            (row.ready.iter().map(|e| e.address.to_string()).collect::<Vec<_>>(), row.ports[0].port)
+        })
     };
     let expected = vec!["10.1.0.30".to_owned(), "10.1.0.31".to_owned()];
     assert_eq!(addresses(&server), Some((expected, 20_007)), "of the family of its address");
@@ -29,7 +31,8 @@ fn a_derived_service_leads_to_the_shared_sidecars_that_are_ready() {
     let written = server.settle_with(&wanted, front(&none));
     assert_eq!(written, ["apply EndpointSlice", "status ServiceImport"]);
     assert_eq!(addresses(&server), Some((vec![], 20_007)));
-    let condition = |server: &Server| server.tables.import_row(&web()).unwrap().status["conditions"][0].clone();
+    let condition =
+        |server: &Server| server.tables.import_row(&web()).unwrap().status["conditions"][0].clone();
     assert_eq!(condition(&server)["status"], "False");
     assert!(condition(&server)["message"].as_str().unwrap().contains("no shared sidecar is ready"));
     // Neither do slices outlive the service, nor the flag.

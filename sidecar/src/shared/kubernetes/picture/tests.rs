@@ -85,7 +85,8 @@ fn a_slice_leads_nowhere_but_to_the_pods_that_it_names() {
     let mut tables = exported();
     let ports = json!([{ "name": "http", "port": 8080, "protocol": "TCP" }]);
     // The cloud's credentials, another pod's address, a pod that is not there.
-    let forged = [("169.254.169.254", "web-0", true), ("10.0.0.2", "web-0", true), ("10.0.0.9", "web-9", true)];
+    let forged =
+        [("169.254.169.254", "web-0", true), ("10.0.0.2", "web-0", true), ("10.0.0.9", "web-9", true)];
     put(&mut tables, Kind::EndpointSlice, slice("web", &forged, ports));
     let picture = tables.picture(0, false);
     assert_eq!((served(&picture, "web"), picture.nobodys), (vec![], 3));
@@ -136,7 +137,8 @@ fn of_two_families_one_is_called_and_a_port_by_its_name() {
     put(&mut tables, Kind::Pod, pod("web-0", "web", &["10.0.0.1", "fd00::1"]));
     let ports = json!([{ "name": "a", "port": 1, "protocol": "TCP" }, { "name": "b", "port": 1, "protocol": "UDP" }, { "name": "c", "port": 2, "protocol": "SCTP" }]);
     put(&mut tables, Kind::Service, service("web", ports));
-    let numbers = json!([{ "name": "b", "port": 9, "protocol": "UDP" }, { "name": "a", "port": 8, "protocol": "TCP" }]);
+    let numbers =
+        json!([{ "name": "b", "port": 9, "protocol": "UDP" }, { "name": "a", "port": 8, "protocol": "TCP" }]);
     let mut v6 = slice("web", &[("fd00::1", "web-0", true)], numbers.clone());
     v6["metadata"]["name"] = "web-2".into();
     put(&mut tables, Kind::EndpointSlice, v6);
