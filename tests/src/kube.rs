@@ -5,6 +5,7 @@
 //! ends with it; [`ControlPlane::stop`] ends it in order, because an API server whose etcd went first hangs.
 
 mod api;
+mod tools;
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -15,6 +16,7 @@ use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
 use serde_json::{Value, json};
 
 pub use api::{Api, Object, condition, documents};
+pub use tools::{Tools, require_tools};
 
 use crate::capability::skipped;
 use crate::mesh::Mesh;
@@ -114,16 +116,20 @@ impl ControlPlane {
         self.federate_with(mesh, &[])
     }
 
-    /// The same, with more flags.
+    /// Starts its federator as the service account that is there, with more flags.
+    pub fn federate_as(&self, mesh: &mut Mesh, more: &[&str]) -> Result<()> {
+        let kubeconfig = text(&self.kubeconfig_of(ACCOUNT)?);
+        let flags = [&["--kubernetes", &kubeconfig, "--kubernetes-services"][..], more].concat();
+        mesh.federator_with(&self.cluster, &flags)
+    }
+
+    /// Prepares the cluster as [`Self::federate`] does, and starts its federator with more flags.
     pub fn federate_with(&self, mesh: &mut Mesh, more: &[&str]) -> Result<()> {
-        let cluster = self.cluster.clone();
         self.install_crds(mesh)?;
         for document in documents(RBAC)? {
             self.api.apply(&document)?;
         }
-        let kubeconfig = text(&self.kubeconfig_of(ACCOUNT)?);
-        let flags = [&["--kubernetes", &kubeconfig, "--kubernetes-services"][..], more].concat();
-        mesh.federator_with(&cluster, &flags)
+        self.federate_as(mesh, more)
     }
 
     /// A kubeconfig with a token of one of the product's service accounts, and nothing else.

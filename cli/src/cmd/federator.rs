@@ -18,6 +18,9 @@ use tombolo_runtime::dirs::Dirs;
 use tombolo_runtime::tasks::TaskGroup;
 use tombolo_runtime::{admin, settings, signals};
 
+mod advertise;
+mod pods;
+
 use super::names;
 use super::role::{self, layered};
 use crate::failure::{Exit, Failure};
@@ -56,9 +59,10 @@ struct Settings {
     /// Overlay socket [default: 0.0.0.0:7443]
     #[arg(long, env = "TOMBOLO_LISTEN", value_name = "ADDRESS:PORT/udp")]
     listen: Option<SocketAddr>,
-    /// Where this cluster's gateways and sidecars reach it [default: --listen, or this machine's address]
+    /// Where this cluster's gateways and sidecars reach it; a name is resolved when it starts [default: --listen, or this
+    /// machine's address]
     #[arg(long, env = "TOMBOLO_ADVERTISE", value_name = "ADDRESS:PORT")]
-    advertise: Option<SocketAddr>,
+    advertise: Option<String>,
     /// A `ClusterProperty` of this cluster, which policies may match; may be repeated
     #[arg(long = "property", env = "TOMBOLO_PROPERTIES", value_delimiter = ',', value_name = "NAME=VALUE")]
     properties: Option<Vec<String>>,
@@ -123,6 +127,13 @@ struct Settings {
     /// Namespace of the Lease by which federators agree on who writes [default: the pod's, else tombolo-system]
     #[arg(long, env = "TOMBOLO_KUBERNETES_NAMESPACE", value_name = "NAMESPACE")]
     kubernetes_namespace: Option<String>,
+    /// Let pods of this service account be gateways, by the name of the pod: `tombolo gateway --service-account-token`
+    #[arg(long, env = "TOMBOLO_KUBERNETES_GATEWAYS", value_name = "NAMESPACE/SERVICEACCOUNT")]
+    kubernetes_gateways: Option<String>,
+    /// Write what joiners in the cluster need to know (pods.token with this address of the federator, bundle.pem) into the
+    /// ConfigMap tombolo-trust-bundle of --kubernetes-namespace
+    #[arg(long, env = "TOMBOLO_KUBERNETES_PUBLISH", value_name = "HOST:PORT")]
+    kubernetes_publish: Option<String>,
     /// Service of the shared sidecars (`tombolo sidecar shared --kubernetes`): imports' derived Services lead there, so that
     /// pods without a sidecar can call them. Off unless given
     #[arg(long, env = "TOMBOLO_KUBERNETES_SHARED", value_name = "NAMESPACE/NAME")]
@@ -159,6 +170,8 @@ layered!(Settings {
     kubernetes,
     kubernetes_services,
     kubernetes_namespace,
+    kubernetes_gateways,
+    kubernetes_publish,
     kubernetes_shared,
     bundle_client_roots,
     virtual_ranges,
@@ -172,10 +185,14 @@ pub fn run(args: FederatorArgs, socket: Option<PathBuf>) -> Result<Exit, Failure
     let FederatorArgs { settings, config } = args;
     let mut settings = settings.over(role::file(config.as_deref())?);
     role::logging(settings.log_format.take(), settings.log_level.take())?;
-    let config = settings.config(socket)?;
+    let advertise = settings.advertise.take().map(|text| advertise::parse(&text)).transpose()?;
+    let mut config = settings.config(socket)?;
     role::run("federator", async move {
         let tasks = TaskGroup::new();
         let drain = signals::process_drain(&tasks)?;
+        if let Some(advertise) = advertise {
+            config.advertise = Some(advertise::resolve(advertise).await.map_err(|e| e.to_string())?);
+        }
         let bound = Federator::build(config).await?;
         Ok::<_, Box<dyn std::error::Error>>(bound.run(drain).await?)
     })
@@ -188,7 +205,7 @@ impl Settings {
             trust_dir,
             state_dir,
             listen,
-            advertise,
+            advertise: _,
             properties,
             audit_entries,
             audit_days,
@@ -199,6 +216,8 @@ impl Settings {
             kubernetes,
             kubernetes_services,
             kubernetes_namespace,
+            kubernetes_gateways,
+            kubernetes_publish,
             kubernetes_shared,
             bundle_client_roots,
             virtual_ranges,
@@ -210,10 +229,6 @@ impl Settings {
         let name = role::required(cluster, "--cluster", "east")?;
         let cluster: ClusterName =
             name.parse().map_err(|e| Failure::usage(format_args!("--cluster: {e}")))?;
-        if advertise.is_some_and(|address| address.ip().is_unspecified() || address.port() == 0) {
-            return Err(Failure::usage("--advertise: 0.0.0.0 and port 0 reach nobody")
-                .remedy("give the address that gateways and sidecars can send to"));
-        }
         let kept = Retention::default();
         let audit = Retention {
             entries: audit_entries.unwrap_or(kept.entries),
@@ -233,6 +248,12 @@ impl Settings {
             (None, Err(failure)) => Err(Failure::new(failure)),
         };
         let kubernetes = kubernetes.map(|place| api_server(&place)).transpose()?;
+        let pods = pods::config(
+            kubernetes.as_ref(),
+            kubernetes_gateways,
+            kubernetes_publish,
+            kubernetes_namespace.as_ref(),
+        )?;
         let wanted = kubernetes_services.unwrap_or(false);
         let kubernetes_services =
             services(kubernetes.as_ref(), wanted, kubernetes_namespace, kubernetes_shared)?;
@@ -242,7 +263,7 @@ impl Settings {
             socket: place(socket, &|dirs| dirs.admin_socket(&name))?,
             cluster,
             listen: listen.unwrap_or(DEFAULT_LISTEN),
-            advertise,
+            advertise: None,
             admin: admin.unwrap_or(admin::DEFAULT_ADDRESS),
             audit,
             properties: properties
@@ -253,6 +274,7 @@ impl Settings {
             bundle_endpoint: endpoint(bundle_endpoint, bundle_endpoint_certificate, bundle_endpoint_key)?,
             kubernetes,
             kubernetes_services,
+            pods,
             web_roots: WebRoots::new(bundle_client_roots),
             virtual_ranges: ranges(virtual_ranges)?,
             names: names::config(dns_listen, dns_upstreams)?,
@@ -295,19 +317,14 @@ fn services(
         return Err(Failure::usage("--kubernetes-services: there is no --kubernetes")
             .remedy("give --kubernetes in-cluster, or --kubernetes with a kubeconfig"));
     };
-    // Kubernetes writes it beside the token.
-    let own = |access: &KubernetesAccess| match access {
-        KubernetesAccess::InCluster { dir, .. } => std::fs::read_to_string(dir.join("namespace")).ok(),
-        KubernetesAccess::Kubeconfig(_) => None,
-    };
-    let namespace = namespace.or_else(|| own(&access)).unwrap_or_else(|| "tombolo-system".to_owned());
-    let parsed: Result<Namespace, _> = namespace.trim().parse();
-    let namespace =
-        parsed.map_err(|error| Failure::usage(format_args!("--kubernetes-namespace: {error}")))?.to_string();
     let shared = shared.map(|text| {
         text.parse().map_err(|error| Failure::usage(format_args!("--kubernetes-shared {text:?}: {error}")))
     });
-    Ok(Some(KubernetesConfig { access, namespace, shared: shared.transpose()? }))
+    Ok(Some(KubernetesConfig {
+        namespace: pods::own_namespace(&access, namespace)?,
+        shared: shared.transpose()?,
+        access,
+    }))
 }
 
 /// One per family.

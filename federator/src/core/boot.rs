@@ -125,6 +125,7 @@ impl Core {
         Ok(Self {
             audit,
             addresses,
+            gateways: None,
             addresses_stale: true,
             announcements: Announcements::default(),
             in_use: facts.handles.values().map(|record| record.handle).collect(),
