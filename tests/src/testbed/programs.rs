@@ -44,6 +44,11 @@ impl Programs {
         })
     }
 
+    /// `tombolo-testbed` itself.
+    pub fn testbed(&self) -> &std::path::Path {
+        &self.testbed
+    }
+
     /// `None` after listing `test` as skipped.
     pub fn require(test: &str) -> Option<Self> {
         Self::find().inspect_err(|error| skipped(test, &format!("{error:#}"))).ok()

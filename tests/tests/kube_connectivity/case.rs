@@ -88,6 +88,24 @@ impl<'a> Case<'a> {
         at.api.create(&json!({ "apiVersion": MCS, "kind": "ServiceExport", "metadata": metadata })).map(drop)
     }
 
+    /// In both clusters, east's the older one.
+    pub fn export_both(&self) -> Result<()> {
+        self.export(self.east)?;
+        self.imported(self.west)?;
+        // Creation times have whole seconds.
+        std::thread::sleep(Duration::from_millis(1100));
+        self.export(self.west)?;
+        let import = Object::new(MCS, "ServiceImport", &self.namespace, "hello");
+        for cluster in self.both() {
+            cluster.api.until(&import, SOON, |found| {
+                let clusters = found.context("there is no import")?["status"]["clusters"].clone();
+                ensure!(clusters.as_array().is_some_and(|clusters| clusters.len() == 2), "{clusters}");
+                Ok(())
+            })?;
+        }
+        Ok(())
+    }
+
     /// The import, once it is one that callers can use.
     pub fn imported(&self, at: &Cluster) -> Result<Value> {
         let import = Object::new(MCS, "ServiceImport", &self.namespace, "hello");

@@ -2,13 +2,14 @@
 //! between two clusters that have Tombolo by `tombolo install`.
 
 mod case;
+mod connections;
 mod names;
 
 use std::net::SocketAddr;
 use std::time::Instant;
 
 use anyhow::{Result, bail};
-use case::{Case, Check};
+use case::Case;
 use serde_json::json;
 use tombolo_tests::capability::require_netns;
 use tombolo_tests::testbed::{Dns, Layout, NAMESPACE, Programs, Testbed};
@@ -33,7 +34,7 @@ fn names_and_connections_between_clusters_are_as_mcs_has_them() -> Result<()> {
     let begun = Instant::now();
     let bed = Testbed::start(programs, &Layout::default())?;
     println!("two clusters are ready after {:?}", begun.elapsed());
-    bed.install(&["federator.dns=true"])?;
+    bed.install(&["federator.dns=true", "shared.enabled=true"])?;
     bed.linked()?;
     println!("Tombolo is installed and linked after {:?}", begun.elapsed());
     for (cluster, peer) in [("east", "west"), ("west", "east")] {
@@ -45,12 +46,13 @@ fn names_and_connections_between_clusters_are_as_mcs_has_them() -> Result<()> {
     }
     let mut failed = Vec::new();
     let mut number = 0;
-    for way in ["coredns", "stub"] {
+    for (way, cases) in
+        [("coredns", [names::CASES, connections::CASES].concat()), ("stub", names::of_the_federator())]
+    {
         resolvers(&bed, way)?;
-        for (name, check) in names::CASES {
+        for (name, check) in cases {
             let (start, name) = (Instant::now(), format!("{way}: {name}"));
             number += 1;
-            let check: &Check = check;
             match Case::begin(&bed, &format!("mcs-conformance-{number}")).and_then(|case| check(&case)) {
                 Ok(()) => println!("ok   {name} ({:?})", start.elapsed()),
                 Err(error) => {

@@ -1,6 +1,7 @@
 //! The testbed itself: what tests of others take for granted about pods, Services, DNS, probes, tokens and exec. Two
 //! clusters of two nodes; one case after the other, each in a namespace of its own.
 
+mod command;
 mod life;
 mod network;
 
