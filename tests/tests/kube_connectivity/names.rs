@@ -15,8 +15,8 @@ pub const CASES: &[(&str, Check)] = &[
     ("nothing answers for a cluster's part of a service, nor for what is not exported", no_more_than_that),
 ];
 
-/// Those that the federator's own name server answers for: it does not know pods of other clusters, and for a service it
-/// has the mesh's virtual address beside the import's.
+/// Those that hold with the federator's own name server: it does not know the pods of Kubernetes' headless services, and
+/// gives a service the mesh's virtual address, which is not the import's.
 pub fn of_the_federator() -> Vec<(&'static str, Check)> {
     let known =
         |(name, _): &&(&str, Check)| !["22", "25", "26", "27"].iter().any(|number| name.starts_with(number));
