@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
+use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
 use serde_json::{Value, json};
 
 pub use api::{Api, Object, condition, documents};
@@ -24,7 +24,7 @@ use crate::process::ProcessSpec;
 
 /// As `setup.sh` builds it; the last number counts changes of what is built with it.
 const VERSION: &str = "1.37.2-1";
-const ADMIN_TOKEN: &str = "the.admins.token";
+pub(crate) const ADMIN_TOKEN: &str = "the.admins.token";
 const NAMESPACE: &str = "tombolo-system";
 const ACCOUNT: &str = "tombolo-federator";
 /// An API server on a busy machine.
@@ -33,7 +33,7 @@ const RBAC: &str = include_str!("../../deploy/kubernetes/rbac.yaml");
 
 /// The programs.
 #[derive(Clone, Debug)]
-pub struct Binaries(PathBuf);
+pub struct Binaries(pub(crate) PathBuf);
 
 /// `None` after listing `test` as skipped where they have not been built.
 pub fn require_control_plane(test: &str) -> Option<Binaries> {
@@ -73,7 +73,7 @@ impl ControlPlane {
             let cluster = mesh.cluster(cluster)?;
             (cluster.address(2, 6443), cluster.address(2, 2379))
         };
-        secrets(&dir, address)?;
+        secrets(&dir, &[address.ip().to_string()])?;
         let kubeconfig = dir.join("admin.kubeconfig");
         std::fs::write(&kubeconfig, self::kubeconfig(&dir, address, ADMIN_TOKEN)?)?;
         spawn_etcd(bin, mesh, cluster, &dir, etcd)?;
@@ -256,14 +256,17 @@ fn spawn_api_server(
 }
 
 /// CA, server certificate, signing key of tokens, the administrator's token, and what is logged of whom.
-fn secrets(dir: &Path, address: SocketAddr) -> Result<()> {
+pub(crate) fn secrets(dir: &Path, names: &[String]) -> Result<()> {
     let ca_key = KeyPair::generate()?;
     let mut params = CertificateParams::default();
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     let ca = params.self_signed(&ca_key)?;
     let issuer = Issuer::from_params(&params, &ca_key);
     let key = KeyPair::generate()?;
-    let server = CertificateParams::new(vec![address.ip().to_string()])?.signed_by(&key, &issuer)?;
+    let mut server = CertificateParams::new(names)?;
+    // OpenSSL takes a leaf with its issuer's name for a self-signed one.
+    server.distinguished_name.push(DnType::CommonName, "kube-apiserver");
+    let server = server.signed_by(&key, &issuer)?;
     let tokens = KeyPair::generate()?;
     let user = format!("system:serviceaccount:{NAMESPACE}:{ACCOUNT}");
     // Watches are logged when they begin, everything else when it has ended.
@@ -289,7 +292,7 @@ fn secrets(dir: &Path, address: SocketAddr) -> Result<()> {
     Ok(())
 }
 
-fn kubeconfig(dir: &Path, address: SocketAddr, token: &str) -> Result<String> {
+pub(crate) fn kubeconfig(dir: &Path, address: SocketAddr, token: &str) -> Result<String> {
     let config = json!({
         "apiVersion": "v1", "kind": "Config", "current-context": "here",
         "contexts": [{ "name": "here", "context": { "cluster": "here", "user": "here" } }],
