@@ -72,17 +72,17 @@ use crate::service::names::Names;
 use crate::service::renewal::RenewalService;
 use crate::service::workload::WorkloadService;
 use crate::snapshot::rings::Rings;
-use crate::store::redb::RedbStore;
-use crate::store::{Store, StoreError};
+use crate::store::StoreError;
+use crate::store::etcd::OpenError;
+use crate::store::etcd::{EtcdConfig, EtcdStore};
 use crate::token_review::access::{AccessError, KubernetesAccess};
 use crate::token_review::api::ApiReviewer;
 use crate::token_review::{NoReviewer, TokenReviewer};
-use crate::wiring;
+use crate::{opening, wiring};
 
 /// Where the overlay listens unless told otherwise (design section 3).
 pub const DEFAULT_LISTEN: SocketAddr =
     SocketAddr::V4(std::net::SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 7443));
-const STORE: &str = "store.redb";
 /// Half of the registry's patience for reports would be too coarse; a quarter second is a hundredth of a core.
 const TICK: Duration = Duration::from_millis(250);
 /// Every cluster's members and its peers' federators; each connection is 40 KB.
@@ -95,6 +95,10 @@ pub struct FederatorConfig {
     pub cluster: ClusterName,
     pub trust_dir: PathBuf,
     pub state_dir: PathBuf,
+    /// `None`: a file in the state directory.
+    pub etcd: Option<EtcdConfig>,
+    /// Begin an empty store in etcd with what that file holds.
+    pub etcd_import: bool,
     pub listen: SocketAddr,
     /// Where members of the cluster reach the overlay socket; found by itself where `listen` names an address.
     pub advertise: Option<SocketAddr>,
@@ -130,6 +134,13 @@ pub enum BuildError {
     #[error(transparent)]
     Store(#[from] StoreError),
     #[error(transparent)]
+    Etcd(#[from] OpenError),
+    #[error(
+        "{file} holds this cluster's store, and etcd is empty: begin there with what it holds by --etcd-import, or move it away",
+        file = file.display()
+    )]
+    TwoStores { file: PathBuf },
+    #[error(transparent)]
     Boot(#[from] BootError),
     #[error(transparent)]
     Core(#[from] CoreError),
@@ -164,6 +175,8 @@ pub enum RunError {
     Admin(#[from] AdminError),
     #[error("names can't be served: {0}")]
     Names(io::Error),
+    #[error("{owner} has taken over this cluster: start this federator again, and it stands by")]
+    Replaced { owner: String },
 }
 
 /// Builds federators.
@@ -173,6 +186,8 @@ pub struct Federator;
 /// A federator whose addresses are bound and known.
 pub struct Bound {
     core: CoreHandle,
+    /// Where others stand by for it.
+    etcd: Option<Arc<EtcdStore>>,
     overlay: Overlay,
     svid: SvidHandle,
     enforcer: Enforcer,
@@ -201,6 +216,8 @@ impl Federator {
             cluster,
             trust_dir,
             state_dir,
+            etcd,
+            etcd_import,
             listen,
             advertise,
             admin,
@@ -224,7 +241,7 @@ impl Federator {
         let upstream = Upstream::load(&trust_dir).map_err(trust)?;
         let tag = material.tag;
         dirs::ensure_private(&state_dir)?;
-        let store: Arc<dyn Store> = Arc::new(RedbStore::open(&state_dir.join(STORE))?);
+        let (store, etcd) = opening::store(&state_dir, etcd, etcd_import).await?;
         let readiness = Readiness::new();
         let serving = readiness.block("serving");
         let mut registry = MetricsRegistry::default();
@@ -295,6 +312,7 @@ impl Federator {
             admin = %admin.local_addr(), socket = %socket.display(), "federator bound");
         Ok(Bound {
             core,
+            etcd,
             overlay,
             svid,
             enforcer,
@@ -333,6 +351,7 @@ impl Bound {
     pub async fn run(self, shutdown: Drain) -> Result<(), RunError> {
         let Self {
             core,
+            etcd,
             overlay,
             svid,
             enforcer,
@@ -427,7 +446,8 @@ impl Bound {
         drop(serving);
 
         let result = tokio::select! {
-            served = admin.run(shutdown.clone()) => served,
+            served = admin.run(shutdown.clone()) => served.map_err(RunError::from),
+            owner = opening::replaced(etcd.as_deref()) => Err(RunError::Replaced { owner }),
             () = shutdown.started() => Ok(()),
         };
         tracing::info!("ending; members and peers keep what they know");
@@ -435,7 +455,10 @@ impl Bound {
         let _ = tokio::time::timeout(END_PATIENCE, ending.call(|core, moment| core.end(moment))).await;
         overlay.close().await;
         tasks.shutdown(END_PATIENCE).await;
-        Ok(result?)
+        if let Some(etcd) = etcd {
+            etcd.resign().await;
+        }
+        result
     }
 }
 

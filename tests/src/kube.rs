@@ -35,6 +35,12 @@ const RBAC: &str = include_str!("../../deploy/kubernetes/rbac.yaml");
 #[derive(Clone, Debug)]
 pub struct Binaries(pub(crate) PathBuf);
 
+impl Binaries {
+    pub fn etcd(&self) -> PathBuf {
+        self.0.join("etcd")
+    }
+}
+
 /// `None` after listing `test` as skipped where they have not been built.
 pub fn require_control_plane(test: &str) -> Option<Binaries> {
     #[allow(clippy::disallowed_methods)] // the harness's own settings
@@ -49,6 +55,19 @@ pub fn require_control_plane(test: &str) -> Option<Binaries> {
         format!("Kubernetes {VERSION} is not built (tests/setup.sh builds it where Go is new enough)");
     skipped(test, &reason);
     None
+}
+
+/// A cluster's etcd alone, for a federator's store: where it is. Its process is `CLUSTER/etcd`.
+pub fn store(bin: &Binaries, mesh: &mut Mesh, cluster: &str) -> Result<SocketAddr> {
+    let dir = mesh.path(&format!("{cluster}/store"));
+    std::fs::create_dir_all(&dir)?;
+    let address = mesh.cluster(cluster)?.address(2, 2379);
+    spawn_etcd(bin, mesh, cluster, &dir, address)?;
+    mesh.eventually("etcd answers", READY, |mesh| {
+        let namespace = &mesh.cluster(cluster)?.namespace;
+        Ok(namespace.run(|| std::net::TcpStream::connect(address).map(drop))??)
+    })?;
+    Ok(address)
 }
 
 /// One cluster's.
@@ -206,23 +225,23 @@ fn spec(bin: &Binaries, mesh: &Mesh, cluster: &str, program: &str) -> Result<Pro
 fn spawn_etcd(bin: &Binaries, mesh: &mut Mesh, cluster: &str, dir: &Path, client: SocketAddr) -> Result<()> {
     let peer = format!("http://{}:2380", client.ip());
     let client = format!("http://{client}");
-    let spec = spec(bin, mesh, cluster, "etcd")?.args([
-        "--data-dir",
-        &text(&dir.join("etcd")),
-        "--listen-client-urls",
-        &client,
-        "--advertise-client-urls",
-        &client,
-        "--listen-peer-urls",
-        &peer,
-        "--initial-advertise-peer-urls",
-        &peer,
-        "--initial-cluster",
-        &format!("default={peer}"),
-        "--unsafe-no-fsync",
-        "--auto-compaction-retention=1",
-    ]);
+    let spec = spec(bin, mesh, cluster, "etcd")?.args(etcd_args(&dir.join("etcd"), &client, &peer));
     mesh.spawn(&format!("{cluster}/etcd"), spec)
+}
+
+/// An etcd of one member, which forgets with its machine.
+pub fn etcd_args(data: &Path, client: &str, peer: &str) -> Vec<String> {
+    let args = [
+        ("data-dir", text(data)),
+        ("listen-client-urls", client.to_owned()),
+        ("advertise-client-urls", client.to_owned()),
+        ("listen-peer-urls", peer.to_owned()),
+        ("initial-advertise-peer-urls", peer.to_owned()),
+        ("initial-cluster", format!("default={peer}")),
+        ("auto-compaction-retention", "1".to_owned()),
+    ];
+    let args = args.into_iter().map(|(name, value)| format!("--{name}={value}"));
+    args.chain(["--unsafe-no-fsync".to_owned()]).collect()
 }
 
 fn spawn_api_server(

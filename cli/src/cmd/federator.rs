@@ -1,5 +1,7 @@
 //! `tombolo federator`: the control plane of one cluster.
 
+mod etcd;
+
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
@@ -35,6 +37,7 @@ Examples:
   tombolo federator --cluster east --bundle-endpoint 0.0.0.0:8443
   tombolo federator --cluster east --kubernetes in-cluster          pods join as their service account
   tombolo federator --cluster east --kubernetes in-cluster --kubernetes-services --kubernetes-objects
+  tombolo federator --cluster east --etcd-endpoint http://10.0.0.5:2379 --etcd-endpoint http://10.0.0.6:2379
   tombolo federator --cluster east --dns-listen 10.0.0.5 --virtual-range 10.96.0.0/16 --virtual-range fd00:96::/112")]
 pub struct FederatorArgs {
     #[command(flatten)]
@@ -56,6 +59,40 @@ struct Settings {
     /// Store, keys and leases [default: <state directory>/<cluster>/federator]
     #[arg(long, env = "TOMBOLO_STATE_DIR", value_name = "DIR")]
     state_dir: Option<PathBuf>,
+    /// Keep the store in etcd instead of in a file, at this member; may be repeated. Of several federators of a cluster one
+    /// works, the others stand by
+    #[arg(
+        long = "etcd-endpoint",
+        env = "TOMBOLO_ETCD_ENDPOINTS",
+        value_delimiter = ',',
+        value_name = "URL",
+        help_heading = "Store in etcd"
+    )]
+    etcd_endpoints: Option<Vec<String>>,
+    /// Before every key [default: /tombolo/<cluster>]
+    #[arg(long, env = "TOMBOLO_ETCD_PREFIX", value_name = "PREFIX", help_heading = "Store in etcd")]
+    etcd_prefix: Option<String>,
+    /// CA certificates (PEM) by which etcd is verified
+    #[arg(long, env = "TOMBOLO_ETCD_CA", value_name = "FILE", help_heading = "Store in etcd")]
+    etcd_ca: Option<PathBuf>,
+    /// Certificate (PEM) that is shown to etcd
+    #[arg(long, env = "TOMBOLO_ETCD_CERTIFICATE", value_name = "FILE", help_heading = "Store in etcd")]
+    etcd_certificate: Option<PathBuf>,
+    /// Its private key (PEM)
+    #[arg(long, env = "TOMBOLO_ETCD_KEY", value_name = "FILE", help_heading = "Store in etcd")]
+    etcd_key: Option<PathBuf>,
+    /// User of etcd; the password is in --etcd-password-file
+    #[arg(long, env = "TOMBOLO_ETCD_USER", value_name = "NAME", help_heading = "Store in etcd")]
+    etcd_user: Option<String>,
+    /// File with the user's password
+    #[arg(long, env = "TOMBOLO_ETCD_PASSWORD_FILE", value_name = "FILE", help_heading = "Store in etcd")]
+    etcd_password_file: Option<PathBuf>,
+    /// An owner that etcd does not hear for so many seconds is replaced [default: 10]
+    #[arg(long, env = "TOMBOLO_ETCD_LEASE_SECONDS", value_name = "SECONDS", help_heading = "Store in etcd")]
+    etcd_lease_seconds: Option<u16>,
+    /// Begin an empty store in etcd with what the state directory's file holds
+    #[arg(long, env = "TOMBOLO_ETCD_IMPORT", num_args = 0..=1, default_missing_value = "true", value_name = "BOOL", help_heading = "Store in etcd")]
+    etcd_import: Option<bool>,
     /// Overlay socket [default: 0.0.0.0:7443]
     #[arg(long, env = "TOMBOLO_LISTEN", value_name = "ADDRESS:PORT/udp")]
     listen: Option<SocketAddr>,
@@ -162,6 +199,15 @@ layered!(Settings {
     cluster,
     trust_dir,
     state_dir,
+    etcd_endpoints,
+    etcd_prefix,
+    etcd_ca,
+    etcd_certificate,
+    etcd_key,
+    etcd_user,
+    etcd_password_file,
+    etcd_lease_seconds,
+    etcd_import,
     listen,
     advertise,
     properties,
@@ -198,8 +244,11 @@ pub fn run(args: FederatorArgs, socket: Option<PathBuf>) -> Result<Exit, Failure
         if let Some(advertise) = advertise {
             config.advertise = Some(advertise::resolve(advertise).await.map_err(|e| e.to_string())?);
         }
-        let bound = Federator::build(config).await?;
-        Ok::<_, Box<dyn std::error::Error>>(bound.run(drain).await?)
+        // A federator may have to wait for another one's end before it is built.
+        tokio::select! {
+            bound = Federator::build(config) => Ok::<_, Box<dyn std::error::Error>>(bound?.run(drain.clone()).await?),
+            () = drain.started() => Ok(()),
+        }
     })
 }
 
@@ -209,6 +258,15 @@ impl Settings {
             cluster,
             trust_dir,
             state_dir,
+            etcd_endpoints,
+            etcd_prefix,
+            etcd_ca,
+            etcd_certificate,
+            etcd_key,
+            etcd_user,
+            etcd_password_file,
+            etcd_lease_seconds,
+            etcd_import,
             listen,
             advertise: _,
             properties,
@@ -263,7 +321,20 @@ impl Settings {
         )?;
         let kubernetes_services =
             services(kubernetes.as_ref(), work, kubernetes_namespace, kubernetes_shared)?;
+        let etcd = etcd::Settings {
+            endpoints: etcd_endpoints.unwrap_or_default(),
+            prefix: etcd_prefix,
+            ca: etcd_ca,
+            certificate: etcd_certificate,
+            key: etcd_key,
+            user: etcd_user,
+            password_file: etcd_password_file,
+            lease_seconds: etcd_lease_seconds,
+        };
+        let (etcd, etcd_import) = etcd.config(&name, etcd_import.unwrap_or(false))?;
         Ok(FederatorConfig {
+            etcd,
+            etcd_import,
             trust_dir: place(trust_dir, &|dirs| dirs.trust().join("clusters").join(&name))?,
             state_dir: place(state_dir, &|dirs| dirs.role_state(&name, "federator"))?,
             socket: place(socket, &|dirs| dirs.admin_socket(&name))?,
