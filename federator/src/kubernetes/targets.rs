@@ -164,7 +164,7 @@ mod tests {
 
     #[test]
     fn numbers_are_the_same_whatever_comes_first_and_no_two_services_share_one() {
-        let names: Vec<String> = (0..2000).map(|n| format!("svc-{n}")).collect();
+        let names: Vec<String> = (0..500).map(|n| format!("svc-{n}")).collect();
         let mut ways = Vec::new();
         for backwards in [false, true] {
             let mut targets = Targets::default();
@@ -181,11 +181,11 @@ mod tests {
                     (name, numbers[&TCP(80)])
                 })
                 .collect();
-            assert_eq!(targets.owners.len(), 6000, "one owner each");
+            assert_eq!(targets.owners.len(), 1500, "one owner each");
             ways.push(numbers);
         }
         let same = names.iter().filter(|name| ways[0][name] == ways[1][name]).count();
-        assert!(same > 1500, "4000 of 10000 numbers are taken, so a fifth collides: {same}");
+        assert!(same > 425, "a tenth of the numbers are taken, so a tenth collides at most: {same}");
     }
 
     #[test]

@@ -68,6 +68,7 @@ pub fn snapshot(
         federated_bundles: federated_bundles(facts, block),
         upstream_roots: upstream_roots(facts),
         clones: clones(facts, block),
+        question: question(facts, block),
         pod_services: pod_services(facts, block),
         access_policies: access_policies.into_iter().map(|(policy, _)| policy).collect(),
     }
@@ -103,6 +104,12 @@ fn pod_services(facts: &Facts, block: Block) -> Option<v1::PodServices> {
             .collect(),
     };
     Some(v1::PodServices { services: sent.into_iter().flat_map(|sent| sent.iter()).map(service).collect() })
+}
+
+/// Whether it lives, as long as it has not answered.
+fn question(facts: &Facts, block: Block) -> u64 {
+    let member = facts.registry.members.get(&block);
+    member.filter(|member| member.answered < member.asked).map_or(0, |member| member.asked)
 }
 
 /// Of the authority above this cluster's CA: peers of the same trust domain that it has certified directly.
@@ -223,6 +230,7 @@ fn upstream(facts: &Facts, service: &ServiceKey, rings: &Rings, unix: Duration) 
             handle: export.handle.value(),
             keys: Some(rings.handle(&key, &binding, unix)),
             spiffe_ids: export.spiffe_ids.clone(),
+            weights: export.weights.clone(),
             healthy: export.healthy,
             total: export.total,
             properties: properties.clone().into_iter().collect(),
@@ -255,9 +263,8 @@ fn upstream(facts: &Facts, service: &ServiceKey, rings: &Rings, unix: Duration) 
 fn own_backend(facts: &Facts, service: &ServiceKey, rings: &Rings, unix: Duration) -> Option<v1::Backend> {
     let cluster = &facts.cluster;
     let record = facts.handle(&cluster.name, &service.to_string())?;
-    let identities: BTreeSet<String> =
-        facts.registry.serving(service).map(|member| member.spiffe_id.to_string()).collect();
-    if identities.is_empty() {
+    let (spiffe_ids, weights) = exports::identities(facts, service);
+    if spiffe_ids.is_empty() {
         return None;
     }
     let (healthy, total) = facts.registry.counts(service);
@@ -266,7 +273,8 @@ fn own_backend(facts: &Facts, service: &ServiceKey, rings: &Rings, unix: Duratio
         tag: cluster.tag.value(),
         handle: record.handle.value(),
         keys: Some(rings.handle(&cluster.self_link_key, &record.binding(), unix)),
-        spiffe_ids: identities.into_iter().collect(),
+        spiffe_ids,
+        weights,
         healthy,
         total,
         properties: cluster.properties.clone().into_iter().collect(),

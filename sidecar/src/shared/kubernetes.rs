@@ -40,8 +40,12 @@ use super::config::{Application, Register, SharedConfig, Start};
 use crate::config::{SidecarConfig, UpstreamConfig};
 use crate::provided::{Provided, Services};
 
-/// What comes together is taken over together; a backend that changes is followed within this and a little.
+/// What comes together is taken over together; a backend that changes is followed within this and a little. In a cluster of
+/// thousands of pods a look takes milliseconds: then within so many times as long, so that bytes have the thread for the
+/// rest.
 const SETTLE: Duration = Duration::from_millis(20);
+const SETTLE_FACTOR: u32 = 10;
+const LONGEST_SETTLE: Duration = Duration::from_millis(500);
 /// Events that wait to be taken over: more only wait where they are cheaper.
 const QUEUED: usize = 256;
 /// Directories of service accounts that are gone are looked for this often.
@@ -87,6 +91,7 @@ pub struct KubernetesSource {
     told: BTreeMap<Account, (watch::Sender<Services>, Provided)>,
     /// When the picture is to be looked at anew.
     due: Option<Instant>,
+    settle: Duration,
     /// Since when the API server has not been heard.
     away: Option<Instant>,
     /// It has not been heard for too long: callers are not told apart.
@@ -112,10 +117,20 @@ impl KubernetesSource {
         };
         tasks.spawn("Kubernetes watches", task.run());
         let tables = Tables::new(config.namespaces.len());
-        let (told, warned) = (BTreeMap::new(), BTreeSet::new());
-        let (due, away, stale, swept) = (None, None, false, None);
-        let mut source =
-            Self { config, news, session, tables, told, due, away, stale, warned, swept, metrics };
+        let mut source = Self {
+            config,
+            news,
+            session,
+            tables,
+            told: BTreeMap::new(),
+            due: None,
+            settle: SETTLE,
+            away: None,
+            stale: false,
+            warned: BTreeSet::new(),
+            swept: None,
+            metrics,
+        };
         let first = source.configuration();
         (source, first)
     }
@@ -139,7 +154,9 @@ impl KubernetesSource {
         let changed = changed || (self.stale && self.away.is_none());
         self.metrics.reachable.set(i64::from(self.away.is_none()));
         if changed && self.tables.is_synced() {
-            self.due.get_or_insert(now + SETTLE);
+            let at = now + self.settle;
+            // What is due later, because a pod's time is over then, is looked at with it.
+            self.due = Some(self.due.map_or(at, |due| due.min(at)));
         }
     }
 
@@ -173,6 +190,7 @@ impl KubernetesSource {
         let upstreams = fronts.flat_map(|ip| picture.numbered.iter().map(move |of| upstream(ip, of)));
         let upstreams = upstreams.collect();
         let metrics = self.metrics.clone();
+        self.settle = (now.elapsed() * SETTLE_FACTOR).clamp(SETTLE, LONGEST_SETTLE);
         SharedConfig {
             applications,
             upstreams,

@@ -91,7 +91,13 @@ fn callers_are_their_service_accounts(site: &mut Site) -> Result<()> {
     site.pod("west", "meshed-0", "cart", NOBODY, json!({ "tombolo.dev/injected": "true" }))?;
     std::thread::sleep(Duration::from_millis(500));
     ensure!(site.called("west", NOBODY, "web", 80, 0).is_err(), "a pod with a sidecar was stood for");
-    site.kill_pod("west", "meshed-0")
+    site.kill_pod("west", "meshed-0")?;
+    // Pods that are being deleted, with their grace period: nothing that follows waits for them.
+    for cluster in ["east", "west"] {
+        site.pod_at(cluster, ("ending-0", "other"), "10.202.0.1", json!({}))?;
+        site.plane(cluster).api.delete(&Object::new("v1", "Pod", "shop", "ending-0"))?;
+    }
+    Ok(())
 }
 
 /// From an export to the first answer at the derived `Service`'s address.

@@ -4,9 +4,9 @@ use std::path::PathBuf;
 
 use tombolo_federator::kubernetes::KubernetesConfig;
 use tombolo_federator::token_review::access::{IN_CLUSTER_DIR, KubernetesAccess};
-use tombolo_model::names::Namespace;
 use tombolo_runtime::settings;
 
+use super::pods;
 use crate::failure::Failure;
 
 /// Where the Kubernetes API server is: `in-cluster`, or a kubeconfig.
@@ -26,40 +26,43 @@ pub fn api_server(place: &str) -> Result<KubernetesAccess, Failure> {
     Ok(KubernetesAccess::InCluster { server: format!("https://{host}:{port}"), dir })
 }
 
-/// The Kubernetes that more is done with than reviewing tokens.
+/// What is done with it beside reviewing tokens.
+#[derive(Clone, Copy, Debug)]
+pub struct Work {
+    pub services: bool,
+    pub objects: bool,
+    pub injects: bool,
+}
+
+/// The Kubernetes that any of this is done with.
 pub fn driven(
     access: Option<&KubernetesAccess>,
-    injects: bool,
+    Work { services, objects, injects }: Work,
     namespace: Option<String>,
     shared: Option<String>,
-) -> Result<KubernetesConfig, Failure> {
+) -> Result<Option<KubernetesConfig>, Failure> {
+    if let Some(shared) = shared.as_ref().filter(|_| !services) {
+        let failure = format_args!("--kubernetes-shared {shared}: there is no --kubernetes-services");
+        return Err(Failure::usage(failure).remedy("give it too: only then there are derived Services"));
+    }
+    let flags = [
+        ("--kubernetes-services", services),
+        ("--kubernetes-objects", objects),
+        ("--kubernetes-inject", injects),
+    ];
+    let Some((flag, _)) = flags.into_iter().find(|(_, given)| *given) else { return Ok(None) };
     let Some(access) = access.cloned() else {
-        let flag = if injects { "--kubernetes-inject" } else { "--kubernetes-services" };
         return Err(Failure::usage(format_args!("{flag}: there is no --kubernetes"))
             .remedy("give --kubernetes in-cluster, or --kubernetes with a kubeconfig"));
     };
-    // Kubernetes writes it beside the token.
-    let own = |access: &KubernetesAccess| match access {
-        KubernetesAccess::InCluster { dir, .. } => std::fs::read_to_string(dir.join("namespace")).ok(),
-        KubernetesAccess::Kubeconfig(_) => None,
-    };
-    let namespace = namespace.or_else(|| own(&access)).unwrap_or_else(|| "tombolo-system".to_owned());
-    let parsed: Result<Namespace, _> = namespace.trim().parse();
-    let namespace =
-        parsed.map_err(|error| Failure::usage(format_args!("--kubernetes-namespace: {error}")))?.to_string();
     let shared = shared.map(|text| {
         text.parse().map_err(|error| Failure::usage(format_args!("--kubernetes-shared {text:?}: {error}")))
     });
-    Ok(KubernetesConfig { access, namespace, shared: shared.transpose()? })
-}
-
-/// Derived Services lead to shared sidecars, and are there only where services are imported.
-pub fn shared_needs_services(shared: Option<&str>, services: bool) -> Result<(), Failure> {
-    match shared.filter(|_| !services) {
-        Some(shared) => {
-            let failure = format_args!("--kubernetes-shared {shared}: there is no --kubernetes-services");
-            Err(Failure::usage(failure).remedy("give it too: only then there are derived Services"))
-        }
-        None => Ok(()),
-    }
+    Ok(Some(KubernetesConfig {
+        namespace: pods::own_namespace(&access, namespace)?,
+        shared: shared.transpose()?,
+        access,
+        services,
+        objects,
+    }))
 }

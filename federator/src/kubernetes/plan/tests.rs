@@ -65,6 +65,8 @@ struct Server {
     tables: Tables,
     version: u64,
     written: Vec<String>,
+    /// How often: what is made anew has a uid of its own.
+    deleted: BTreeMap<(Kind, String), u64>,
 }
 
 impl Server {
@@ -78,7 +80,9 @@ impl Server {
         self.version += 1;
         let name = document.pointer("/metadata/name").and_then(Value::as_str).unwrap().to_owned();
         document["metadata"]["resourceVersion"] = self.version.to_string().into();
-        document["metadata"]["uid"] = format!("{}-{name}", kind.as_str()).into();
+        let uid = format!("{}-{name}", kind.as_str());
+        let again = self.deleted.get(&(kind, name)).map(|times| format!("-{times}")).unwrap_or_default();
+        document["metadata"]["uid"] = format!("{uid}{again}").into();
         let object: DynamicObject = serde_json::from_value(document).unwrap();
         self.tables.apply(kind, Event::Apply(object));
     }
@@ -110,9 +114,10 @@ impl Server {
             }
             Write::Delete { kind, name, uid } => {
                 self.written.push(format!("delete {}", kind.as_str()));
-                let metadata = json!({ "name": name, "namespace": "shop", "uid": uid });
+                let metadata = json!({ "name": &name, "namespace": "shop", "uid": uid });
                 let object = serde_json::from_value(json!({ "metadata": metadata })).unwrap();
                 self.tables.apply(kind, Event::Delete(object));
+                *self.deleted.entry((kind, name)).or_default() += 1;
             }
         }
     }
