@@ -1,6 +1,6 @@
 //! The operator's end of the admin API: gRPC over the federator's Unix socket.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use hyper_util::rt::TokioIo;
@@ -11,17 +11,38 @@ use tonic::{Code, Status};
 use crate::args::Connect;
 use crate::context;
 use crate::failure::{self, Failure};
+use crate::kube_client;
+use crate::tunnel::Tunnel;
 
 /// A connection to one federator and the deadline of each call.
 pub struct Admin {
     pub client: AdminClient<Channel>,
-    socket: PathBuf,
+    /// Where the federator is, for messages.
+    place: String,
     timeout: Duration,
 }
 
 impl Admin {
     pub async fn connect(connect: &Connect) -> Result<Self, Failure> {
+        if kube_client::wanted(connect) {
+            return Self::through(Tunnel::find(connect).await?, connect.timeout).await;
+        }
         Self::at(context::socket(connect)?, connect.timeout).await
+    }
+
+    /// Connects to the federator of a Kubernetes cluster.
+    async fn through(tunnel: Tunnel, timeout: Duration) -> Result<Self, Failure> {
+        let place = tunnel.place();
+        let connector = tower::service_fn(move |_| {
+            let tunnel = tunnel.clone();
+            async move { tunnel.open().await.map(TokioIo::new) }
+        });
+        let channel = Endpoint::from_static("http://federator")
+            .connect_timeout(timeout)
+            .connect_with_connector(connector)
+            .await
+            .map_err(|error| unreachable(&place, &failure::chain(&error)))?;
+        Ok(Self { client: AdminClient::new(channel), place, timeout })
     }
 
     /// Connects to a known socket.
@@ -35,8 +56,9 @@ impl Admin {
             .connect_timeout(timeout)
             .connect_with_connector(connector)
             .await
-            .map_err(|error| unreachable(&socket, &failure::chain(&error)))?;
-        Ok(Self { client: AdminClient::new(channel), socket, timeout })
+            .map_err(|error| unreachable(&socket.display(), &failure::chain(&error)))?;
+        let place = socket.display().to_string();
+        Ok(Self { client: AdminClient::new(channel), place, timeout })
     }
 
     /// A request with this command's deadline.
@@ -50,7 +72,7 @@ impl Admin {
     pub fn failed(&self, status: Status) -> Failure {
         let message = status.message();
         match status.code() {
-            Code::Unavailable => unreachable(&self.socket, message),
+            Code::Unavailable => unreachable(&self.place, message),
             Code::DeadlineExceeded | Code::Cancelled => {
                 Failure::timed_out(format_args!("no answer within {:?}", self.timeout))
                     .remedy("see what the federator's log says, or wait longer with --timeout")
@@ -70,8 +92,8 @@ impl Admin {
     }
 }
 
-fn unreachable(socket: &Path, reason: &str) -> Failure {
-    Failure::new(format_args!("cannot reach the federator at {}: {reason}", socket.display()))
+fn unreachable(place: &dyn std::fmt::Display, reason: &str) -> Failure {
+    Failure::new(format_args!("cannot reach the federator at {place}: {reason}"))
         .remedy("check that it runs (`tombolo federator`), that this user may open the socket, and that --socket or --context names it")
 }
 

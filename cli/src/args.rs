@@ -18,6 +18,7 @@ use crate::cmd;
 Examples:
   tombolo demo                                  two clusters and a VM on this machine
   tombolo trust init --trust-domain acme.example
+  tombolo install --kube-context east           into a Kubernetes cluster
   tombolo federator --cluster east
   tombolo status
 
@@ -40,6 +41,21 @@ pub struct Connect {
     /// Admin socket of the federator [default: <runtime directory>/<cluster>/admin.sock]
     #[arg(long, global = true, env = "TOMBOLO_SOCKET", value_name = "PATH")]
     pub socket: Option<PathBuf>,
+    /// Context of the kubeconfig: the federator that runs in that Kubernetes cluster
+    #[arg(long, global = true, env = "TOMBOLO_KUBE_CONTEXT", value_name = "NAME", conflicts_with_all = ["context", "socket"])]
+    pub kube_context: Option<String>,
+    /// Kubeconfig [default: KUBECONFIG, else ~/.kube/config]
+    #[arg(long, global = true, env = "TOMBOLO_KUBECONFIG", value_name = "FILE", conflicts_with_all = ["context", "socket"])]
+    pub kubeconfig: Option<PathBuf>,
+    /// Namespace that tombolo is installed in
+    #[arg(
+        long,
+        global = true,
+        env = "TOMBOLO_KUBE_NAMESPACE",
+        value_name = "NAMESPACE",
+        default_value = "tombolo-system"
+    )]
+    pub kube_namespace: String,
     /// How long to wait for an answer
     #[arg(long, global = true, env = "TOMBOLO_TIMEOUT", value_name = "DURATION", default_value = "15s", value_parser = duration)]
     pub timeout: Duration,
@@ -64,6 +80,11 @@ pub enum Command {
     Check(cmd::check::CheckArgs),
     Audit(cmd::audit::AuditArgs),
     Kube(cmd::kube::KubeArgs),
+    Install(Box<cmd::install::InstallArgs>),
+    Upgrade(Box<cmd::install::UpgradeArgs>),
+    Uninstall(cmd::uninstall::UninstallArgs),
+    #[command(hide = true)]
+    AdminPipe(cmd::admin_pipe::AdminPipeArgs),
     Revoke(cmd::revoke::RevokeArgs),
     Unrevoke(cmd::revoke::UnrevokeArgs),
     Completion(cmd::completion::CompletionArgs),

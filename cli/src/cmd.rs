@@ -5,6 +5,7 @@ use std::future::Future;
 use crate::args::{Cli, Command};
 use crate::failure::{Exit, Failure};
 
+pub mod admin_pipe;
 pub mod apply;
 pub mod audit;
 pub mod check;
@@ -17,6 +18,7 @@ pub mod describe;
 pub mod federator;
 pub mod gateway;
 pub mod get;
+pub mod install;
 pub mod kube;
 pub mod link;
 pub mod names;
@@ -26,6 +28,7 @@ pub mod sidecar;
 pub mod status;
 pub mod token;
 pub mod trust;
+pub mod uninstall;
 pub mod unlink;
 pub mod vm;
 
@@ -40,6 +43,10 @@ pub fn run(cli: Cli) -> Result<Exit, Failure> {
         Command::DemoApp(args) => demo_app::run(args),
         Command::Trust(args) => trust::run(args, connect),
         Command::Completion(args) => completion::run(args),
+        Command::Install(args) => install::install(*args, connect),
+        Command::Upgrade(args) => operate(install::upgrade(*args, connect)),
+        Command::Uninstall(args) => operate(uninstall::run(args, connect)),
+        Command::AdminPipe(args) => admin_pipe::run(args, connect),
         Command::Kube(args) => operate(kube::run(args, connect.timeout)),
         Command::Link(args) => operate(link::run(args, connect)),
         Command::Unlink(args) => operate(unlink::run(args, connect)),
@@ -59,6 +66,11 @@ pub fn run(cli: Cli) -> Result<Exit, Failure> {
 
 /// Runs an operator's command to its end.
 fn operate(command: impl Future<Output = Result<Exit, Failure>>) -> Result<Exit, Failure> {
+    operate_for(command)
+}
+
+/// Runs a part of one.
+fn operate_for<T>(command: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
     let runtime =
         tombolo_runtime::rt::one_thread().map_err(|e| Failure::new(format_args!("cannot start: {e}")))?;
     runtime.block_on(command)

@@ -6,13 +6,16 @@ use clap::Parser;
 
 mod admin_client;
 mod args;
+mod chart;
 mod cmd;
 mod context;
 mod demo;
 mod failure;
 mod kinds;
+mod kube_client;
 mod manifest;
 mod output;
+mod tunnel;
 
 /// The byte path allocates per stream and per datagram batch; mimalloc gives memory back sooner than the system's.
 #[global_allocator]

@@ -1,8 +1,9 @@
 //! Two processes with one identity: which of them is let in (pure, time passed in; ADR 17).
 //!
-//! Every process of a sidecar has an instance, 16 random bytes. While the holder of a block lives, another instance waits
-//! for [`PROOF`]: a holder that lives reports once a second, one whose machine was restarted, or whose process was killed,
-//! never again. Does the holder speak meanwhile, the newcomer is a clone, and refused for as long as its process lives.
+//! Every process of a sidecar has an instance, 16 random bytes. While the holder of a block may live, another instance
+//! waits: the holder is asked over its configuration stream, and has [`ANSWER`]. One whose machine was restarted, or whose
+//! process was killed, never answers. Does the holder answer, or report meanwhile, the newcomer is a clone, and refused for
+//! as long as its process lives. A holder that can't be asked has [`PROOF`]: it reports once a second if it lives.
 //! The same instance is never a clone, from whatever address it comes. Was the holder only cut off while it had to speak,
 //! it speaks later: then the newcomer, which was let in, is the one that has to go.
 
@@ -12,7 +13,10 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use tombolo_model::ids::Block;
 
-/// A report a second, and how late one may be.
+/// For the question there and the answer back, with one of the two lost and sent again, over a path of 150 ms: QUIC
+/// repeats what is lost after about twice the round trip.
+pub const ANSWER: Duration = Duration::from_millis(600);
+/// Of a holder that is not asked: a report a second, and how late one may be.
 const PROOF: Duration = Duration::from_millis(1400);
 /// What a process that is dead has sent may still arrive for so long: it proves nothing.
 const IN_FLIGHT: Duration = Duration::from_millis(200);
@@ -53,12 +57,21 @@ pub struct Holder {
     pub spoke: Duration,
     /// It said farewell.
     pub left: bool,
+    /// The last question that it has answered.
+    pub answered: u64,
+    /// How long it has for an answer; `None`: it can't be asked.
+    pub answers_within: Option<Duration>,
 }
 
 /// What becomes of a hello.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Claim {
     Admit,
+    /// Put this question to the holder, and ask again after this.
+    Ask {
+        question: u64,
+        wait: Duration,
+    },
     /// Ask again after this.
     Wait(Duration),
     Refuse,
@@ -73,10 +86,21 @@ pub enum Stray {
     Restore,
 }
 
+/// A newcomer that waits.
+#[derive(Clone, Copy, Debug)]
+struct Waiting {
+    since: Duration,
+    until: Duration,
+    /// What the holder was asked for its sake; `None`: nothing.
+    question: Option<u64>,
+}
+
 /// Newcomers that wait, and former holders that speak.
 #[derive(Clone, Debug, Default)]
 pub struct Contests {
-    waiting: BTreeMap<(Block, Instance), Duration>,
+    /// Questions count up, so that an answer to one is an answer to all before it, and none to a later one.
+    asked: u64,
+    waiting: BTreeMap<(Block, Instance), Waiting>,
     strays: BTreeMap<(Block, Instance), Duration>,
 }
 
@@ -96,29 +120,36 @@ impl Contests {
             return Claim::Refuse;
         }
         let key = (block, claimant);
-        let since = self.waiting.get(&key).copied();
+        let waiting = self.waiting.get(&key).copied();
         let contested = holder.filter(|holder| {
             let other = holder.instance.is_some_and(|instance| instance != claimant);
             let recent = now.saturating_sub(holder.spoke) < RECENT;
-            other && !holder.left && (recent || since.is_some())
+            other && !holder.left && (recent || waiting.is_some())
         });
         let Some(holder) = contested else {
             self.waiting.remove(&key);
             return Claim::Admit;
         };
-        let Some(since) = since else {
+        let Some(Waiting { since, until, question }) = waiting else {
             let others = self.waiting.keys().filter(|(waiting, _)| *waiting == block).count();
             // Where there is no room it waits all the same: that others came first proves nothing.
-            if others < MOST {
-                self.waiting.insert(key, now);
+            if others >= MOST {
+                return Claim::Wait(PROOF);
             }
-            return Claim::Wait(PROOF);
+            let wait = holder.answers_within.unwrap_or(PROOF).min(PROOF);
+            let question = holder.answers_within.map(|_| {
+                self.asked += 1;
+                self.asked
+            });
+            self.waiting.insert(key, Waiting { since: now, until: now + wait, question });
+            return question.map_or(Claim::Wait(wait), |question| Claim::Ask { question, wait });
         };
-        if holder.spoke >= since + IN_FLIGHT {
+        let answered = question.is_some_and(|question| holder.answered >= question);
+        if answered || holder.spoke >= since + IN_FLIGHT {
             self.waiting.remove(&key);
             return Claim::Refuse;
         }
-        match (since + PROOF).checked_sub(now) {
+        match until.checked_sub(now) {
             Some(wait) if !wait.is_zero() => Claim::Wait(wait),
             _ => {
                 self.waiting.remove(&key);
@@ -139,9 +170,9 @@ impl Contests {
     }
 
     fn forget(&mut self, now: Duration) {
-        let recent = |_: &(Block, Instance), since: &mut Duration| now.saturating_sub(*since) < FORGOTTEN;
-        self.waiting.retain(recent);
-        self.strays.retain(recent);
+        let recent = |since: Duration| now.saturating_sub(since) < FORGOTTEN;
+        self.waiting.retain(|_, waiting| recent(waiting.since));
+        self.strays.retain(|_, since| recent(*since));
     }
 }
 
@@ -168,7 +199,47 @@ mod tests {
     }
 
     fn holder(spoke: u64) -> Option<Holder> {
-        Some(Holder { instance: Some(FIRST), spoke: at(spoke), left: false })
+        Some(Holder {
+            instance: Some(FIRST),
+            spoke: at(spoke),
+            left: false,
+            answered: 0,
+            answers_within: None,
+        })
+    }
+
+    /// One that can be asked, and has answered so many questions.
+    fn asked(spoke: u64, answered: u64) -> Option<Holder> {
+        holder(spoke).map(|holder| Holder { answered, answers_within: Some(ANSWER), ..holder })
+    }
+
+    #[test]
+    fn a_holder_that_is_asked_and_answers_is_alive_and_one_that_does_not_is_waited_for_briefly() {
+        let mut contests = Contests::default();
+        let ask = |contests: &mut Contests, spoke, answered, now| {
+            contests.claim(BLOCK(), Some(SECOND), asked(spoke, answered), &[], at(now))
+        };
+        let Claim::Ask { question, wait } = ask(&mut contests, 9_900, 0, 10_000) else { panic!("not asked") };
+        assert_eq!(wait, ANSWER);
+        // Killed: nothing but what was on its way.
+        assert_eq!(ask(&mut contests, 10_100, question - 1, 10_300), Claim::Wait(at(300)));
+        assert_eq!(ask(&mut contests, 10_100, question - 1, 10_600), Claim::Admit);
+        // Alive: the answer proves it at once, however soon it comes.
+        let Claim::Ask { question: next, .. } = ask(&mut contests, 19_900, question, 20_000) else {
+            panic!("not asked")
+        };
+        assert!(next > question, "an old answer is none to a new question");
+        assert_eq!(ask(&mut contests, 20_010, next, 20_600), Claim::Refuse);
+    }
+
+    #[test]
+    fn a_report_of_a_holder_that_is_asked_proves_as_much_as_an_answer() {
+        let mut contests = Contests::default();
+        let ask = |contests: &mut Contests, spoke, now| {
+            contests.claim(BLOCK(), Some(SECOND), asked(spoke, 0), &[], at(now))
+        };
+        assert!(matches!(ask(&mut contests, 9_900, 10_000), Claim::Ask { .. }));
+        assert_eq!(ask(&mut contests, 10_300, 10_600), Claim::Refuse);
     }
 
     #[test]

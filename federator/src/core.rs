@@ -16,6 +16,7 @@ mod clones;
 mod crl;
 mod error;
 mod federations;
+pub mod first_contact;
 pub mod imports;
 mod jwt;
 pub mod kubernetes;
@@ -26,6 +27,7 @@ pub mod links;
 pub mod members;
 pub mod objects;
 pub mod pods;
+mod properties;
 #[cfg(test)]
 pub(crate) mod tests;
 pub mod tokens;
@@ -73,9 +75,13 @@ pub struct Core {
     issuer: LeafIssuer,
     audit: audit::AuditLog,
     announcements: Announcements,
+    /// Of the process's settings.
+    given_properties: BTreeMap<String, String>,
     jwt: JwtKeys,
     /// Number of the last CRL: they only grow.
     crl_number: u64,
+    /// Whose pods may be gateways.
+    gateways: Option<pods::ServiceAccount>,
     /// When this cluster last said how far it is with what the federation trusts.
     last_word: Duration,
     /// A trust update that could not be stored yet.

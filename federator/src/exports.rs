@@ -104,6 +104,30 @@ pub fn served_ports<'a>(members: impl IntoIterator<Item = &'a Member>, service: 
     ports.into_iter().collect()
 }
 
+/// Who serves a service in this cluster, and the weight of each endpoint of an identity, in the same order; no weights:
+/// all alike. Where endpoints of one identity differ, their mean counts, so that the identity's share is right.
+pub fn identities(facts: &Facts, service: &ServiceKey) -> (Vec<String>, Vec<u32>) {
+    let mut sums: BTreeMap<&str, [(u64, u64); 2]> = BTreeMap::new();
+    for member in facts.registry.serving(service) {
+        let weight = member.services.get(service).map_or(0, |served| u64::from(served.weight));
+        let sums = sums.entry(member.spiffe_id.as_str()).or_default();
+        // Those out of rotation count only where there are no others.
+        if let Some((sum, count)) = sums.get_mut(usize::from(member.in_rotation(service))) {
+            (*sum, *count) = (*sum + weight, *count + 1);
+        }
+    }
+    let mean = |sums: &[(u64, u64); 2]| {
+        let [out, within] = *sums;
+        let (sum, count) = if within.1 > 0 { within } else { out };
+        u32::try_from(sum / count.max(1)).unwrap_or(u32::MAX).max(1)
+    };
+    let mut weights: Vec<u32> = sums.values().map(mean).collect();
+    if weights.windows(2).all(|pair| matches!(pair, [one, next] if one == next)) {
+        weights.clear();
+    }
+    (sums.into_keys().map(str::to_owned).collect(), weights)
+}
+
 /// The clusters that export a service, in order of precedence; `serving` are this cluster's endpoints of it.
 ///
 /// Oldest first, as MCS has it. The time that a peer gives can be forged, so it counts from the link's making at the

@@ -33,13 +33,15 @@ use crate::store::{Record, Table};
 
 /// The `service` of control handles.
 pub const CONTROL: &str = "control";
+/// The `service` of handles of first contact.
+pub const FIRST_CONTACT: &str = "first-contact";
 /// The `service` of the reserved join handle.
 pub const JOIN: &str = "join";
 /// The `service` of the reserved renewal handle.
 pub const RENEWAL: &str = "renewal";
 
-/// What never changes while the process runs.
-#[derive(Debug)]
+/// What does not change while the process runs, but for properties; replaced whole.
+#[derive(Clone, Debug)]
 pub struct ClusterFacts {
     pub name: ClusterName,
     pub tag: ClusterTag,
@@ -132,6 +134,8 @@ pub struct Facts {
     pub revision: u64,
     pub objects: BTreeMap<ObjectKey, Arc<StoredObject>>,
     pub links: BTreeMap<ClusterName, Arc<Link>>,
+    /// Clusters that an object is to link; none of them is trusted with anything.
+    pub first_contacts: BTreeMap<ClusterName, Arc<FirstContact>>,
     pub handles: BTreeMap<(ClusterName, String), HandleRecord>,
     pub leases: BTreeMap<Block, Arc<LeaseRecord>>,
     pub registry: Registry,
@@ -199,8 +203,17 @@ pub struct StoredObject {
     pub uid: String,
     pub created_unix: u64,
     pub generation: u64,
-    /// Of a `ServiceExport` that Kubernetes keeps; `None`: an operator has applied it here.
+    /// Of a `ServiceExport` that Kubernetes keeps; `None`: an operator has applied it here, or it is of another kind.
     pub kubernetes: Option<KubernetesService>,
+    /// It is of a kind of our own, and Kubernetes keeps it.
+    pub in_kubernetes: bool,
+}
+
+impl StoredObject {
+    /// Whether it is changed with kubectl, and not here.
+    pub fn is_kubernetes(&self) -> bool {
+        self.in_kubernetes || self.kubernetes.is_some()
+    }
 }
 
 /// What Kubernetes says of the `Service` that is exported.
@@ -250,6 +263,8 @@ pub struct ObjectRecord {
     pub generation: u64,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kubernetes: Option<KubernetesService>,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub in_kubernetes: bool,
 }
 impl Record for ObjectRecord {
     const TABLE: Table = Table::Objects;
@@ -468,9 +483,38 @@ pub struct Link {
     /// The peer said that it has unlinked.
     #[serde(default)]
     pub ended_by_peer: bool,
+    /// It was made by objects on both sides, and lives as long as the one here links.
+    #[serde(default)]
+    pub by_object: bool,
+    /// The peer has asked for it, and has not shown yet that it got the answer.
+    #[serde(default)]
+    pub unconfirmed: bool,
 }
 impl Record for Link {
     const TABLE: Table = Table::Links;
+}
+
+/// A cluster that a `ClusterLink` is to link.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct FirstContact {
+    pub peer: ClusterName,
+    pub tag: ClusterTag,
+    /// The object's, resolved.
+    pub gateways: Vec<SocketAddr>,
+    /// Why it is not linked yet; empty: it has not been tried.
+    pub last_error: String,
+}
+
+impl FirstContact {
+    /// How `caller` dials a federator of the other side.
+    pub fn binding(caller: &ClusterName, caller_tag: ClusterTag) -> HandleBinding {
+        HandleBinding {
+            handle: Handle::first_contact(caller_tag),
+            importer: caller.clone(),
+            service: FIRST_CONTACT.to_owned(),
+            export_uid: [0; 16],
+        }
+    }
 }
 
 impl Link {
@@ -563,6 +607,8 @@ pub struct ImportedExport {
     pub handle: Handle,
     pub ports: Vec<Port>,
     pub spiffe_ids: Vec<String>,
+    /// Of each endpoint of an identity, in the same order; none: all alike.
+    pub weights: Vec<u32>,
     pub healthy: u32,
     pub total: u32,
     pub exported_at_unix_ms: i64,
@@ -661,6 +707,17 @@ impl Facts {
             }
             _ => None,
         })
+    }
+
+    /// The tag of a peer that some applied `ClusterLink` is to link without a token.
+    pub fn linked_by_object(&self, peer: &ClusterName) -> Option<ClusterTag> {
+        self.link_specs().filter(|(name, _)| *name == peer.as_str()).find_map(|(_, spec)| spec.links())
+    }
+
+    /// Clusters that are still to be linked by objects.
+    pub fn pending_contacts(&self) -> impl Iterator<Item = &Arc<FirstContact>> {
+        let live = |peer: &ClusterName| self.links.get(peer).is_some_and(|link| link.is_live());
+        self.first_contacts.values().filter(move |contact| !live(&contact.peer))
     }
 
     /// Where a peer's gateways are, as last said. Those that were named when the link was made are bound by ranges that

@@ -15,6 +15,7 @@ use tombolo_model::ids::{EndpointId, Handle};
 use tombolo_model::mcs::{InternalTrafficPolicy, IpFamily, ServiceProperties, SessionAffinity};
 use tombolo_model::names::{ClusterName, ServiceKey, ServiceName};
 use tombolo_model::ranges::AllowedRanges;
+use tombolo_model::resource::workload::MAX_WEIGHT;
 use tombolo_overlay::revoking;
 use tombolo_proto::convert::{self, FieldError};
 use tombolo_proto::v1;
@@ -37,8 +38,8 @@ pub const MAX_COPIED: usize = 64;
 pub const MAX_COPIED_BYTES: usize = 16 * 1024;
 /// Endpoints of one export on a flat link: 20 KB. Each sidecar is told a few of them.
 pub const MAX_ENDPOINTS: usize = 1000;
-const MAX_PROPERTIES: usize = 64;
-const MAX_TEXT: usize = 256;
+pub const MAX_PROPERTIES: usize = 64;
+pub const MAX_TEXT: usize = 256;
 const MAX_PENDING: usize = 20;
 /// Refusals that are kept for `status`.
 const MAX_REFUSALS: usize = 1000;
@@ -215,6 +216,7 @@ fn export_of(scope: &PeerScope, wire: &v1::ExportRecord) -> Result<(ServiceKey, 
         handle,
         ports: wire.ports.iter().map(|p| port_of("export.ports", p)).collect::<Result<_, _>>()?,
         spiffe_ids: wire.spiffe_ids.clone(),
+        weights: weights_of(wire)?,
         healthy: wire.healthy.min(wire.total),
         total: wire.total,
         exported_at_unix_ms: wire.exported_at_unix_ms,
@@ -231,6 +233,18 @@ fn export_of(scope: &PeerScope, wire: &v1::ExportRecord) -> Result<(ServiceKey, 
         service: wire.kubernetes.as_ref().map(service_of).transpose()?,
     };
     Ok((service, export))
+}
+
+/// One for each identity, or none.
+fn weights_of(wire: &v1::ExportRecord) -> Result<Vec<u32>, FieldError> {
+    if !wire.weights.is_empty() && wire.weights.len() != wire.spiffe_ids.len() {
+        let expected = format!("none, or one for each of {} identities", wire.spiffe_ids.len());
+        return Err(FieldError::new("export.weights", wire.weights.len(), expected));
+    }
+    match wire.weights.iter().find(|weight| !(1..=MAX_WEIGHT).contains(*weight)) {
+        Some(weight) => Err(FieldError::new("export.weights", weight, format!("1 to {MAX_WEIGHT}"))),
+        None => Ok(wire.weights.clone()),
+    }
 }
 
 /// Labels or annotations that importers see: Kubernetes' own limits would refuse an import that breaks them.
@@ -451,6 +465,9 @@ mod tests {
             (export(key, |e| e.ports[0].port = 0), "export.ports"),
             (export(key, |e| e.service = "web".into()), "export.service"),
             (export(key, |e| e.spiffe_ids = vec![e.spiffe_ids[0].clone(); 65]), "export.spiffe_ids"),
+            (export(key, |e| e.weights = vec![100, 100]), "export.weights"),
+            (export(key, |e| e.weights = vec![0]), "export.weights"),
+            (export(key, |e| e.weights = vec![1001]), "export.weights"),
             (
                 export(key, |e| e.spiffe_ids = vec!["spiffe://a.example/cluster/east/ns/shop/sa/web".into()]),
                 "export.spiffe_ids",

@@ -1,7 +1,8 @@
 //! The cluster's Kubernetes: its `ServiceExport`s feed the same code as applied ones, and what follows from them is
-//! written back: `ServiceImport`s, derived `Service`s, `EndpointSlice`s, conditions, Events.
+//! written back: `ServiceImport`s, derived `Service`s, `EndpointSlice`s, conditions, Events. Objects of our own kinds
+//! likewise ([`objects`]).
 //!
-//! One task owns everything here ([`driver`]). It watches five kinds ([`tables`]), hands exports to the core
+//! One task owns everything about services ([`driver`]). It watches five kinds ([`tables`]), hands exports to the core
 //! ([`crate::core::kubernetes`]), and looks at each service that has changed, here or in the facts: what it is to look like
 //! ([`desired`], [`status`]; [`targets`] for its numbers at the shared sidecars), what of it is to be written next ([`plan`]),
 //! and writes that ([`write`]), a few services at a time ([`queue`]). Only
@@ -13,10 +14,13 @@ pub mod client;
 pub mod crds;
 mod desired;
 mod driver;
+mod inventory;
 mod labels;
 pub mod lease;
 pub mod metrics;
+mod objects;
 mod plan;
+pub mod published;
 mod queue;
 mod rows;
 mod status;
@@ -34,15 +38,19 @@ use kube::runtime::WatchStreamExt;
 use kube::runtime::events::{Recorder, Reporter};
 use kube::runtime::watcher::{self, watcher};
 use tokio::sync::watch;
+use tokio::time::Instant;
 use tombolo_model::names::ServiceKey;
 use tombolo_runtime::tasks::TaskGroup;
 
 use crate::core::CoreHandle;
+use crate::core::pods::ServiceAccount;
 use crate::token_review::access::KubernetesAccess;
-use client::Resources;
+use client::{ConnectError, Resources};
 use driver::{Driver, SessionEnd, Watched};
+use inventory::InventoryTask;
 use lease::LeaseTask;
 use metrics::Metrics;
+use objects::ObjectsTask;
 use tables::Kind;
 use write::Writer;
 
@@ -55,11 +63,24 @@ pub struct KubernetesConfig {
     pub access: KubernetesAccess,
     /// Where the `Lease` is.
     pub namespace: String,
+    /// Services are exported and imported.
+    pub services: bool,
+    /// Objects of our own kinds are kept.
+    pub objects: bool,
     /// The `Service` of the shared sidecars, which derived `Service`s lead to; `None`: they lead nowhere.
     pub shared: Option<ServiceKey>,
 }
 
-/// Exports and imports services of the cluster's Kubernetes.
+/// What pods of the cluster may join as beside their service account, and what they are told.
+#[derive(Clone, Debug, Default)]
+pub struct PodsConfig {
+    /// Whose pods may be gateways; `None`: no pods may.
+    pub gateways: Option<ServiceAccount>,
+    /// Whom joiners are told of this cluster's federators, `HOST:PORT`, by a ConfigMap; `None`: there is none.
+    pub publish: Option<(KubernetesConfig, String)>,
+}
+
+/// Works with the cluster's Kubernetes, as it is configured to.
 pub struct KubernetesTask {
     pub core: CoreHandle,
     pub config: KubernetesConfig,
@@ -92,14 +113,10 @@ impl KubernetesTask {
 
     async fn session(&self) -> Result<std::convert::Infallible, SessionEnd> {
         let client = client::connect(&self.config.access).await?;
-        let resources = Resources::discover(&client).await?;
+        // Before anything is begun that an absent API server would make complain.
+        client::served_groups(&client).await?;
         let facts = self.core.facts();
         let identity = format!("{}-{:x}", hostname(), facts.cluster.epoch.0);
-        tracing::info!(
-            mcs = resources.api_version,
-            identity,
-            "services of Kubernetes are exported and imported"
-        );
         let (leads, leading) = watch::channel(None);
         let task = LeaseTask {
             client: client.clone(),
@@ -111,6 +128,65 @@ impl KubernetesTask {
         let _ends_with_the_session = AbortOnDrop(lease.abort_handle());
         let reporter = Reporter { controller: "tombolo.dev/federator".to_owned(), instance: Some(identity) };
         let recorder = Recorder::new(client.clone(), reporter);
+        let objects = ObjectsTask {
+            core: self.core.clone(),
+            client: client.clone(),
+            recorder: recorder.clone(),
+            leading: leading.clone(),
+            metrics: self.metrics.clone(),
+        };
+        let inventory = InventoryTask {
+            core: self.core.clone(),
+            client: client.clone(),
+            namespace: self.config.namespace.clone(),
+            leading: leading.clone(),
+        };
+        let services = async {
+            match self.config.services {
+                true => self.services(client, recorder, leading).await,
+                false => std::future::pending().await,
+            }
+        };
+        let objects = async {
+            match self.config.objects {
+                true => objects.run().await,
+                false => std::future::pending().await,
+            }
+        };
+        let inventory = async {
+            match self.config.objects {
+                true => inventory.run().await,
+                false => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            end = services => end,
+            end = objects => end,
+            end = inventory => end,
+        }
+    }
+
+    /// Services alone: the definitions of MCS may come late.
+    async fn services(
+        &self,
+        client: Client,
+        recorder: Recorder,
+        leading: watch::Receiver<Option<Instant>>,
+    ) -> Result<std::convert::Infallible, SessionEnd> {
+        let mut said = false;
+        let resources = loop {
+            match Resources::discover(&client).await {
+                Ok(resources) => break resources,
+                Err(error @ ConnectError::NoCrds) => {
+                    if !std::mem::replace(&mut said, true) {
+                        tracing::warn!(%error, "no service can be exported or imported; tried again every {} s", AGAIN.as_secs());
+                    }
+                    tokio::time::sleep(AGAIN).await;
+                }
+                Err(error) => return Err(error.into()),
+            }
+        };
+        tracing::info!(mcs = resources.api_version, "services of Kubernetes are exported and imported");
         let writer = Writer { client: client.clone(), resources: resources.clone(), recorder };
         let shared = self.config.shared.as_ref();
         let shared = shared.map(|service| (service.namespace.to_string(), service.name.to_string()));

@@ -2,7 +2,7 @@
 //! peer's are enforced here, what the federation trusts and how far clusters are with it, and the services that are
 //! exported to it. Pure.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use tombolo_model::mcs::ServiceProperties;
 use tombolo_model::names::{ClusterName, ServiceKey};
@@ -72,8 +72,7 @@ fn exported<'a>(
         let headless = export.service_type() == ServiceType::Headless;
         let kubernetes =
             facts.kubernetes_hosts.get(&service).filter(|_| flat && export.kubernetes().is_some());
-        let identities: BTreeSet<String> =
-            facts.registry.serving(&service).map(|member| member.spiffe_id.to_string()).collect();
+        let (spiffe_ids, weights) = exports::identities(facts, &service);
         let ports = export.ports(facts.registry.serving(&service));
         let (healthy, total) = facts.registry.counts(&service);
         let export = v1::ExportRecord {
@@ -81,7 +80,8 @@ fn exported<'a>(
             export_uid: record.export_uid.to_vec(),
             handle: record.handle.value(),
             ports: ports.iter().map(port_to_wire).collect(),
-            spiffe_ids: identities.into_iter().collect(),
+            spiffe_ids,
+            weights,
             healthy,
             total,
             exported_at_unix_ms: i64::try_from(stored.created_unix.saturating_mul(1000)).unwrap_or(i64::MAX),

@@ -111,6 +111,11 @@ pub struct Member {
     /// When it last sent anything. Unlike `heard` never credited.
     pub spoke: Duration,
     pub clones: Seen,
+    /// It answers questions.
+    pub answers: bool,
+    /// The last question whether it lives, and the last one that it has answered.
+    pub asked: u64,
+    pub answered: u64,
     /// Where services lead past the mesh: the last hop is plain.
     pub plain: BTreeMap<ServiceKey, Vec<String>>,
     pub upstreams: Vec<v1::UpstreamStatus>,
@@ -177,6 +182,7 @@ pub struct SidecarHello {
     pub version: String,
     pub instance: Option<Instance>,
     pub host: String,
+    pub answers: bool,
     pub plain: BTreeMap<ServiceKey, Vec<String>>,
 }
 
@@ -291,6 +297,9 @@ impl Registry {
             host: String::new(),
             spoke: Duration::ZERO,
             clones: Seen::default(),
+            answers: false,
+            asked: 0,
+            answered: 0,
             plain: BTreeMap::new(),
             upstreams: Vec::new(),
             hops: Vec::new(),
@@ -350,6 +359,7 @@ impl Registry {
             version,
             instance,
             host,
+            answers,
             plain,
         } = hello;
         let old = self.members.get(&block).cloned();
@@ -383,6 +393,9 @@ impl Registry {
             instance,
             host,
             spoke: now,
+            answers,
+            asked: 0,
+            answered: 0,
             plain,
             clones: old.as_ref().map(|old| old.clones.clone()).unwrap_or_default(),
             upstreams,
@@ -438,6 +451,10 @@ impl Registry {
         if let Some(held) = report.trust.as_ref().map(HeldTrust::from_wire) {
             changed |= member.trust != held;
             member.trust = held;
+        }
+        if report.answer > member.answered && report.answer <= member.asked {
+            member.answered = report.answer;
+            changed = true;
         }
         member.upstreams = report.upstreams;
         member.hops = report.hops;
@@ -511,6 +528,12 @@ impl Registry {
             }
         }
         changed
+    }
+
+    /// The member is asked whether it lives.
+    pub fn ask(&mut self, block: Block, question: u64) {
+        let Some(member) = self.members.get_mut(&block) else { return };
+        member.asked = question;
     }
 
     /// Somebody else came with a member's identity; `new`: a process that had not come before.

@@ -36,6 +36,7 @@ use tombolo_proto::v1::admin_server::AdminServer;
 use tombolo_proto::v1::config_server::ConfigServer;
 use tombolo_proto::v1::federation_server::FederationServer;
 use tombolo_proto::v1::join_server::JoinServer;
+use tombolo_proto::v1::linking_server::LinkingServer;
 use tombolo_proto::v1::renewal_server::RenewalServer;
 use tombolo_proto::v1::workload_server::WorkloadServer;
 use tombolo_runtime::admin::{Admin, AdminError};
@@ -52,10 +53,12 @@ use crate::core::boot::BootError;
 use crate::core::{Core, CoreError, CoreHandle};
 use crate::crl::{self, CrlTask};
 use crate::facts::FederatorEndpoint;
+use crate::first_contact::FirstContactTask;
 use crate::foreign::client::{Patience, WebRoots};
 use crate::foreign::task::FederationTask;
 use crate::kubernetes::metrics::Metrics as KubernetesMetrics;
-use crate::kubernetes::{KubernetesConfig, KubernetesTask};
+use crate::kubernetes::published::PublishTask;
+use crate::kubernetes::{KubernetesConfig, KubernetesTask, PodsConfig};
 use crate::metrics::Metrics;
 use crate::peers::PeersTask;
 use crate::registry::HeldTrust;
@@ -64,21 +67,22 @@ use crate::service::admin::{AdminService, check_operator};
 use crate::service::config::ConfigService;
 use crate::service::federation::{FederationService, Logs};
 use crate::service::join::JoinService;
+use crate::service::linking::LinkingService;
 use crate::service::names::Names;
 use crate::service::renewal::RenewalService;
 use crate::service::workload::WorkloadService;
 use crate::snapshot::rings::Rings;
-use crate::store::redb::RedbStore;
-use crate::store::{Store, StoreError};
+use crate::store::StoreError;
+use crate::store::etcd::OpenError;
+use crate::store::etcd::{EtcdConfig, EtcdStore};
 use crate::token_review::access::{AccessError, KubernetesAccess};
 use crate::token_review::api::ApiReviewer;
 use crate::token_review::{NoReviewer, TokenReviewer};
-use crate::wiring;
+use crate::{opening, wiring};
 
 /// Where the overlay listens unless told otherwise (design section 3).
 pub const DEFAULT_LISTEN: SocketAddr =
     SocketAddr::V4(std::net::SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 7443));
-const STORE: &str = "store.redb";
 /// Half of the registry's patience for reports would be too coarse; a quarter second is a hundredth of a core.
 const TICK: Duration = Duration::from_millis(250);
 /// Every cluster's members and its peers' federators; each connection is 40 KB.
@@ -91,6 +95,10 @@ pub struct FederatorConfig {
     pub cluster: ClusterName,
     pub trust_dir: PathBuf,
     pub state_dir: PathBuf,
+    /// `None`: a file in the state directory.
+    pub etcd: Option<EtcdConfig>,
+    /// Begin an empty store in etcd with what that file holds.
+    pub etcd_import: bool,
     pub listen: SocketAddr,
     /// Where members of the cluster reach the overlay socket; found by itself where `listen` names an address.
     pub advertise: Option<SocketAddr>,
@@ -103,8 +111,9 @@ pub struct FederatorConfig {
     pub bundle_endpoint: Option<BundleEndpointConfig>,
     /// Whom to ask about pods' tokens; `None`: pods do not join.
     pub kubernetes: Option<KubernetesAccess>,
-    /// Whose services are exported and imported; `None`: those of no Kubernetes.
+    /// Whose services are exported and imported, and whose objects are kept; `None`: those of no Kubernetes.
     pub kubernetes_services: Option<KubernetesConfig>,
+    pub pods: PodsConfig,
     /// The web's CAs, for foreign bundle endpoints of profile `https_web`.
     pub web_roots: WebRoots,
     /// Where services get their virtual addresses from.
@@ -124,6 +133,13 @@ pub enum BuildError {
     OtherCluster { dir: PathBuf, found: ClusterName, expected: ClusterName },
     #[error(transparent)]
     Store(#[from] StoreError),
+    #[error(transparent)]
+    Etcd(#[from] OpenError),
+    #[error(
+        "{file} holds this cluster's store, and etcd is empty: begin there with what it holds by --etcd-import, or move it away",
+        file = file.display()
+    )]
+    TwoStores { file: PathBuf },
     #[error(transparent)]
     Boot(#[from] BootError),
     #[error(transparent)]
@@ -159,6 +175,8 @@ pub enum RunError {
     Admin(#[from] AdminError),
     #[error("names can't be served: {0}")]
     Names(io::Error),
+    #[error("{owner} has taken over this cluster: start this federator again, and it stands by")]
+    Replaced { owner: String },
 }
 
 /// Builds federators.
@@ -168,6 +186,8 @@ pub struct Federator;
 /// A federator whose addresses are bound and known.
 pub struct Bound {
     core: CoreHandle,
+    /// Where others stand by for it.
+    etcd: Option<Arc<EtcdStore>>,
     overlay: Overlay,
     svid: SvidHandle,
     enforcer: Enforcer,
@@ -179,6 +199,7 @@ pub struct Bound {
     bundle_endpoint: Option<BundleEndpoint>,
     reviewer: Arc<dyn TokenReviewer>,
     kubernetes_services: Option<(KubernetesConfig, KubernetesMetrics)>,
+    publish: Option<(KubernetesConfig, String)>,
     web_roots: WebRoots,
     names: Option<(names_server::Bound, names_metrics::Metrics)>,
     bind: IpAddr,
@@ -195,6 +216,8 @@ impl Federator {
             cluster,
             trust_dir,
             state_dir,
+            etcd,
+            etcd_import,
             listen,
             advertise,
             admin,
@@ -204,6 +227,7 @@ impl Federator {
             bundle_endpoint,
             kubernetes,
             kubernetes_services,
+            pods: PodsConfig { gateways, publish },
             web_roots,
             virtual_ranges,
             names,
@@ -217,7 +241,7 @@ impl Federator {
         let upstream = Upstream::load(&trust_dir).map_err(trust)?;
         let tag = material.tag;
         dirs::ensure_private(&state_dir)?;
-        let store: Arc<dyn Store> = Arc::new(RedbStore::open(&state_dir.join(STORE))?);
+        let (store, etcd) = opening::store(&state_dir, etcd, etcd_import).await?;
         let readiness = Readiness::new();
         let serving = readiness.block("serving");
         let mut registry = MetricsRegistry::default();
@@ -240,6 +264,11 @@ impl Federator {
         core.set_upstream(upstream);
         core.note_trust_at_start(clock::since_unix_epoch())?;
         core.set_virtual_ranges(virtual_ranges);
+        if !kubernetes_services.as_ref().is_some_and(|(config, _)| config.objects) {
+            // Nobody reads them any more.
+            core.set_kubernetes_properties(BTreeMap::new())?;
+        }
+        core.set_gateways(gateways);
         let core = core.start().map_err(BuildError::Thread)?;
         let svid = SvidHandle::by(clock::since_unix_epoch, own_svid(&core).await?);
         let bundle_endpoint = match &bundle_endpoint {
@@ -283,6 +312,7 @@ impl Federator {
             admin = %admin.local_addr(), socket = %socket.display(), "federator bound");
         Ok(Bound {
             core,
+            etcd,
             overlay,
             svid,
             enforcer,
@@ -294,6 +324,7 @@ impl Federator {
             bundle_endpoint,
             reviewer,
             kubernetes_services,
+            publish,
             web_roots,
             names,
             bind: listen.ip(),
@@ -320,6 +351,7 @@ impl Bound {
     pub async fn run(self, shutdown: Drain) -> Result<(), RunError> {
         let Self {
             core,
+            etcd,
             overlay,
             svid,
             enforcer,
@@ -331,6 +363,7 @@ impl Bound {
             bundle_endpoint,
             reviewer,
             kubernetes_services,
+            publish,
             web_roots,
             names: bound_names,
             bind,
@@ -350,6 +383,10 @@ impl Bound {
         if let Some((config, metrics)) = kubernetes_services {
             let task = KubernetesTask { core: core.clone(), config, metrics, tasks: tasks.clone() };
             tasks.spawn("Kubernetes", task.run());
+        }
+        if let Some((config, federator)) = publish {
+            let task = PublishTask { core: core.clone(), config, federator };
+            tasks.spawn("what joiners are told", task.run());
         }
         let names = Names::new(&core.facts());
         tasks.spawn("names", names.clone().follow(core.clone()));
@@ -391,10 +428,16 @@ impl Bound {
         let renewals = RenewalService::new(core.clone(), svid.clone(), metrics.clone());
         let server = Server::builder().add_service(RenewalServer::new(renewals));
         tasks.spawn("renewal service", served("renewal", server.serve_with_incoming(renewal_incoming)));
+        let (linking, linking_incoming) = GrpcIncoming::new(&tasks);
+        let links = LinkingService::new(core.clone(), svid.clone());
+        let server = Server::builder().add_service(LinkingServer::new(links));
+        tasks.spawn("linking service", served("linking", server.serve_with_incoming(linking_incoming)));
+        let contacts = FirstContactTask { core: core.clone(), overlay: overlay.clone(), svid: svid.clone() };
+        tasks.spawn("first contact", contacts.run());
         let joins = JoinService::new(core.clone(), reviewer, svid.clone(), metrics);
         let server = Server::builder().add_service(JoinServer::new(joins));
         tasks.spawn("join service", served("join", server.serve_with_incoming(join_incoming)));
-        tasks.spawn("connections", accept(overlay.clone(), control, join, renewal));
+        tasks.spawn("connections", accept(overlay.clone(), control, join, renewal, linking));
         let ending = core.clone();
         let service = AdminService { core, svid, bind, trust_dir, tasks: tasks.clone() };
         let server = Server::builder().add_service(AdminServer::with_interceptor(service, check_operator));
@@ -403,7 +446,8 @@ impl Bound {
         drop(serving);
 
         let result = tokio::select! {
-            served = admin.run(shutdown.clone()) => served,
+            served = admin.run(shutdown.clone()) => served.map_err(RunError::from),
+            owner = opening::replaced(etcd.as_deref()) => Err(RunError::Replaced { owner }),
             () = shutdown.started() => Ok(()),
         };
         tracing::info!("ending; members and peers keep what they know");
@@ -411,7 +455,10 @@ impl Bound {
         let _ = tokio::time::timeout(END_PATIENCE, ending.call(|core, moment| core.end(moment))).await;
         overlay.close().await;
         tasks.shutdown(END_PATIENCE).await;
-        Ok(result?)
+        if let Some(etcd) = etcd {
+            etcd.resign().await;
+        }
+        result
     }
 }
 
@@ -425,12 +472,19 @@ async fn served(
 }
 
 /// Hands each connection to the services that its handle is for.
-async fn accept(overlay: Overlay, control: GrpcAcceptor, join: GrpcAcceptor, renewal: GrpcAcceptor) {
+async fn accept(
+    overlay: Overlay,
+    control: GrpcAcceptor,
+    join: GrpcAcceptor,
+    renewal: GrpcAcceptor,
+    linking: GrpcAcceptor,
+) {
     while let Some(peer) = overlay.accept().await {
         match peer.class() {
             HandleClass::Control => control.attach(peer),
             HandleClass::Join => join.attach(peer),
             HandleClass::Renewal => renewal.attach(peer),
+            HandleClass::FirstContact => linking.attach(peer),
             // No mesh handle is served here.
             HandleClass::Mesh => peer.close(tombolo_overlay::close_code::NOT_ADMITTED, "no service here"),
         }

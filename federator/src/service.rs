@@ -6,6 +6,7 @@ mod audit;
 pub mod config;
 pub mod federation;
 pub mod join;
+pub mod linking;
 pub mod names;
 mod pace;
 pub mod renewal;

@@ -9,10 +9,26 @@ pub mod sidecar;
 #[cfg(test)]
 mod tests;
 
+use std::time::Duration;
+
 use tombolo_proto::v1;
 
 use crate::facts::{Facts, Port, Role};
 use crate::registry::{Gateway, Presence};
+
+/// Changes that come within this are one snapshot: an export must be usable elsewhere within 250 ms.
+const PACE: Duration = Duration::from_millis(20);
+/// And this much more for each member: a snapshot costs some 50 us, so a thousand readers keep the thread half idle
+/// whatever the rate of changes.
+const PACE_PER_MEMBER: Duration = Duration::from_micros(100);
+const SLOWEST_PACE: Duration = Duration::from_secs(2);
+
+/// How long changes are gathered with so many readers.
+pub fn pace(facts: &Facts) -> Duration {
+    let readers = facts.registry.members.len() + facts.registry.gateways.len();
+    let more = PACE_PER_MEMBER.saturating_mul(u32::try_from(readers).unwrap_or(u32::MAX));
+    (PACE + more).min(SLOWEST_PACE)
+}
 
 /// Gateways that may carry packets: a silent one may be back any moment, and whoever uses it probes it.
 pub fn usable_gateways(facts: &Facts) -> impl Iterator<Item = &Gateway> {

@@ -1,12 +1,14 @@
 //! The store: small tables of versioned values, changed by atomic compare-and-swap transactions.
 //!
-//! [`Store`] is the seam behind which an etcd implementation fits (its `Txn` has the same shape): reads are of the last
-//! committed state, [`Store::commit`] applies all writes if all checks hold, else nothing. [`redb`](mod@redb) is the
-//! embedded one. [`record`] gives values a type and a version. Who writes: the core thread alone.
+//! Reads of a [`Store`] are of the last committed state, [`Store::commit`] applies all writes if all checks hold, else
+//! nothing. [`redb`](mod@redb) is the embedded one, a file; [`etcd`] is for several federators of a cluster, of which one
+//! works. [`record`] gives values a type and a version. Who writes: the core thread alone.
 
 use std::fmt;
 use std::path::PathBuf;
 
+pub mod etcd;
+mod mirror;
 pub mod record;
 pub mod redb;
 
@@ -103,6 +105,12 @@ pub enum StoreError {
         "{table}/{key} does not read ({reason}): it was written by a newer version, or the store is damaged"
     )]
     Value { table: Table, key: String, reason: String },
+    #[error("etcd at {endpoints} can't be used ({reason}); nothing was changed: check it, and the way to it")]
+    Unreachable { endpoints: String, reason: String },
+    #[error(
+        "{owner} has taken over this cluster's store in etcd; what this federator wanted to write was not written"
+    )]
+    NotOwner { owner: String },
 }
 
 impl StoreError {
@@ -115,10 +123,12 @@ impl StoreError {
             Self::Damaged { .. } => "damaged",
             Self::InUse { .. } => "in_use",
             Self::Value { .. } => "value",
+            Self::Unreachable { .. } => "unreachable",
+            Self::NotOwner { .. } => "not_owner",
         }
     }
     pub fn is_retryable(&self) -> bool {
-        matches!(self, Self::Conflict { .. } | Self::Full { .. } | Self::Io { .. })
+        matches!(self, Self::Conflict { .. } | Self::Full { .. } | Self::Io { .. } | Self::Unreachable { .. })
     }
 }
 
@@ -132,10 +142,19 @@ pub struct Check {
 }
 
 /// One change.
-#[derive(Clone, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Write {
     Put { table: Table, key: String, value: Vec<u8> },
     Delete { table: Table, key: String },
+}
+
+impl Write {
+    /// What it is about.
+    pub fn at(&self) -> (Table, String) {
+        match self {
+            Self::Put { table, key, .. } | Self::Delete { table, key } => (*table, key.clone()),
+        }
+    }
 }
 
 /// Checks and writes that apply together or not at all.

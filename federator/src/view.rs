@@ -19,7 +19,9 @@ mod text;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use tombolo_model::names::ServiceKey;
+use tombolo_model::ids::ClusterTag;
+use tombolo_model::names::{ClusterName, ServiceKey};
+use tombolo_model::resource::{Condition, ObjectKey};
 use tombolo_model::status::ClusterStatus;
 
 pub use objects::{DERIVED, Query};
@@ -38,6 +40,45 @@ pub fn status(facts: &Facts, now: Duration, unix: Duration) -> ClusterStatus {
 /// The objects of a kind, by namespace and name, with their status.
 pub fn objects(facts: &Facts, query: &Query, now: Duration, unix: Duration) -> Vec<serde_json::Value> {
     objects::list(&View::new(facts, now, unix), query)
+}
+
+/// Conditions and status of every object of our own kinds that Kubernetes keeps.
+pub fn kept_in_kubernetes(
+    facts: &Facts,
+    now: Duration,
+    unix: Duration,
+) -> BTreeMap<ObjectKey, (Vec<Condition>, serde_json::Value)> {
+    objects::kept_in_kubernetes(&View::new(facts, now, unix))
+}
+
+/// A linked cluster, as the inventory shows it.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Peer {
+    pub name: ClusterName,
+    pub tag: ClusterTag,
+    pub connected: bool,
+    /// Why, or why not: CamelCase.
+    pub reason: String,
+    pub properties: BTreeMap<String, String>,
+}
+
+/// Every linked cluster.
+pub fn peers(facts: &Facts, now: Duration, unix: Duration) -> Vec<Peer> {
+    let view = View::new(facts, now, unix);
+    let peer = |link: &std::sync::Arc<crate::facts::Link>| {
+        let standing = links::standing(&view, &link.peer);
+        // The peer's own record replaces what was told when the link was made.
+        let announced = facts.imports.get(&link.peer).map(|import| &import.properties);
+        let properties = announced.filter(|properties| !properties.is_empty()).unwrap_or(&link.properties);
+        Peer {
+            name: link.peer.clone(),
+            tag: link.tag,
+            connected: standing.is_connected(),
+            reason: standing.reason.to_owned(),
+            properties: properties.clone(),
+        }
+    };
+    facts.live_links().map(peer).collect()
 }
 
 /// The facts at one moment, with the indexes that more than one part needs.

@@ -10,7 +10,7 @@ use tombolo_overlay::revoking::Enforcer;
 use tombolo_overlay::{GatewayHop, HandleClass, Inbound, InboundHandle, Overlay, Routes};
 
 use crate::core::CoreHandle;
-use crate::facts::{CONTROL, Facts, JOIN, RENEWAL};
+use crate::facts::{CONTROL, FIRST_CONTACT, Facts, JOIN, RENEWAL};
 use crate::revocations;
 use crate::snapshot::across::across;
 use crate::snapshot::rings::Rings;
@@ -36,8 +36,8 @@ pub fn routes(facts: &Facts, own: Block, rings: &Rings, unix: Duration) -> Route
     routes
 }
 
-/// The handles that the federator serves: its control handles, one per importing cluster, the join handle, and that of
-/// members that come back.
+/// The handles that the federator serves: its control handles, one per importing cluster, those of clusters that are to be
+/// linked by objects, the join handle, and that of members that come back.
 pub fn inbound(facts: &Facts) -> Inbound {
     let mut handles = HashMap::new();
     for record in facts.handles.values().filter(|r| r.service == CONTROL && r.released.is_none()) {
@@ -47,6 +47,14 @@ pub fn inbound(facts: &Facts) -> Inbound {
             service: Arc::from(CONTROL),
         };
         handles.insert(record.handle, handle);
+    }
+    for contact in facts.pending_contacts() {
+        let handle = InboundHandle {
+            class: HandleClass::FirstContact,
+            importer: Some(contact.peer.clone()),
+            service: Arc::from(FIRST_CONTACT),
+        };
+        handles.insert(Handle::first_contact(contact.tag), handle);
     }
     let join = InboundHandle { class: HandleClass::Join, importer: None, service: Arc::from(JOIN) };
     handles.insert(Handle::JOIN, join);

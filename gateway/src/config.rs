@@ -20,6 +20,8 @@ pub struct GatewayConfig {
     pub state_dir: PathBuf,
     /// A join token's text; needed once, while the state directory is empty.
     pub token: Option<String>,
+    /// File with the token of the pod's service account, by which it joins; the join token then says where only.
+    pub service_account_token: Option<PathBuf>,
     /// Socket towards other clusters.
     pub border: SocketAddr,
     /// Socket towards this cluster.
@@ -120,6 +122,7 @@ mod tests {
             name: "gw-1".into(),
             state_dir: "/var/lib/tombolo/gw-1".into(),
             token: None,
+            service_account_token: None,
             border: ([0, 0, 0, 0], DEFAULT_BORDER_PORT).into(),
             inner: ([0, 0, 0, 0], DEFAULT_INNER_PORT).into(),
             advertise_border: None,

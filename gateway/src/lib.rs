@@ -21,6 +21,7 @@ mod fixture;
 pub mod forward;
 pub mod group;
 pub mod keys;
+pub mod looped;
 pub mod metrics;
 pub mod port;
 pub mod recent;

@@ -12,7 +12,9 @@ use tokio::sync::watch;
 use tombolo_overlay::cid::Kind;
 use tombolo_overlay::datagram::StartNumber;
 use tombolo_overlay::lease::LeaseError;
-use tombolo_overlay::member::{EntryPoints, JoinError, Member, MemberError};
+use tombolo_overlay::member::{
+    EntryPoints, JoinError, JoinOptions, Member, MemberError, PodRole, ServiceAccountToken,
+};
 use tombolo_overlay::revoking::Enforcer;
 use tombolo_overlay::{BindError, GatewayHop, Limits, Overlay, OverlayConfig};
 use tombolo_proto::v1;
@@ -25,6 +27,7 @@ use tombolo_runtime::tasks::TaskGroup;
 use crate::client::{ControlTask, ReportTask, routes};
 use crate::config::{ConfigError, GatewayConfig};
 use crate::dataplane::{BoundDataPlane, DataPlane, DataPlaneConfig, DataPlaneError, DataPlaneHandle};
+use crate::looped;
 use crate::metrics::Metrics;
 
 /// After the drain is forced, tasks see it at once; what does not is aborted.
@@ -75,8 +78,16 @@ pub struct Bound {
     overlay: Overlay,
     admin: Admin,
     metrics: Metrics,
-    configured: BlockReady,
+    ready: Ready,
     tasks: TaskGroup,
+}
+
+/// What a gateway has to have before it is ready.
+#[derive(Debug)]
+struct Ready {
+    readiness: Readiness,
+    configured: BlockReady,
+    looped: BlockReady,
 }
 
 impl Gateway {
@@ -95,15 +106,21 @@ impl Gateway {
         .start()?;
         let readiness = Readiness::new();
         let configured = readiness.block("configuration");
+        let looped = readiness.block("looped-back probe");
         let mut registry = Registry::default();
         let metrics = Metrics::register(&mut registry, plane.handle());
-        let admin = Admin::bind(config.admin, registry, readiness).await?;
+        let admin = Admin::bind(config.admin, registry, readiness.clone()).await?;
 
         let bind = SocketAddr::new(config.inner.ip(), 0);
-        let member = match (Member::load(&dir)?, &config.token) {
-            (Some(member), _) => member,
-            (None, Some(token)) => Member::join(token, &dir, Some(&config.name), bind).await?,
-            (None, None) => return Err(BuildError::NotJoined { dir: dir.display().to_string() }),
+        let member = match (Member::load(&dir)?, &config.token, &config.service_account_token) {
+            (Some(member), _, _) => member,
+            (None, Some(token), Some(file)) => {
+                let options = JoinOptions { name: config.name.clone(), bind };
+                let account = ServiceAccountToken::File(file.clone());
+                Member::join_pod_as(token, (&account, PodRole::Gateway), &dir, &options).await?
+            }
+            (None, Some(token), None) => Member::join(token, &dir, Some(&config.name), bind).await?,
+            (None, None, _) => return Err(BuildError::NotJoined { dir: dir.display().to_string() }),
         };
         if member.name() != config.name {
             return Err(BuildError::OtherName {
@@ -155,18 +172,14 @@ impl Gateway {
             advertised_border = %border, advertised_inner = %inner, workers = config.workers.get(),
             admin = %admin.local_addr(), "gateway bound");
         let drain = config.drain;
-        Ok(Bound { drain, start, hello, own_hop, plane, member, overlay, admin, metrics, configured, tasks })
+        let ready = Ready { readiness, configured, looped };
+        Ok(Bound { drain, start, hello, own_hop, plane, member, overlay, admin, metrics, ready, tasks })
     }
 }
 
 /// Where this machine reaches the own inner socket.
 fn own_inner(plane: &DataPlane) -> SocketAddr {
-    let address = plane.inner_addr();
-    match address {
-        SocketAddr::V4(v4) if v4.ip().is_unspecified() => (std::net::Ipv4Addr::LOCALHOST, v4.port()).into(),
-        SocketAddr::V6(v6) if v6.ip().is_unspecified() => (std::net::Ipv6Addr::LOCALHOST, v6.port()).into(),
-        address => address,
-    }
+    looped::own(plane.inner_addr())
 }
 
 impl Bound {
@@ -182,8 +195,9 @@ impl Bound {
 
     /// Runs until `shutdown` starts and the drain is over. A forced `shutdown` ends at once.
     pub async fn run(self, shutdown: Drain) -> Result<(), AdminError> {
-        let Self { drain, start, hello, own_hop, plane, member, overlay, admin, metrics, configured, tasks } =
+        let Self { drain, start, hello, own_hop, plane, member, overlay, admin, metrics, ready, tasks } =
             self;
+        let Ready { readiness, configured, looped } = ready;
         let (trigger, watcher) = drain::channel();
         let (tables, received) = watch::channel(None);
         let control = ControlTask {
@@ -201,6 +215,8 @@ impl Bound {
             "ready once configured",
             ready_once_configured(received.clone(), plane.handle(), configured),
         );
+        let sockets = [plane.border_addr(), plane.inner_addr()];
+        tasks.spawn("looped-back probe", looped::watch(received.clone(), sockets, readiness, looped));
         tasks.spawn("control", control.run());
         member.spawn_renewal(vec![overlay.clone()], EntryPoints::default(), &tasks);
         let report = ReportTask {

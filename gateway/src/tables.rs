@@ -92,6 +92,8 @@ pub enum Class {
     Control,
     Join,
     Renewal,
+    /// Of a cluster that is to be linked: its federator's, until it is.
+    FirstContact,
 }
 
 /// What importers may reach here by one handle.

@@ -5,10 +5,11 @@
 //! at every address, each time that a name is resolved: this machine itself, link-local addresses (where clouds keep
 //! credentials), multicast and virtual addresses are refused unless the sidecar's own flag allows them, its own ports always.
 
+mod names;
 pub mod watch;
 
 use std::fmt;
-use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::str::FromStr;
 use std::sync::Arc;
 
@@ -21,6 +22,8 @@ pub const MAX_ADDRESSES: usize = 16;
 pub const TRIES: usize = 3;
 /// Amazon's instance metadata over IPv6, which is not link-local.
 const METADATA_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254);
+/// Alibaba's, in the range of carriers' NAT; others keep theirs at link-local addresses.
+const METADATA_V4: Ipv4Addr = Ipv4Addr::new(100, 100, 100, 200);
 
 /// Where a backend is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -89,7 +92,7 @@ pub struct Guard {
 impl Guard {
     /// Why an address is not connected to; `own`: it is one of this machine's.
     pub fn refusal(&self, to: SocketAddr, own: bool) -> Option<&'static str> {
-        let ip = to.ip().to_canonical();
+        let ip = behind(to.ip());
         if (own || ip.is_loopback() || ip.is_unspecified()) && self.own_ports.contains(&to.port()) {
             return Some("is a port of this sidecar itself");
         }
@@ -98,7 +101,7 @@ impl Guard {
         }
         let broadcast = matches!(ip, IpAddr::V4(ip) if ip.is_broadcast());
         let link_local = match ip {
-            IpAddr::V4(ip) => ip.is_link_local(),
+            IpAddr::V4(ip) => ip.is_link_local() || ip == METADATA_V4,
             IpAddr::V6(ip) => ip.is_unicast_link_local() || ip == METADATA_V6,
         };
         match () {
@@ -112,6 +115,23 @@ impl Guard {
             }
             () => None,
         }
+    }
+}
+
+/// The IPv4 address that an IPv6 one leads to by itself or by a translator of the network: mapped (RFC 4291), the
+/// well-known prefix of NAT64 (RFC 6052), 6to4 (RFC 3056). What is no such address stays.
+fn behind(ip: IpAddr) -> IpAddr {
+    let ip = ip.to_canonical();
+    let IpAddr::V6(v6) = ip else { return ip };
+    let [a, b, c, d, e, f, g, h] = v6.segments();
+    let v4 = |high: u16, low: u16| {
+        let ([a, b], [c, d]) = (high.to_be_bytes(), low.to_be_bytes());
+        IpAddr::V4(Ipv4Addr::new(a, b, c, d))
+    };
+    match (a, b) {
+        (0x64, 0xff9b) if [c, d, e, f] == [0; 4] => v4(g, h),
+        (0x2002, high) => v4(high, c),
+        _ => ip,
     }
 }
 
@@ -191,6 +211,11 @@ mod tests {
             "169.254.169.254:80",
             "[fe80::1]:80",
             "[fd00:ec2::254]:80",
+            "100.100.100.200:80",
+            "[64:ff9b::169.254.169.254]:80",
+            "[64:ff9b::7f00:1]:80",
+            "[64:ff9b::100.100.100.200]:80",
+            "[2002:a9fe:a9fe::1]:80",
             "224.0.0.1:80",
             "[ff02::1]:80",
             "0.0.0.0:80",
@@ -200,6 +225,12 @@ mod tests {
             assert!(refused(&guard, bad, false).is_some(), "{bad}");
         }
         assert_eq!(refused(&guard, "10.0.0.5:5432", false), None);
+        assert_eq!(
+            refused(&guard, "[64:ff9b::10.0.0.5]:5432", false),
+            None,
+            "a translator's way to what is allowed"
+        );
+        assert_eq!(refused(&guard, "[64:ff9b:1::169.254.169.254]:80", false), None, "another prefix");
         assert!(refused(&guard, "10.0.0.5:5432", true).is_some(), "an address of this machine");
         let open =
             Guard { allow: vec!["127.0.0.0/8".parse().unwrap(), "10.0.0.5/32".parse().unwrap()], ..guard };

@@ -82,6 +82,8 @@ pub struct ControlTask {
     pub enforcer: Enforcer,
     /// Services to ask for beside those of `hello`.
     pub wanted: Wanted,
+    /// The federator's last question whether this process lives.
+    pub question: watch::Sender<u64>,
     /// Services to tell of beside those of `hello`.
     pub provided: Option<Provided>,
     /// Counts what the federator was told, for reports to follow at once.
@@ -117,7 +119,7 @@ impl ControlTask {
             if let Err(error) = watched {
                 tracing::info!(%error, "no configuration from a federator; what is known keeps serving");
             }
-            self.metrics.control_connected.set(0);
+            self.metrics.own.control_connected.set(0);
             if self.member.disconnect().await {
                 // Peers have cut us; their word may not get here any more, since no gateway leads to us.
                 tracing::error!(spiffe_id = %self.member.spiffe_id(),
@@ -132,8 +134,8 @@ impl ControlTask {
     /// This process is a copy: it serves and calls nobody, and tells no gateway where it is. It stays refused, so it
     /// does not ask again.
     async fn give_way(&self, reason: &str) {
-        self.metrics.control_connected.set(0);
-        self.metrics.clone_refused.set(1);
+        self.metrics.own.control_connected.set(0);
+        self.metrics.own.clone_refused.set(1);
         self.member.set_refused(true);
         self.overlay.cut_all().await;
         self.member.disconnect().await;
@@ -148,7 +150,7 @@ impl ControlTask {
     /// Somebody else came with our identity.
     fn tell_of_clones(&self, clones: Option<&v1::Clones>) {
         let Some(v1::Clones { refused, last_unix, host }) = clones else { return };
-        if self.metrics.clones_seen.set(i64::from(*refused)) != i64::from(*refused) {
+        if self.metrics.own.clones_seen.set(i64::from(*refused)) != i64::from(*refused) {
             tracing::error!(spiffe_id = %self.member.spiffe_id(), refused, last_unix, host,
                 "another process came with this machine's identity and was refused: the machine was copied with its key, or its key is stolen");
         }
@@ -185,11 +187,16 @@ impl ControlTask {
                     continue;
                 }
             };
-            let Some(snapshot) = next.map_err(|status| status.message().to_owned())? else { return Ok(()) };
-            self.metrics.control_connected.set(1);
+            let Some(mut snapshot) = next.map_err(|status| status.message().to_owned())? else {
+                return Ok(());
+            };
+            self.metrics.own.control_connected.set(1);
             self.member.set_refused(false);
-            self.metrics.clone_refused.set(0);
+            self.metrics.own.clone_refused.set(0);
             self.tell_of_clones(snapshot.clones.as_ref());
+            // No configuration: it is answered, not kept.
+            let question = std::mem::take(&mut snapshot.question);
+            self.question.send_if_modified(|last| std::mem::replace(last, question) != question);
             let unix = clock::since_unix_epoch();
             // Unchanged ones are heartbeats.
             if last.as_ref() == Some(&snapshot) && !self.carry.is_over(unix) {
@@ -263,7 +270,7 @@ impl ControlTask {
         routes.zone.clone_from(&self.zone);
         let inbound = (*tables.inbound).clone();
         self.overlay.set_routes(routes);
-        self.metrics.config_revision.set(tables.revision);
+        self.metrics.own.config_revision.set(tables.revision);
         // Before the handles: nobody is let in by a handle whose policies are not known yet.
         self.tables.send_replace(Some(Arc::new(tables)));
         self.overlay.set_inbound(inbound);
@@ -310,6 +317,8 @@ pub struct ReportTask {
     pub metrics: Metrics,
     pub drain: Drain,
     pub enforcer: Enforcer,
+    /// What the federator asked last, to be answered at once; 0: nothing.
+    pub asked: watch::Receiver<u64>,
 }
 
 impl ReportTask {
@@ -328,6 +337,7 @@ impl ReportTask {
                 tokio::select! {
                     _ = tokio::time::timeout(REPORT_EVERY, changed) => {}
                     () = self.enforcer.news() => {}
+                    Ok(()) = self.asked.changed() => {}
                     () = provided::changed(&mut self.provided) => {}
                     Ok(()) = self.greeted.changed() => {}
                 }
@@ -342,8 +352,9 @@ impl ReportTask {
         }
     }
 
-    async fn report(&self, leaving: bool) -> Result<(), String> {
-        let report = self.assemble(leaving);
+    async fn report(&mut self, leaving: bool) -> Result<(), String> {
+        let answer = *self.asked.borrow_and_update();
+        let report = v1::StatusReport { answer, ..self.assemble(leaving) };
         let enforcements = report.enforcements.clone();
         let send = async {
             let channel = self.member.connect(&self.overlay).await.map_err(|e| e.to_string())?;
@@ -421,6 +432,7 @@ impl ReportTask {
             enforcements: self.enforcer.untold(),
             leaving,
             trust: Some(self.member.trust()),
+            answer: 0,
         }
     }
 }

@@ -37,7 +37,7 @@ use crate::provided::{self, Served};
 use crate::shared::CallsTask;
 use crate::tables::Tables;
 use crate::udp::UdpContext;
-use crate::udp::listener::{DatagramTask, Way};
+use crate::udp::listener::{DatagramTask, UdpPort, Way};
 use crate::udp::socket::Socket;
 
 /// What captured connections need on every thread.
@@ -137,7 +137,7 @@ impl DataPath {
             drain,
             tasks: tasks.clone(),
         };
-        let Listening { upstreams, captured, captured_udp, plain: plain_listeners, calls } = listening;
+        let Listening { upstreams, captured, captured_udp, plain: plain_listeners, handed } = listening;
         for (upstream, listener) in config.upstreams.iter().zip(upstreams) {
             let (service, port) = (upstream.service.clone(), upstream.port);
             match listener {
@@ -147,14 +147,17 @@ impl DataPath {
                     tasks.spawn("upstream", task.run());
                 }
                 UpstreamListener::Udp(socket) => {
-                    let way = Way::Upstream(Arc::new(UpstreamPort::new(service, port, &outbound.metrics)));
-                    let task = DatagramTask::new(Socket::listening(socket)?, way, outbound.clone());
+                    let port = UpstreamPort::new(service, port, &outbound.metrics);
+                    let port = Arc::new(UdpPort::new(port, &outbound.metrics));
+                    let way = Way::Upstream(port, Arc::new(outbound.clone()));
+                    let (metrics, drain) = (&outbound.metrics, outbound.drain.clone());
+                    let task = DatagramTask::new(Socket::listening(socket)?, way, metrics, drain);
                     tasks.spawn("upstream datagrams", task.run());
                 }
             }
         }
-        if let Some(calls) = calls {
-            tasks.spawn("calls", CallsTask::new(calls, outbound.clone(), wanted.clone()).run());
+        if let Some(handed) = handed {
+            tasks.spawn("calls", CallsTask::new(handed, outbound.clone(), wanted.clone()).run());
         }
         if let Some(Capture { targets, pass_slots }) = capture {
             let metrics = outbound.metrics.capture.direction("outbound");
@@ -164,8 +167,9 @@ impl DataPath {
                 tasks.spawn("captured", task.run(TcpListener::from_std(listener)?));
             }
             for socket in captured_udp {
-                let way = Way::Captured(Arc::new(context.clone()));
-                let task = DatagramTask::new(Socket::capturing(socket)?, way, context.outbound.clone());
+                let way = Way::captured(context.clone());
+                let (metrics, drain) = (&context.outbound.metrics, context.outbound.drain.clone());
+                let task = DatagramTask::new(Socket::capturing(socket)?, way, metrics, drain);
                 tasks.spawn("captured datagrams", task.run());
             }
         }

@@ -4,17 +4,17 @@
 use std::collections::VecDeque;
 use std::io;
 use std::net::SocketAddr;
+use std::os::fd::AsFd;
 use std::time::Duration;
 
 use socket2::{Domain, SockFilter, SockRef, Socket, Type};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::mpsc;
 use tombolo_model::protocol::Protocol;
 use tombolo_runtime::drain::Drain;
 
 use crate::capture::listener;
 use crate::config::SidecarConfig;
-use crate::shared::Call;
+use crate::shared::{Call, Handed};
 use crate::udp::socket as udp;
 
 /// tokio's; the kernel caps it at net.core.somaxconn.
@@ -47,27 +47,32 @@ pub(crate) fn listen_with(
     count: usize,
     prepare: impl Fn(&Socket) -> io::Result<()>,
 ) -> io::Result<Listeners> {
-    let bind = |address: SocketAddr, shared| -> io::Result<Socket> {
+    bind_all(address, count, |address, shared| {
         let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(socket2::Protocol::TCP))?;
         prepare(&socket)?;
         socket.set_nonblocking(true)?;
         socket.set_reuse_address(true)?;
         socket.set_reuse_port(shared)?;
         socket.bind(&address.into())?;
-        Ok(socket)
-    };
-    let started = |socket: Socket| -> io::Result<std::net::TcpListener> {
         socket.listen(BACKLOG)?;
         Ok(socket.into())
-    };
-    if count <= 1 {
-        return Ok(vec![started(bind(address, false)?)?]);
-    }
+    })
+}
+
+/// Binds `count` sockets to one address by `bind`, which gets the address, and whether others may have it as well.
+pub(crate) fn bind_all<S: AsFd>(
+    address: SocketAddr,
+    count: usize,
+    bind: impl Fn(SocketAddr, bool) -> io::Result<S>,
+) -> io::Result<Vec<S>> {
     // A shared port may be joined by another process of the same user; one that is taken already is an error.
-    let alone = started(bind(address, false)?)?;
-    let address = alone.local_addr()?;
+    let alone = bind(address, false)?;
+    if count <= 1 {
+        return Ok(vec![alone]);
+    }
+    let bound = SockRef::from(&alone).local_addr()?.as_socket();
     drop(alone);
-    (0..count).map(|_| started(bind(address, true)?)).collect()
+    (0..count).map(|_| bind(bound.unwrap_or(address), true)).collect()
 }
 
 /// Where applications call one upstream, on one thread.
@@ -95,7 +100,7 @@ pub(crate) struct Listening {
     pub captured_udp: Vec<std::net::UdpSocket>,
     pub plain: Vec<std::net::TcpListener>,
     /// What a front hands over that is shared with others.
-    pub calls: Option<(VecDeque<Call>, mpsc::Receiver<Call>)>,
+    pub handed: Option<(VecDeque<Call>, Handed)>,
 }
 
 /// Why a listener can't be had.

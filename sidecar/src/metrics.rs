@@ -1,6 +1,6 @@
 //! What `/metrics` shows of a sidecar. Labels are bounded sets: services of the configuration, clusters, closed reasons.
 
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+mod own;
 
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
@@ -10,6 +10,7 @@ use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::{Registry, Unit};
 use tombolo_overlay::OverlayStats;
 
+pub use self::own::{Own, OwnByApplication};
 use crate::capture::metrics::CaptureMetrics;
 use crate::udp::metrics::UdpMetrics;
 
@@ -92,14 +93,9 @@ pub struct Metrics {
     pub tier: Family<UpstreamLabels, Gauge>,
     pub shifts: Family<UpstreamLabels, Counter>,
     pub healthy: Family<UpstreamLabels, Gauge>,
-    pub config_revision: Gauge<u64, AtomicU64>,
+    pub own: Own,
     pub rejected_records: Family<RejectLabels, Counter>,
     pub access: Family<AccessLabels, Counter>,
-    pub control_connected: Gauge,
-    /// 1: this process is a clone, and refused.
-    pub clone_refused: Gauge,
-    /// Others that came with this identity and were refused.
-    pub clones_seen: Gauge,
     attestations: Family<AttestationLabels, Counter>,
     expired_connections: Counter,
     revoked_connections: Counter,
@@ -112,6 +108,24 @@ impl Metrics {
     /// Registers everything under `tombolo_sidecar_`.
     pub fn register(registry: &mut Registry) -> Self {
         let registry = registry.sub_registry_with_prefix("tombolo_sidecar");
+        let own = Own::register(registry);
+        Self::common(registry, own)
+    }
+
+    /// The same for a process of many sidecars: what each says of itself is told apart by application, and `own` of what
+    /// is returned shows nowhere.
+    pub fn register_shared(registry: &mut Registry) -> (Self, OwnByApplication) {
+        let registry = registry.sub_registry_with_prefix("tombolo_sidecar");
+        let own = OwnByApplication::register(registry);
+        (Self::common(registry, Own::default()), own)
+    }
+
+    /// The same handles, but for what one sidecar says of itself.
+    pub fn with(&self, own: Own) -> Self {
+        Self { own, ..self.clone() }
+    }
+
+    fn common(registry: &mut Registry, own: Own) -> Self {
         let metrics = Self {
             sent: Family::default(),
             received: Family::default(),
@@ -126,12 +140,9 @@ impl Metrics {
             tier: Family::default(),
             shifts: Family::default(),
             healthy: Family::default(),
-            config_revision: Gauge::default(),
+            own,
             rejected_records: Family::default(),
             access: Family::default(),
-            control_connected: Gauge::default(),
-            clone_refused: Gauge::default(),
-            clones_seen: Gauge::default(),
             attestations: Family::default(),
             expired_connections: Counter::default(),
             revoked_connections: Counter::default(),
@@ -176,11 +187,6 @@ impl Metrics {
         registry.register("shifts", "Failover decisions", m.shifts.clone());
         registry.register("local_healthy", "Whether the local application is healthy", m.healthy.clone());
         registry.register(
-            "config_revision",
-            "Revision of the configuration in use",
-            m.config_revision.clone(),
-        );
-        registry.register(
             "rejected_records",
             "Records of the configuration that were refused",
             m.rejected_records.clone(),
@@ -189,21 +195,6 @@ impl Metrics {
             "access",
             "Streams of callers by what access policies say of them, and which",
             m.access.clone(),
-        );
-        registry.register(
-            "control_connected",
-            "Whether a federator is connected",
-            m.control_connected.clone(),
-        );
-        registry.register(
-            "clone_refused",
-            "1 while another process holds this one's identity, and this one is refused",
-            m.clone_refused.clone(),
-        );
-        registry.register(
-            "clones_seen",
-            "Processes that came with this identity while this one lived, and were refused",
-            m.clones_seen.clone(),
         );
         registry.register(
             "attestations",
@@ -228,15 +219,15 @@ impl Metrics {
         metrics
     }
 
-    /// What the overlay has counted by now.
+    /// What this sidecar's overlay has counted by now.
     pub fn overlay(&self, stats: &OverlayStats) {
         let results = stats.attestations_refused.iter().chain([("ok", stats.attested)]);
         for (result, count) in results {
-            // The overlay's counters only grow, and this is their only copy.
-            self.attestations.get_or_create(&AttestationLabels { result }).inner().store(count, Relaxed);
+            let more = self.own.more(result, count);
+            self.attestations.get_or_create(&AttestationLabels { result }).inc_by(more);
         }
-        self.expired_connections.inner().store(stats.expired_closed, Relaxed);
-        self.revoked_connections.inner().store(stats.revoked_closed, Relaxed);
+        self.expired_connections.inc_by(self.own.more("expired", stats.expired_closed));
+        self.revoked_connections.inc_by(self.own.more("revoked", stats.revoked_closed));
         for (reason, count) in [
             ("no_route", stats.no_route),
             ("send_error", stats.send_errors),
@@ -244,7 +235,8 @@ impl Metrics {
             ("part_overflow", stats.part_overflow),
             ("malformed", stats.malformed),
         ] {
-            self.dropped_packets.get_or_create(&PacketLabels { reason }).inner().store(count, Relaxed);
+            let more = self.own.more(reason, count);
+            self.dropped_packets.get_or_create(&PacketLabels { reason }).inc_by(more);
         }
     }
 

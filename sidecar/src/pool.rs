@@ -44,6 +44,9 @@ const RECENT: Duration = Duration::from_secs(60);
 /// Kicks follow each other every 200 ms or two round trips.
 pub(crate) const STALLED_KICKS: u32 = 5;
 
+/// Endpoints with weights of their own that are worth a connection: only among those can shares be kept.
+const WEIGHTED: usize = 16;
+
 /// Bounds of one pool.
 #[derive(Clone, Copy, Debug)]
 pub struct PoolLimits {
@@ -266,10 +269,12 @@ impl Pool {
             return Err(PoolError::Closed);
         }
         state.last_used = now;
-        let views: Vec<_> = state.connections.iter().map(|c| c.view(avoid)).collect();
-        let picked = choice::pick(&views, rand::random()).and_then(|at| state.connections.get(at).cloned());
         let target = self.0.target.load();
-        let demand = choice::demand(&views, &self.0.context.limits, target.backend.healthy);
+        let views: Vec<_> = state.connections.iter().map(|c| c.view(avoid, &target.backend)).collect();
+        let picked = choice::pick(&views, rand::random()).and_then(|at| state.connections.get(at).cloned());
+        let most = self.0.context.limits.connections;
+        let most = if target.backend.is_weighted() { most.max(WEIGHTED) } else { most };
+        let demand = choice::demand(&views, most, target.backend.healthy);
         let waiting = state.not_before.is_some_and(|t| now < t);
         if picked.is_none() && waiting && state.dialling == 0 {
             let kind = state.last_failure.unwrap_or("no_connection");

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use prometheus_client::registry::Registry;
-use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::sync::{Semaphore, watch};
 use tombolo_identity::tls;
 use tombolo_model::names::ServiceKey;
 use tombolo_names::metrics as names_metrics;
@@ -46,9 +46,10 @@ use crate::health;
 use crate::listening::{ListenError, Listening};
 use crate::metrics::Metrics;
 use crate::names::NamesTask;
-use crate::shared::Call;
+use crate::shared::{Call, Handed};
 use crate::tables::Tables;
 use crate::udp::UdpContext;
+use crate::udp::queue::Budget;
 use crate::workload_api::{self, WorkloadApi};
 
 /// What this machine is called, for people.
@@ -126,6 +127,15 @@ pub struct Bound {
     tasks: TaskGroup,
 }
 
+/// What a sidecar gets from a process that has many.
+#[derive(Debug)]
+pub(crate) struct Among {
+    pub metrics: Metrics,
+    pub configured: Option<BlockReady>,
+    /// Of what waits in flows of datagrams.
+    pub budget: Budget,
+}
+
 /// What a sidecar has around its data path.
 #[derive(Debug, Default)]
 struct Around {
@@ -134,6 +144,7 @@ struct Around {
     /// Followed for the name server, and for captured connections.
     names: Option<(Option<names_server::Bound>, names_metrics::Metrics)>,
     configured: Option<BlockReady>,
+    budget: Option<Budget>,
 }
 
 impl Sidecar {
@@ -159,19 +170,17 @@ impl Sidecar {
             }
         };
         let admin = Some(Admin::bind(config.admin, registry, readiness).await?);
-        let around = Around { admin, workload_api, names, configured: Some(configured) };
+        let around = Around { admin, workload_api, names, configured: Some(configured), budget: None };
         Self::join(config, listening, around, metrics).await
     }
 
     /// One of the sidecars of a process that shows metrics and readiness for all of them, and hands it its calls
     /// ([`Bound::hand`]).
-    pub(crate) async fn build_among(
-        config: SidecarConfig,
-        metrics: Metrics,
-        configured: Option<BlockReady>,
-    ) -> Result<Bound, BuildError> {
+    pub(crate) async fn build_among(config: SidecarConfig, among: Among) -> Result<Bound, BuildError> {
+        let Among { metrics, configured, budget } = among;
         let listening = Listening::bind(&config, 1)?;
-        Self::join(config, listening, Around { configured, ..Around::default() }, metrics).await
+        let around = Around { configured, budget: Some(budget), ..Around::default() };
+        Self::join(config, listening, around, metrics).await
     }
 
     async fn join(
@@ -233,9 +242,9 @@ impl Sidecar {
 
 impl Bound {
     /// Connections that a front has accepted for it: those that have waited, and those to come.
-    pub(crate) fn hand(&mut self, held: VecDeque<Call>, calls: mpsc::Receiver<Call>) {
+    pub(crate) fn hand(&mut self, held: VecDeque<Call>, handed: Handed) {
         if let Some(first) = self.listening.first_mut() {
-            first.calls = Some((held, calls));
+            first.handed = Some((held, handed));
         }
     }
 
@@ -260,13 +269,14 @@ impl Bound {
             overlay,
             listening,
             parts,
-            around: Around { admin, workload_api, names, configured },
+            around: Around { admin, workload_api, names, configured, budget },
             metrics,
             tasks,
         } = self;
         let (trigger, watcher) = drain::channel();
         let log = ShiftLog::open(member.dir());
         let (tables, received) = watch::channel(None);
+        let (question, asked) = watch::channel(0);
 
         let enforcer = Enforcer::new(member.svid().clone());
         let wanted = Wanted::new(asked_for(&config).collect());
@@ -280,6 +290,7 @@ impl Bound {
             zone: config.zone.clone(),
             enforcer: enforcer.clone(),
             wanted: wanted.clone(),
+            question,
             provided: config.provided.clone(),
             greeted: watch::Sender::new(0),
         };
@@ -322,7 +333,7 @@ impl Bound {
             _ => (Dialler::plain(), None),
         };
         let (watched, agentless) = agentless::watch::of(&config);
-        let udp = UdpContext::new(config.udp, metrics.udp.clone());
+        let udp = UdpContext::new(config.udp, budget.as_ref(), metrics.udp.clone());
         let path = DataPath {
             config: Arc::clone(&config),
             member: member.clone(),
@@ -381,6 +392,7 @@ impl Bound {
             metrics,
             drain: watcher.clone(),
             enforcer,
+            asked,
         };
         let report = tasks.spawn("report", report.run());
         drop(watcher);
@@ -549,5 +561,6 @@ fn hello(config: &SidecarConfig, overlay: &Overlay) -> v1::SidecarHello {
         lease: None,
         instance: rand::random::<[u8; 16]>().to_vec(),
         host: std::fs::read_to_string(HOSTNAME).unwrap_or_default().trim().to_owned(),
+        answers: true,
     }
 }

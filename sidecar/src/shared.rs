@@ -1,8 +1,8 @@
 //! One process that is the sidecar of many applications which have none of their own.
 //!
 //! ```text
-//!  application 10.0.0.11 --TCP--> front 10.0.0.5:9080 --by the caller's address--> its sidecar ==overlay==> peer
-//!  peer ==overlay==> its sidecar --TCP--> application 10.0.0.11:8080
+//!  application 10.0.0.11 --TCP, UDP--> front 10.0.0.5:9080 --by the caller's address--> its sidecar ==overlay==> peer
+//!  peer ==overlay==> its sidecar --TCP, UDP--> application 10.0.0.11:8080
 //! ```
 //! Each application keeps an identity, a key, an overlay socket and a lease of its own, as if its sidecar ran beside it:
 //! what is shared is the process, its metrics and the front's listeners. [`front`] tells callers apart; [`config`] is what a
@@ -29,14 +29,15 @@ use tombolo_runtime::drain::Drain;
 use tombolo_runtime::readiness::Readiness;
 use tombolo_runtime::tasks::TaskGroup;
 
-pub(crate) use self::calls::CallsTask;
+pub(crate) use self::calls::{CallsTask, Datagrams};
 use self::config::{Register, SharedConfig, SharedConfigError};
-pub(crate) use self::front::Call;
-use self::front::{Calls, Front, Fronts};
+pub(crate) use self::front::{Call, Handed, OpenCall, SharedPort};
+use self::front::{Calls, Front, Fronts, Waking};
 use self::keeping::{ApplicationLabels, Context};
 use self::running::Running;
 use crate::listening::ListenError;
-use crate::metrics::Metrics;
+use crate::metrics::{Metrics, OwnByApplication};
+use crate::udp;
 
 /// Calls for applications that are to be started: a burst of new pods' first ones.
 const WAKING: usize = 1024;
@@ -70,10 +71,11 @@ pub struct Shared {
     front: Front,
     fronts: Fronts,
     calls: Calls,
-    waking: mpsc::Receiver<(String, Call)>,
+    waking: mpsc::Receiver<Waking>,
     admin: Admin,
     readiness: Readiness,
     metrics: Metrics,
+    own: OwnByApplication,
     up: Family<ApplicationLabels, Gauge>,
     tasks: TaskGroup,
 }
@@ -82,7 +84,7 @@ impl Shared {
     /// Binds the front and the admin endpoint. Needs a one-thread runtime, which then runs it.
     pub async fn build(config: SharedConfig) -> Result<Self, SharedError> {
         let mut registry = Registry::default();
-        let metrics = Metrics::register(&mut registry);
+        let (metrics, own) = Metrics::register_shared(&mut registry);
         let shared = registry.sub_registry_with_prefix("tombolo_sidecar_shared");
         let up = Family::<ApplicationLabels, Gauge>::default();
         shared.register(
@@ -97,21 +99,29 @@ impl Shared {
         }
         let tasks = TaskGroup::new();
         let front = Front::default();
-        let fronts = Fronts::start(front.clone(), &config.upstreams, calls.clone(), tasks.clone())?;
+        let fronts = Fronts::start(front.clone(), &config.upstreams, calls.clone(), &metrics, tasks.clone())?;
         let readiness = Readiness::new();
         let admin = Admin::bind(config.admin, registry, readiness.clone()).await?;
         tracing::info!(applications = config.applications.len(), admin = %admin.local_addr(), "shared sidecar bound");
-        Ok(Self { config, front, fronts, calls, waking, admin, readiness, metrics, up, tasks })
+        Ok(Self { config, front, fronts, calls, waking, admin, readiness, metrics, own, up, tasks })
     }
 
     /// Runs until `shutdown` starts and every application's drain is over.
     pub async fn run(self, shutdown: Drain, mut source: impl Source) -> Result<(), SharedError> {
-        let Self { config, front, mut fronts, calls, mut waking, admin, readiness, metrics, up, tasks } =
+        let Self { config, front, mut fronts, calls, mut waking, admin, readiness, metrics, own, up, tasks } =
             self;
         let failed = Arc::new(AtomicBool::new(false));
         let tasks_of_applications = tasks.clone();
-        let context =
-            Context { front, calls, metrics, up, failed: Arc::clone(&failed), tasks: tasks_of_applications };
+        let context = Context {
+            front,
+            calls,
+            metrics,
+            own,
+            budget: udp::shared_budget(),
+            up,
+            failed: Arc::clone(&failed),
+            tasks: tasks_of_applications,
+        };
         let mut running = Running::new(config.overlay_ports, context);
         let mut unsettled = config.incomplete.then(|| readiness.block("configuration"));
         running.follow(config.applications, |name| Some(readiness.block(format!("application {name}"))));
@@ -143,7 +153,7 @@ impl Shared {
                             refused = error;
                         }
                     },
-                    Some((name, call)) = waking.recv() => running.wake(&name, call),
+                    Some(Waking { name, call }) = waking.recv() => running.wake(&name, call),
                     _ = look.tick() => {
                         fronts.tend();
                         running.rest();

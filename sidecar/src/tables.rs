@@ -16,6 +16,7 @@ use tombolo_identity::{ForeignBundle, SpiffeId, TrustDomain};
 use tombolo_model::ids::{ClusterTag, EndpointId, Handle};
 use tombolo_model::names::{ClusterName, ServiceKey};
 use tombolo_model::protocol::Protocol;
+use tombolo_model::resource::workload::DEFAULT_WEIGHT;
 use tombolo_overlay::keys::KeyRing;
 use tombolo_overlay::lease::EndpointLease;
 use tombolo_overlay::member::{control_targets, gateway_hops};
@@ -37,12 +38,26 @@ pub struct Backend {
     pub keys: Arc<KeyRing>,
     /// One of which a peer must prove.
     pub identities: Arc<[SpiffeId]>,
+    /// Of each endpoint of an identity, in the same order; none: all alike.
+    pub weights: Arc<[u32]>,
     pub healthy: u32,
     pub total: u32,
     pub properties: BTreeMap<String, String>,
     pub stale: bool,
     /// That this cluster serves; none: it has not said.
     pub ports: Vec<(Protocol, u16)>,
+}
+
+impl Backend {
+    /// The share of one endpoint of this identity, relative to others.
+    pub fn weight(&self, id: &SpiffeId) -> u32 {
+        let at = self.identities.iter().position(|known| known == id);
+        at.and_then(|at| self.weights.get(at)).copied().unwrap_or(DEFAULT_WEIGHT)
+    }
+    /// Whether endpoints have shares of their own.
+    pub fn is_weighted(&self) -> bool {
+        !self.weights.is_empty()
+    }
 }
 
 /// A service that local applications call.
@@ -252,12 +267,11 @@ fn upstream(
             continue;
         }
         if backend.cluster == *own {
-            // Only endpoints whose address is known are dialled directly; with none, the gateway chooses.
-            let direct: Vec<_> = wire.endpoints.iter().copied().map(EndpointId::from_u32).collect();
-            let known = direct.into_iter().filter(|e| routes.endpoints.contains_key(&e.block()));
-            let known: Vec<_> = known.collect();
-            if !known.is_empty() {
-                routes.services.insert(backend.handle, known);
+            // All of them, although one whose address is not known (behind NAT) is reached through a gateway: it is to
+            // be chosen as often as the others. With none that is known, the gateway chooses alone.
+            let healthy: Vec<_> = wire.endpoints.iter().copied().map(EndpointId::from_u32).collect();
+            if healthy.iter().any(|e| routes.endpoints.contains_key(&e.block())) {
+                routes.services.insert(backend.handle, healthy);
             }
         }
         backends.push(Arc::new(backend));
@@ -280,6 +294,10 @@ fn backend(wire: &v1::Backend) -> Result<Backend, FieldError> {
         let expected = format!("1 to {MAX_IDENTITIES} identities");
         return Err(FieldError::new("backends.spiffe_ids", wire.spiffe_ids.len(), expected));
     }
+    if !wire.weights.is_empty() && wire.weights.len() != wire.spiffe_ids.len() {
+        let expected = format!("none, or one for each of {} identities", wire.spiffe_ids.len());
+        return Err(FieldError::new("backends.weights", wire.weights.len(), expected));
+    }
     let identities = wire.spiffe_ids.iter().map(|id| convert::parse("backends.spiffe_ids", id));
     let keys = wire.keys.as_ref().ok_or_else(|| FieldError::new("backends.keys", "nothing", "present"))?;
     Ok(Backend {
@@ -288,6 +306,7 @@ fn backend(wire: &v1::Backend) -> Result<Backend, FieldError> {
         handle: Handle::from_u32(wire.handle),
         keys: Arc::new(KeyRing::from_wire(keys)?),
         identities: identities.collect::<Result<Vec<SpiffeId>, _>>()?.into(),
+        weights: wire.weights.clone().into(),
         healthy: wire.healthy,
         total: wire.total,
         properties: wire.properties.clone().into_iter().collect(),

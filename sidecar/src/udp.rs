@@ -67,18 +67,27 @@ pub struct UdpContext {
     pub metrics: UdpMetrics,
 }
 
-/// What waits in all flows' queues together.
+/// What waits in all flows' queues of one sidecar together.
 const QUEUED_BYTES: usize = 16 * 1024 * 1024;
+/// The same of all sidecars of one process: of a thousand applications, most are quiet.
+const QUEUED_BYTES_SHARED: usize = 64 * 1024 * 1024;
+
+/// Of a process with many sidecars.
+pub fn shared_budget() -> Budget {
+    Budget::new(QUEUED_BYTES_SHARED)
+}
 
 impl UdpContext {
-    pub fn new(limits: UdpLimits, metrics: UdpMetrics) -> Self {
+    /// `shared`: of the process, where it has many sidecars.
+    pub fn new(limits: UdpLimits, shared: Option<&Budget>, metrics: UdpMetrics) -> Self {
+        let budget = shared.map_or_else(|| Budget::new(QUEUED_BYTES), |whole| whole.part(QUEUED_BYTES));
         Self {
             limits,
             outbound: Arc::new(Semaphore::new(limits.max_flows)),
             inbound: Arc::new(Semaphore::new(limits.max_flows)),
             peers: PeerFlows::new(limits.max_flows_per_peer),
             pressure: Arc::default(),
-            budget: Budget::new(QUEUED_BYTES),
+            budget,
             metrics,
         }
     }

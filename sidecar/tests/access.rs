@@ -96,7 +96,7 @@ impl World {
             limits,
             slots: Arc::new(Semaphore::new(limits.max_app_connections)),
             dialler: tombolo_sidecar::capture::pass::Dialler::plain(),
-            udp: UdpContext::new(UdpLimits::default(), world.metrics.udp.clone()),
+            udp: UdpContext::new(UdpLimits::default(), None, world.metrics.udp.clone()),
             metrics: world.metrics.clone(),
             drain,
             tasks: world.tasks.clone(),

@@ -40,6 +40,11 @@ impl Ended {
 pub fn run(namespace: &Namespace, program: &str, args: &[&str], stdin: &str) -> Result<Ended> {
     let mut command = Command::new("ip");
     command.args(["netns", "exec", namespace.name(), program]).args(args);
+    ended(command, stdin)
+}
+
+/// Runs a program to its end.
+pub fn ended(mut command: Command, stdin: &str) -> Result<Ended> {
     let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
     // One that has ended without reading it says why by itself.
     let _ = child.stdin.take().context("no standard input")?.write_all(stdin.as_bytes());

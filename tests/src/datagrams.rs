@@ -1,6 +1,6 @@
 //! Small UDP programs for scenarios: a server that says who it is, callers that know what they must hear, and a flood.
 
-use std::net::{SocketAddr, UdpSocket};
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::thread::JoinHandle;
@@ -47,10 +47,14 @@ pub struct Caller(UdpSocket);
 
 impl Caller {
     pub fn new(namespace: &Namespace, address: SocketAddr) -> Result<Self> {
-        let any: SocketAddr = if address.is_ipv4() { "0.0.0.0:0".parse()? } else { "[::]:0".parse()? };
-        let socket =
-            namespace.run(|| UdpSocket::bind(any).and_then(|s| s.connect(address).map(|()| s)))??;
-        Ok(Self(socket))
+        let any = if address.is_ipv4() { "0.0.0.0" } else { "::" };
+        Self::from(namespace, any.parse()?, address)
+    }
+
+    /// From one of the namespace's addresses.
+    pub fn from(namespace: &Namespace, from: IpAddr, to: SocketAddr) -> Result<Self> {
+        let bind = || UdpSocket::bind((from, 0)).and_then(|socket| socket.connect(to).map(|()| socket));
+        Ok(Self(namespace.run(bind)??))
     }
 
     /// Says it once; who has answered, with the same words, within `limit`.

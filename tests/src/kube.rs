@@ -5,16 +5,18 @@
 //! ends with it; [`ControlPlane::stop`] ends it in order, because an API server whose etcd went first hangs.
 
 mod api;
+mod tools;
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
+use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
 use serde_json::{Value, json};
 
 pub use api::{Api, Object, condition, documents};
+pub use tools::{Tools, require_tools};
 
 use crate::capability::skipped;
 use crate::mesh::Mesh;
@@ -22,7 +24,7 @@ use crate::process::ProcessSpec;
 
 /// As `setup.sh` builds it; the last number counts changes of what is built with it.
 const VERSION: &str = "1.37.2-1";
-const ADMIN_TOKEN: &str = "the.admins.token";
+pub(crate) const ADMIN_TOKEN: &str = "the.admins.token";
 const NAMESPACE: &str = "tombolo-system";
 const ACCOUNT: &str = "tombolo-federator";
 /// An API server on a busy machine.
@@ -31,7 +33,13 @@ const RBAC: &str = include_str!("../../deploy/kubernetes/rbac.yaml");
 
 /// The programs.
 #[derive(Clone, Debug)]
-pub struct Binaries(PathBuf);
+pub struct Binaries(pub(crate) PathBuf);
+
+impl Binaries {
+    pub fn etcd(&self) -> PathBuf {
+        self.0.join("etcd")
+    }
+}
 
 /// `None` after listing `test` as skipped where they have not been built.
 pub fn require_control_plane(test: &str) -> Option<Binaries> {
@@ -47,6 +55,19 @@ pub fn require_control_plane(test: &str) -> Option<Binaries> {
         format!("Kubernetes {VERSION} is not built (tests/setup.sh builds it where Go is new enough)");
     skipped(test, &reason);
     None
+}
+
+/// A cluster's etcd alone, for a federator's store: where it is. Its process is `CLUSTER/etcd`.
+pub fn store(bin: &Binaries, mesh: &mut Mesh, cluster: &str) -> Result<SocketAddr> {
+    let dir = mesh.path(&format!("{cluster}/store"));
+    std::fs::create_dir_all(&dir)?;
+    let address = mesh.cluster(cluster)?.address(2, 2379);
+    spawn_etcd(bin, mesh, cluster, &dir, address)?;
+    mesh.eventually("etcd answers", READY, |mesh| {
+        let namespace = &mesh.cluster(cluster)?.namespace;
+        Ok(namespace.run(|| std::net::TcpStream::connect(address).map(drop))??)
+    })?;
+    Ok(address)
 }
 
 /// One cluster's.
@@ -71,7 +92,7 @@ impl ControlPlane {
             let cluster = mesh.cluster(cluster)?;
             (cluster.address(2, 6443), cluster.address(2, 2379))
         };
-        secrets(&dir, address)?;
+        secrets(&dir, &[address.ip().to_string()])?;
         let kubeconfig = dir.join("admin.kubeconfig");
         std::fs::write(&kubeconfig, self::kubeconfig(&dir, address, ADMIN_TOKEN)?)?;
         spawn_etcd(bin, mesh, cluster, &dir, etcd)?;
@@ -114,16 +135,29 @@ impl ControlPlane {
         self.federate_with(mesh, &[])
     }
 
-    /// The same, with more flags.
+    /// Starts its federator as the service account that is there, with more flags.
+    pub fn federate_as(&self, mesh: &mut Mesh, more: &[&str]) -> Result<()> {
+        self.federate_known(mesh, &[&["--kubernetes-services"], more].concat())
+    }
+
+    /// Prepares the cluster as [`Self::federate`] does, and starts its federator with more flags.
     pub fn federate_with(&self, mesh: &mut Mesh, more: &[&str]) -> Result<()> {
-        let cluster = self.cluster.clone();
         self.install_crds(mesh)?;
+        self.federate_bare(mesh, &[&["--kubernetes-services"], more].concat())
+    }
+
+    /// The same without the definitions, which may be there already, or come late; `flags` say what the federator does.
+    pub fn federate_bare(&self, mesh: &mut Mesh, flags: &[&str]) -> Result<()> {
         for document in documents(RBAC)? {
             self.api.apply(&document)?;
         }
+        self.federate_known(mesh, flags)
+    }
+
+    fn federate_known(&self, mesh: &mut Mesh, flags: &[&str]) -> Result<()> {
         let kubeconfig = text(&self.kubeconfig_of(ACCOUNT)?);
-        let flags = [&["--kubernetes", &kubeconfig, "--kubernetes-services"][..], more].concat();
-        mesh.federator_with(&cluster, &flags)
+        let flags = [&["--kubernetes", &kubeconfig][..], flags].concat();
+        mesh.federator_with(&self.cluster, &flags)
     }
 
     /// A kubeconfig with a token of one of the product's service accounts, and nothing else.
@@ -191,23 +225,23 @@ fn spec(bin: &Binaries, mesh: &Mesh, cluster: &str, program: &str) -> Result<Pro
 fn spawn_etcd(bin: &Binaries, mesh: &mut Mesh, cluster: &str, dir: &Path, client: SocketAddr) -> Result<()> {
     let peer = format!("http://{}:2380", client.ip());
     let client = format!("http://{client}");
-    let spec = spec(bin, mesh, cluster, "etcd")?.args([
-        "--data-dir",
-        &text(&dir.join("etcd")),
-        "--listen-client-urls",
-        &client,
-        "--advertise-client-urls",
-        &client,
-        "--listen-peer-urls",
-        &peer,
-        "--initial-advertise-peer-urls",
-        &peer,
-        "--initial-cluster",
-        &format!("default={peer}"),
-        "--unsafe-no-fsync",
-        "--auto-compaction-retention=1",
-    ]);
+    let spec = spec(bin, mesh, cluster, "etcd")?.args(etcd_args(&dir.join("etcd"), &client, &peer));
     mesh.spawn(&format!("{cluster}/etcd"), spec)
+}
+
+/// An etcd of one member, which forgets with its machine.
+pub fn etcd_args(data: &Path, client: &str, peer: &str) -> Vec<String> {
+    let args = [
+        ("data-dir", text(data)),
+        ("listen-client-urls", client.to_owned()),
+        ("advertise-client-urls", client.to_owned()),
+        ("listen-peer-urls", peer.to_owned()),
+        ("initial-advertise-peer-urls", peer.to_owned()),
+        ("initial-cluster", format!("default={peer}")),
+        ("auto-compaction-retention", "1".to_owned()),
+    ];
+    let args = args.into_iter().map(|(name, value)| format!("--{name}={value}"));
+    args.chain(["--unsafe-no-fsync".to_owned()]).collect()
 }
 
 fn spawn_api_server(
@@ -241,14 +275,17 @@ fn spawn_api_server(
 }
 
 /// CA, server certificate, signing key of tokens, the administrator's token, and what is logged of whom.
-fn secrets(dir: &Path, address: SocketAddr) -> Result<()> {
+pub(crate) fn secrets(dir: &Path, names: &[String]) -> Result<()> {
     let ca_key = KeyPair::generate()?;
     let mut params = CertificateParams::default();
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     let ca = params.self_signed(&ca_key)?;
     let issuer = Issuer::from_params(&params, &ca_key);
     let key = KeyPair::generate()?;
-    let server = CertificateParams::new(vec![address.ip().to_string()])?.signed_by(&key, &issuer)?;
+    let mut server = CertificateParams::new(names)?;
+    // OpenSSL takes a leaf with its issuer's name for a self-signed one.
+    server.distinguished_name.push(DnType::CommonName, "kube-apiserver");
+    let server = server.signed_by(&key, &issuer)?;
     let tokens = KeyPair::generate()?;
     let user = format!("system:serviceaccount:{NAMESPACE}:{ACCOUNT}");
     // Watches are logged when they begin, everything else when it has ended.
@@ -274,7 +311,7 @@ fn secrets(dir: &Path, address: SocketAddr) -> Result<()> {
     Ok(())
 }
 
-fn kubeconfig(dir: &Path, address: SocketAddr, token: &str) -> Result<String> {
+pub(crate) fn kubeconfig(dir: &Path, address: SocketAddr, token: &str) -> Result<String> {
     let config = json!({
         "apiVersion": "v1", "kind": "Config", "current-context": "here",
         "contexts": [{ "name": "here", "context": { "cluster": "here", "user": "here" } }],

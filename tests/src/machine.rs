@@ -16,7 +16,7 @@ pub const RESOLV_CONF: &str = "# by the network\nnameserver 192.0.2.53\noptions 
 const SYSTEMCTL: &str = r#"#!/bin/bash
 file=ROOT/etc/systemd/system/${@: -1}
 [ "$1" = daemon-reload ] || [ -f "$file" ] || { echo "Unit ${@: -1} not found." >&2; exit 1; }
-[ -e LOGS/refuse ] && [ "$1" = enable ] && { echo "Job for ${@: -1} failed." >&2; exit 1; }
+[ -e "LOGS/refuse-$1" ] && { echo "Job for ${@: -1} failed." >&2; exit 1; }
 value() { sed -n "s/^$1=//p" "$file"; }
 pid=LOGS/${@: -1}.pid log=LOGS/${@: -1}.log
 case "$1 $2" in
@@ -84,9 +84,9 @@ impl Machine {
         let path = self.path("root").join(below);
         std::fs::read_to_string(&path).with_context(|| path.display().to_string())
     }
-    /// Lets `systemctl` fail, or work again.
-    pub fn refuse_units(&self, refuse: bool) -> Result<()> {
-        let mark = self.path("logs/refuse");
+    /// Lets `systemctl enable` (or `disable`) fail, or work again.
+    pub fn refuse(&self, verb: &str, refuse: bool) -> Result<()> {
+        let mark = self.path(&format!("logs/refuse-{verb}"));
         if refuse {
             std::fs::write(mark, "")?
         } else {

@@ -22,7 +22,7 @@ pub use stale::reap_stale;
 pub use wiring::{VethEnd, veth};
 
 /// Where `ip netns` keeps the mounted namespaces.
-const NETNS_DIR: &str = "/run/netns";
+pub(crate) const NETNS_DIR: &str = "/run/netns";
 
 /// One network namespace with its loopback device up. Dropping it removes it.
 #[derive(Debug)]

@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use tombolo_tests::capability::{require_netns, require_programs};
-use tombolo_tests::captured::{HERE, HERE6, at, capture, counter, curl, neighbour, refused, run};
+use tombolo_tests::captured::{HERE, HERE6, THERE, at, capture, counter, curl, neighbour, refused, run};
+use tombolo_tests::datagrams::{Caller, Echo};
 use tombolo_tests::mesh::{Layout, Mesh, http_get};
 use tombolo_tests::netns::Namespace;
 use tombolo_tests::scenario::{export, flag, metric};
@@ -14,6 +15,8 @@ use tombolo_tests::scenario::{export, flag, metric};
 const PROBE: &str = "10.98.0.3";
 const FIRST: u8 = 21;
 const SECOND: u8 = 22;
+const SOON: Duration = Duration::from_secs(1);
+const FIRST_ANSWER: Duration = Duration::from_secs(15);
 const LISTEN: [&str; 4] = ["--inbound-listen", "127.0.0.1:7448", "--inbound-listen", "[::1]:7448"];
 
 /// East's workload serves `shop/inner` at addresses that a neighbour reaches, and west calls it through the mesh.
@@ -137,5 +140,88 @@ fn plain_connections_are_handed_on_or_refused_by_the_mode_and_probes_come_in_by_
     // Somebody who speaks to the listener itself gets nowhere.
     refused(site.east()?, "127.0.0.1:7448".parse()?)?;
     ensure!(site.counted(SECOND, "direct")? == 1.0);
+    Ok(())
+}
+
+/// East's workload serves `shop/echo` over UDP, where a neighbour reaches it; west calls it through the mesh.
+struct Datagrams {
+    mesh: Mesh,
+    there: Namespace,
+    call: SocketAddr,
+    _echoes: Vec<Echo>,
+}
+
+impl Datagrams {
+    fn start() -> Result<Self> {
+        let mut mesh = Mesh::start(&Layout { gateways: 1, ..Layout::default() })?;
+        let there = neighbour(&mesh.cluster("east")?.namespace)?;
+        there.add_address("lan", &format!("{PROBE}/24"))?;
+        let east = &mesh.cluster("east")?.namespace;
+        let echoes = vec![
+            Echo::start(east, at(HERE, 7007)?, "inner")?,
+            Echo::start(east, at(HERE6, 7007)?, "inner")?,
+            Echo::start(&there, at(THERE, 54)?, "other")?,
+        ];
+        let service = format!("shop/echo:7/udp={HERE}:7007");
+        mesh.sidecar("east", "server", &["--service".to_owned(), service])?;
+        mesh.apply("east", &export("echo"))?;
+        let call = mesh.cluster("west")?.address(FIRST, 9007);
+        mesh.sidecar("west", "caller", &["--upstream".to_owned(), format!("shop/echo:7/udp={call}")])?;
+        Ok(Self { mesh, there, call, _echoes: echoes })
+    }
+
+    fn rules(&self, mode: &str) -> Result<()> {
+        let allow = format!("{PROBE}=7007");
+        let ports = ["--inbound-port", "7007/udp", "--inbound-port", "7008/udp"];
+        let rules =
+            [&["apply", "--outbound", "none", "--inbound", mode, "--inbound-allow", &allow], &ports[..]];
+        capture(&self.mesh.cluster("east")?.namespace, &rules.concat())?.ok().map(drop)
+    }
+
+    fn through_the_mesh(&self) -> Result<()> {
+        let (who, _) = Caller::new(&self.mesh.cluster("west")?.namespace, self.call)?
+            .ask_until(b"hello", FIRST_ANSWER)?;
+        ensure!(who == "inner", "{who}");
+        Ok(())
+    }
+}
+
+#[test]
+fn datagrams_from_outside_are_let_in_or_refused_by_the_mode_and_answers_to_own_questions_come_in()
+-> Result<()> {
+    let test =
+        "datagrams_from_outside_are_let_in_or_refused_by_the_mode_and_answers_to_own_questions_come_in";
+    let Some(_) = require_netns(test) else { return Ok(()) };
+    let site = Datagrams::start()?;
+    let (here, here6) = (at(HERE, 7007)?, at(HERE6, 7007)?);
+    let east = &site.mesh.cluster("east")?.namespace;
+    site.through_the_mesh()?;
+    site.rules("permissive")?;
+    let (plain, plain6) = (Caller::new(&site.there, here)?, Caller::new(&site.there, here6)?);
+    for caller in [&plain, &plain6] {
+        ensure!(caller.ask(b"let in?", SOON)? == "inner");
+    }
+    ensure!(counter(east, "inbound_datagrams")? >= 2 && counter(east, "inbound_datagrams_refused")? == 0);
+    site.through_the_mesh()?;
+
+    // Also a flow that stands is refused from now on.
+    site.rules("strict")?;
+    for caller in [&plain, &plain6, &Caller::new(&site.there, here)?] {
+        ensure!(caller.ask(b"and now?", SOON).is_err(), "strict lets plain datagrams in");
+    }
+    ensure!(counter(east, "inbound_datagrams_refused")? >= 3);
+    ensure!(Caller::from(&site.there, PROBE.parse()?, here)?.ask(b"probe", SOON)? == "inner");
+    site.through_the_mesh()?;
+    // What the workload asks from a port of its own is answered.
+    let (own, other) = (at(HERE, 7008)?, at(THERE, 54)?);
+    let socket = east.run(|| std::net::UdpSocket::bind(own))??;
+    socket.set_read_timeout(Some(SOON))?;
+    socket.send_to(b"a question", other)?;
+    let mut answer = [0; 64];
+    let (count, from) = socket.recv_from(&mut answer).context("the answer was refused")?;
+    ensure!(from == other && answer[..count] == *b"other a question");
+
+    capture(east, &["remove"])?.ok()?;
+    ensure!(plain.ask_until(b"given back?", FIRST_ANSWER)?.0 == "inner");
     Ok(())
 }

@@ -2,14 +2,14 @@
 //! and pgbench, Redis with redis-benchmark.
 
 use std::io::{ErrorKind, Read as _};
-use std::os::unix::fs::chown;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use tombolo_tests::capability::{find_program, require_netns, require_programs};
 use tombolo_tests::link::Shape;
 use tombolo_tests::mesh::{Layout, Mesh};
+use tombolo_tests::postgres::{self, owned_by};
 use tombolo_tests::process::ProcessSpec;
 use tombolo_tests::scenario::{entry, export, flag, metric};
 
@@ -72,7 +72,7 @@ impl Site {
 
     /// Runs a client in east to its end.
     fn client(&self, name: &str, program: &str, args: &[&str]) -> Result<String> {
-        let path = find_program(program).or_else(|| postgres(program)).context(program.to_owned())?;
+        let path = postgres::program(program)?;
         let spec = ProcessSpec::new(name, path).args(args).within(&self.mesh.cluster("east")?.namespace);
         spec.run(&self.mesh.logs()?, RUN)
     }
@@ -96,20 +96,6 @@ impl Site {
         ensure!(gateway.contains("tombolo_gateway_"), "{gateway}");
         Ok(())
     }
-}
-
-/// PostgreSQL keeps its server programs in a directory of their own.
-fn postgres(program: &str) -> Option<PathBuf> {
-    let versions = std::fs::read_dir("/usr/lib/postgresql").ok()?.flatten();
-    versions.map(|version| version.path().join("bin").join(program)).find(|path| path.exists())
-}
-
-/// A directory below the system's own temporary one that `user` owns.
-fn owned_by(user: &str) -> Result<tempfile::TempDir> {
-    let dir = tempfile::tempdir()?;
-    let user = nix::unistd::User::from_name(user)?.with_context(|| format!("no user {user}"))?;
-    chown(dir.path(), Some(user.uid.as_raw()), Some(user.gid.as_raw()))?;
-    Ok(dir)
 }
 
 /// Bytes that do not compress and differ from place to place.
@@ -184,21 +170,9 @@ fn postgresql_serves_psql_and_pgbench_across_clusters() -> Result<()> {
         return Ok(());
     };
     let dir = owned_by("postgres")?;
-    let data = dir.path().join("data").display().to_string();
     let site = Site::start("postgres", 5432, |mesh| {
-        let initdb = postgres("initdb").context("initdb")?;
-        ProcessSpec::new("initdb", initdb)
-            .args(["-D", &data, "-A", "trust", "-U", "postgres", "--no-sync", "--locale=C"])
-            .current_dir(dir.path())
-            .as_user("postgres")?
-            .run(&mesh.logs()?, RUN)?;
-        std::fs::write(format!("{data}/pg_hba.conf"), "host all all 0.0.0.0/0 trust\n")?;
-        let listen = mesh.cluster("west")?.address(SERVER_HOST, 5432).ip().to_string();
-        let server = postgres("postgres").context("postgres")?;
-        ProcessSpec::new("postgres", server)
-            .args(["-D", &data, "-k", "", "-h", &listen, "-p", "5432", "-c", "fsync=off"])
-            .current_dir(dir.path())
-            .as_user("postgres")
+        let listen = mesh.cluster("west")?.address(SERVER_HOST, 5432);
+        postgres::server(dir.path(), listen, &mesh.logs()?)
     })?;
     let host = site.host()?;
     let at = ["-h", host.as_str(), "-p", "5432", "-U", "postgres"];

@@ -146,6 +146,15 @@ fn one_command_takes_a_machine_from_a_token_to_its_first_request_and_another_tak
     ensure!(unasked.code == 2 && unasked.err.contains("--yes"), "{unasked:?}");
     ensure!(machine.likeness(vm)? == whole, "none of that changes anything");
 
+    // A service that can't be stopped keeps all that it needs, and the machine serves on; the next attempt goes on from there.
+    machine.refuse("disable", true)?;
+    let refused = machine.vm(vm, &["leave", "--yes"])?;
+    ensure!(refused.code == 1 && refused.err.contains("systemctl disable"), "{refused:?}");
+    site.served(Duration::from_secs(5)).with_context(|| machine.sidecar_log())?;
+    ensure!(site.endpoints()? == 1, "the federator was told of a machine that serves");
+    ensure!(machine.file("etc/tombolo/sidecar.yaml").is_ok(), "its settings are gone");
+    machine.refuse("disable", false)?;
+
     let said = machine.vm(vm, &["leave", "--yes"])?.ok()?;
     let left = Instant::now();
     site.mesh.eventually("the federator knows it no more", OUT_AT_ONCE, |_| {
@@ -248,13 +257,13 @@ fn a_join_that_fails_says_what_failed_and_changes_nothing() -> Result<()> {
     ensure!(machine.likeness(vm)? == before);
 
     // The last step but two fails: everything before it is undone, and the federator told.
-    machine.refuse_units(true)?;
+    machine.refuse("enable", true)?;
     let ended = machine.vm(vm, &join)?;
     ensure!(ended.code == 1 && ended.err.contains("systemctl enable"), "{ended:?}");
     ensure!(ended.err.contains("undone") && ended.err.contains("token is used up"), "{ended:?}");
     ensure!(machine.likeness(vm)? == before, "something is left half-installed");
     ensure!(site.endpoints()? == 0);
-    machine.refuse_units(false)?;
+    machine.refuse("enable", false)?;
     Ok(())
 }
 

@@ -10,8 +10,29 @@ use serde_json::Value;
 use tombolo_tests::capability::{require_programs, skipped};
 use tombolo_tests::mesh::binary;
 
+/// A loopback prefix of its own, so that no other demo on this machine is disturbed.
+const PREFIX: &str = "127.182";
 /// Any will do, as long as it is the same.
 const EPOCH: &str = "1790000000";
+
+/// What Debian and OCI call the machine that this runs on.
+fn arch() -> &'static str {
+    match std::env::consts::ARCH {
+        "x86_64" => "amd64",
+        "aarch64" => "arm64",
+        other => other,
+    }
+}
+
+/// What `deploy/package/static.sh` has built, which takes minutes: where `TOMBOLO_STATIC_BIN` says, or where it puts it.
+fn built_static() -> Option<PathBuf> {
+    if let Some(path) = std::env::var_os("TOMBOLO_STATIC_BIN") {
+        return Some(path.into());
+    }
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target");
+    let target = |libc: &str| format!("{}-unknown-linux-{libc}/release/tombolo", std::env::consts::ARCH);
+    ["musl", "gnu"].map(|libc| root.join(target(libc))).into_iter().find(|path| path.exists())
+}
 
 fn scripts() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/package")
@@ -196,7 +217,7 @@ fn the_image_is_a_layout_by_digest_reproducible_and_takes_no_binary_that_needs_a
     let index = json(layout.join("index.json"))?;
     let entry = &index["manifests"][0];
     ensure!(
-        entry["digest"] == layouts[0].1.as_str() && entry["platform"]["architecture"] == "amd64",
+        entry["digest"] == layouts[0].1.as_str() && entry["platform"]["architecture"] == arch(),
         "{index}"
     );
     let manifest = json(blob(entry)?)?;
@@ -233,7 +254,7 @@ fn the_archive_and_the_bill_of_materials_come_out_the_same_twice() -> Result<()>
     }
     ensure!(made[0] == made[1], "the same inputs gave other files");
     let named = |ending: &str| made[0].iter().find(|(path, _)| path.to_string_lossy().ends_with(ending));
-    let (archive, _) = named("-linux-amd64.tar.gz").context("no archive")?;
+    let (archive, _) = named(&format!("-linux-{}.tar.gz", arch())).context("no archive")?;
     let listed = run(Command::new("tar").arg("-tzf").arg(dir.path().join("one").join(archive)))?;
     ensure!(
         listed.contains("/bin/tombolo\n") && listed.contains("/systemd/tombolo-sidecar.service"),
@@ -247,5 +268,54 @@ fn the_archive_and_the_bill_of_materials_come_out_the_same_twice() -> Result<()>
     ensure!(has("quinn") && has("rustls") && has("tombolo-overlay"), "what is linked is listed");
     ensure!(!has("proptest") && !has("ring"), "what is not linked is not");
     ensure!(components.iter().all(|c| c["licenses"].as_array().is_some_and(|l| !l.is_empty())), "{bill}");
+    Ok(())
+}
+
+#[test]
+fn the_static_binary_plays_the_demo_in_a_root_with_nothing_but_the_image() -> Result<()> {
+    let test = "the_static_binary_plays_the_demo_in_a_root_with_nothing_but_the_image";
+    let Some(()) = require_programs(test, &["unshare", "chroot", "tar", "readelf"]) else { return Ok(()) };
+    if !nix::unistd::geteuid().is_root() {
+        skipped(test, "only root may change its root");
+        return Ok(());
+    }
+    let Some(program) = built_static() else {
+        skipped(
+            test,
+            "deploy/package/static.sh has not been run (TOMBOLO_STATIC_BIN names what it built elsewhere)",
+        );
+        return Ok(());
+    };
+    let dir = tempfile::tempdir()?;
+    let (out, root) = (dir.path().join("image"), dir.path().join("root"));
+    let made = run(&mut script("oci.sh", &[&program, &out]))?;
+    let layout = PathBuf::from(made.trim().split_once(' ').context("no digest")?.0);
+    let json = |path: PathBuf| -> Result<Value> { Ok(serde_json::from_slice(&fs::read(path)?)?) };
+    let blob = |descriptor: &Value| {
+        let hex = descriptor["digest"].as_str().and_then(|d| d.strip_prefix("sha256:")).context("no digest");
+        hex.map(|hex| layout.join("blobs/sha256").join(hex))
+    };
+    let manifest = json(blob(&json(layout.join("index.json"))?["manifests"][0])?)?;
+    fs::create_dir(&root)?;
+    run(Command::new("tar").arg("-xzpf").arg(blob(&manifest["layers"][0])?).arg("-C").arg(&root))?;
+    let mut files: Vec<PathBuf> = files_of(&root)?.into_iter().map(|(path, _)| path).collect();
+    files.sort();
+    ensure!(files == ["etc/group", "etc/passwd", "usr/bin/tombolo"].map(PathBuf::from), "{files:?}");
+
+    // As an engine starts it: the user of the image, its processes alone, and `/proc`.
+    fs::create_dir(root.join("proc"))?;
+    let start = "mount --make-rprivate / && mount -t proc proc \"$0/proc\" && exec chroot --userspec=65532:65532 \"$0\" \"$@\"";
+    let inside = |args: &[&str]| {
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "--pid", "--fork", "--kill-child", "sh", "-c", start]).arg(&root);
+        command.arg("/usr/bin/tombolo").args(args);
+        command.env_clear().envs([("PATH", "/usr/sbin:/usr/bin:/sbin:/bin"), ("HOME", "/tmp")]);
+        run(command.envs([("XDG_STATE_HOME", "/tmp/state"), ("XDG_RUNTIME_DIR", "/tmp")]))
+    };
+    let version = inside(&["--version"])?;
+    ensure!(version.starts_with("tombolo "), "{version}");
+    let said = inside(&["demo", "--scenario", "--loopback", PREFIX])?;
+    let summary = said.lines().find(|line| line.contains(" steps held")).with_context(|| said.clone())?;
+    println!("{}: {summary}", program.display());
     Ok(())
 }

@@ -1,5 +1,7 @@
 //! `tombolo federator`: the control plane of one cluster.
 
+mod etcd;
+
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
@@ -18,6 +20,9 @@ use tombolo_runtime::dirs::Dirs;
 use tombolo_runtime::tasks::TaskGroup;
 use tombolo_runtime::{admin, settings, signals};
 
+mod advertise;
+mod pods;
+
 use super::names;
 use super::role::{self, layered};
 use crate::failure::{Exit, Failure};
@@ -31,7 +36,8 @@ Examples:
   tombolo federator --config /etc/tombolo/federator.yaml --log-format json
   tombolo federator --cluster east --bundle-endpoint 0.0.0.0:8443
   tombolo federator --cluster east --kubernetes in-cluster          pods join as their service account
-  tombolo federator --cluster east --kubernetes in-cluster --kubernetes-services
+  tombolo federator --cluster east --kubernetes in-cluster --kubernetes-services --kubernetes-objects
+  tombolo federator --cluster east --etcd-endpoint http://10.0.0.5:2379 --etcd-endpoint http://10.0.0.6:2379
   tombolo federator --cluster east --dns-listen 10.0.0.5 --virtual-range 10.96.0.0/16 --virtual-range fd00:96::/112")]
 pub struct FederatorArgs {
     #[command(flatten)]
@@ -53,12 +59,47 @@ struct Settings {
     /// Store, keys and leases [default: <state directory>/<cluster>/federator]
     #[arg(long, env = "TOMBOLO_STATE_DIR", value_name = "DIR")]
     state_dir: Option<PathBuf>,
+    /// Keep the store in etcd instead of in a file, at this member; may be repeated. Of several federators of a cluster one
+    /// works, the others stand by
+    #[arg(
+        long = "etcd-endpoint",
+        env = "TOMBOLO_ETCD_ENDPOINTS",
+        value_delimiter = ',',
+        value_name = "URL",
+        help_heading = "Store in etcd"
+    )]
+    etcd_endpoints: Option<Vec<String>>,
+    /// Before every key [default: /tombolo/<cluster>]
+    #[arg(long, env = "TOMBOLO_ETCD_PREFIX", value_name = "PREFIX", help_heading = "Store in etcd")]
+    etcd_prefix: Option<String>,
+    /// CA certificates (PEM) by which etcd is verified
+    #[arg(long, env = "TOMBOLO_ETCD_CA", value_name = "FILE", help_heading = "Store in etcd")]
+    etcd_ca: Option<PathBuf>,
+    /// Certificate (PEM) that is shown to etcd
+    #[arg(long, env = "TOMBOLO_ETCD_CERTIFICATE", value_name = "FILE", help_heading = "Store in etcd")]
+    etcd_certificate: Option<PathBuf>,
+    /// Its private key (PEM)
+    #[arg(long, env = "TOMBOLO_ETCD_KEY", value_name = "FILE", help_heading = "Store in etcd")]
+    etcd_key: Option<PathBuf>,
+    /// User of etcd; the password is in --etcd-password-file
+    #[arg(long, env = "TOMBOLO_ETCD_USER", value_name = "NAME", help_heading = "Store in etcd")]
+    etcd_user: Option<String>,
+    /// File with the user's password
+    #[arg(long, env = "TOMBOLO_ETCD_PASSWORD_FILE", value_name = "FILE", help_heading = "Store in etcd")]
+    etcd_password_file: Option<PathBuf>,
+    /// An owner that etcd does not hear for so many seconds is replaced [default: 10]
+    #[arg(long, env = "TOMBOLO_ETCD_LEASE_SECONDS", value_name = "SECONDS", help_heading = "Store in etcd")]
+    etcd_lease_seconds: Option<u16>,
+    /// Begin an empty store in etcd with what the state directory's file holds
+    #[arg(long, env = "TOMBOLO_ETCD_IMPORT", num_args = 0..=1, default_missing_value = "true", value_name = "BOOL", help_heading = "Store in etcd")]
+    etcd_import: Option<bool>,
     /// Overlay socket [default: 0.0.0.0:7443]
     #[arg(long, env = "TOMBOLO_LISTEN", value_name = "ADDRESS:PORT/udp")]
     listen: Option<SocketAddr>,
-    /// Where this cluster's gateways and sidecars reach it [default: --listen, or this machine's address]
+    /// Where this cluster's gateways and sidecars reach it; a name is resolved when it starts [default: --listen, or this
+    /// machine's address]
     #[arg(long, env = "TOMBOLO_ADVERTISE", value_name = "ADDRESS:PORT")]
-    advertise: Option<SocketAddr>,
+    advertise: Option<String>,
     /// A `ClusterProperty` of this cluster, which policies may match; may be repeated
     #[arg(long = "property", env = "TOMBOLO_PROPERTIES", value_delimiter = ',', value_name = "NAME=VALUE")]
     properties: Option<Vec<String>>,
@@ -120,9 +161,20 @@ struct Settings {
     /// deploy/kubernetes/rbac.yaml and the CRDs of `tombolo kube crds`
     #[arg(long, env = "TOMBOLO_KUBERNETES_SERVICES", num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
     kubernetes_services: Option<bool>,
+    /// Keep Tombolo's own objects (FailoverPolicy, AccessPolicy, ClusterLink, ...) of that Kubernetes, as `tombolo apply` would:
+    /// needs the same rights and CRDs
+    #[arg(long, env = "TOMBOLO_KUBERNETES_OBJECTS", num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
+    kubernetes_objects: Option<bool>,
     /// Namespace of the Lease by which federators agree on who writes [default: the pod's, else tombolo-system]
     #[arg(long, env = "TOMBOLO_KUBERNETES_NAMESPACE", value_name = "NAMESPACE")]
     kubernetes_namespace: Option<String>,
+    /// Let pods of this service account be gateways, by the name of the pod: `tombolo gateway --service-account-token`
+    #[arg(long, env = "TOMBOLO_KUBERNETES_GATEWAYS", value_name = "NAMESPACE/SERVICEACCOUNT")]
+    kubernetes_gateways: Option<String>,
+    /// Write what joiners in the cluster need to know (pods.token with this address of the federator, bundle.pem) into the
+    /// ConfigMap tombolo-trust-bundle of --kubernetes-namespace
+    #[arg(long, env = "TOMBOLO_KUBERNETES_PUBLISH", value_name = "HOST:PORT")]
+    kubernetes_publish: Option<String>,
     /// Service of the shared sidecars (`tombolo sidecar shared --kubernetes`): imports' derived Services lead there, so that
     /// pods without a sidecar can call them. Off unless given
     #[arg(long, env = "TOMBOLO_KUBERNETES_SHARED", value_name = "NAMESPACE/NAME")]
@@ -147,6 +199,15 @@ layered!(Settings {
     cluster,
     trust_dir,
     state_dir,
+    etcd_endpoints,
+    etcd_prefix,
+    etcd_ca,
+    etcd_certificate,
+    etcd_key,
+    etcd_user,
+    etcd_password_file,
+    etcd_lease_seconds,
+    etcd_import,
     listen,
     advertise,
     properties,
@@ -158,7 +219,10 @@ layered!(Settings {
     bundle_endpoint_key,
     kubernetes,
     kubernetes_services,
+    kubernetes_objects,
     kubernetes_namespace,
+    kubernetes_gateways,
+    kubernetes_publish,
     kubernetes_shared,
     bundle_client_roots,
     virtual_ranges,
@@ -172,12 +236,19 @@ pub fn run(args: FederatorArgs, socket: Option<PathBuf>) -> Result<Exit, Failure
     let FederatorArgs { settings, config } = args;
     let mut settings = settings.over(role::file(config.as_deref())?);
     role::logging(settings.log_format.take(), settings.log_level.take())?;
-    let config = settings.config(socket)?;
+    let advertise = settings.advertise.take().map(|text| advertise::parse(&text)).transpose()?;
+    let mut config = settings.config(socket)?;
     role::run("federator", async move {
         let tasks = TaskGroup::new();
         let drain = signals::process_drain(&tasks)?;
-        let bound = Federator::build(config).await?;
-        Ok::<_, Box<dyn std::error::Error>>(bound.run(drain).await?)
+        if let Some(advertise) = advertise {
+            config.advertise = Some(advertise::resolve(advertise).await.map_err(|e| e.to_string())?);
+        }
+        // A federator may have to wait for another one's end before it is built.
+        tokio::select! {
+            bound = Federator::build(config) => Ok::<_, Box<dyn std::error::Error>>(bound?.run(drain.clone()).await?),
+            () = drain.started() => Ok(()),
+        }
     })
 }
 
@@ -187,8 +258,17 @@ impl Settings {
             cluster,
             trust_dir,
             state_dir,
+            etcd_endpoints,
+            etcd_prefix,
+            etcd_ca,
+            etcd_certificate,
+            etcd_key,
+            etcd_user,
+            etcd_password_file,
+            etcd_lease_seconds,
+            etcd_import,
             listen,
-            advertise,
+            advertise: _,
             properties,
             audit_entries,
             audit_days,
@@ -198,7 +278,10 @@ impl Settings {
             bundle_endpoint_key,
             kubernetes,
             kubernetes_services,
+            kubernetes_objects,
             kubernetes_namespace,
+            kubernetes_gateways,
+            kubernetes_publish,
             kubernetes_shared,
             bundle_client_roots,
             virtual_ranges,
@@ -210,10 +293,6 @@ impl Settings {
         let name = role::required(cluster, "--cluster", "east")?;
         let cluster: ClusterName =
             name.parse().map_err(|e| Failure::usage(format_args!("--cluster: {e}")))?;
-        if advertise.is_some_and(|address| address.ip().is_unspecified() || address.port() == 0) {
-            return Err(Failure::usage("--advertise: 0.0.0.0 and port 0 reach nobody")
-                .remedy("give the address that gateways and sidecars can send to"));
-        }
         let kept = Retention::default();
         let audit = Retention {
             entries: audit_entries.unwrap_or(kept.entries),
@@ -233,16 +312,35 @@ impl Settings {
             (None, Err(failure)) => Err(Failure::new(failure)),
         };
         let kubernetes = kubernetes.map(|place| api_server(&place)).transpose()?;
-        let wanted = kubernetes_services.unwrap_or(false);
+        let work = (kubernetes_services.unwrap_or(false), kubernetes_objects.unwrap_or(false));
+        let pods = pods::config(
+            kubernetes.as_ref(),
+            kubernetes_gateways,
+            kubernetes_publish,
+            kubernetes_namespace.as_ref(),
+        )?;
         let kubernetes_services =
-            services(kubernetes.as_ref(), wanted, kubernetes_namespace, kubernetes_shared)?;
+            services(kubernetes.as_ref(), work, kubernetes_namespace, kubernetes_shared)?;
+        let etcd = etcd::Settings {
+            endpoints: etcd_endpoints.unwrap_or_default(),
+            prefix: etcd_prefix,
+            ca: etcd_ca,
+            certificate: etcd_certificate,
+            key: etcd_key,
+            user: etcd_user,
+            password_file: etcd_password_file,
+            lease_seconds: etcd_lease_seconds,
+        };
+        let (etcd, etcd_import) = etcd.config(&name, etcd_import.unwrap_or(false))?;
         Ok(FederatorConfig {
+            etcd,
+            etcd_import,
             trust_dir: place(trust_dir, &|dirs| dirs.trust().join("clusters").join(&name))?,
             state_dir: place(state_dir, &|dirs| dirs.role_state(&name, "federator"))?,
             socket: place(socket, &|dirs| dirs.admin_socket(&name))?,
             cluster,
             listen: listen.unwrap_or(DEFAULT_LISTEN),
-            advertise,
+            advertise: None,
             admin: admin.unwrap_or(admin::DEFAULT_ADDRESS),
             audit,
             properties: properties
@@ -253,6 +351,7 @@ impl Settings {
             bundle_endpoint: endpoint(bundle_endpoint, bundle_endpoint_certificate, bundle_endpoint_key)?,
             kubernetes,
             kubernetes_services,
+            pods,
             web_roots: WebRoots::new(bundle_client_roots),
             virtual_ranges: ranges(virtual_ranges)?,
             names: names::config(dns_listen, dns_upstreams)?,
@@ -277,37 +376,35 @@ pub fn api_server(place: &str) -> Result<KubernetesAccess, Failure> {
     Ok(KubernetesAccess::InCluster { server: format!("https://{host}:{port}"), dir })
 }
 
-/// Whose services are exported and imported.
+/// Whose services are exported and imported, and whose objects are kept.
 fn services(
     access: Option<&KubernetesAccess>,
-    wanted: bool,
+    (services, objects): (bool, bool),
     namespace: Option<String>,
     shared: Option<String>,
 ) -> Result<Option<KubernetesConfig>, Failure> {
-    if let Some(shared) = shared.as_ref().filter(|_| !wanted) {
+    if let Some(shared) = shared.as_ref().filter(|_| !services) {
         let failure = format_args!("--kubernetes-shared {shared}: there is no --kubernetes-services");
         return Err(Failure::usage(failure).remedy("give it too: only then there are derived Services"));
     }
-    if !wanted {
+    if !services && !objects {
         return Ok(None);
     }
     let Some(access) = access.cloned() else {
-        return Err(Failure::usage("--kubernetes-services: there is no --kubernetes")
+        let flag = if services { "--kubernetes-services" } else { "--kubernetes-objects" };
+        return Err(Failure::usage(format_args!("{flag}: there is no --kubernetes"))
             .remedy("give --kubernetes in-cluster, or --kubernetes with a kubeconfig"));
     };
-    // Kubernetes writes it beside the token.
-    let own = |access: &KubernetesAccess| match access {
-        KubernetesAccess::InCluster { dir, .. } => std::fs::read_to_string(dir.join("namespace")).ok(),
-        KubernetesAccess::Kubeconfig(_) => None,
-    };
-    let namespace = namespace.or_else(|| own(&access)).unwrap_or_else(|| "tombolo-system".to_owned());
-    let parsed: Result<Namespace, _> = namespace.trim().parse();
-    let namespace =
-        parsed.map_err(|error| Failure::usage(format_args!("--kubernetes-namespace: {error}")))?.to_string();
     let shared = shared.map(|text| {
         text.parse().map_err(|error| Failure::usage(format_args!("--kubernetes-shared {text:?}: {error}")))
     });
-    Ok(Some(KubernetesConfig { access, namespace, shared: shared.transpose()? }))
+    Ok(Some(KubernetesConfig {
+        namespace: pods::own_namespace(&access, namespace)?,
+        shared: shared.transpose()?,
+        access,
+        services,
+        objects,
+    }))
 }
 
 /// One per family.

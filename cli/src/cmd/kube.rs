@@ -1,14 +1,13 @@
 //! `tombolo kube`: what a Kubernetes cluster needs before a federator works with it.
 
-use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Subcommand};
 use serde_json::Value;
 use tombolo_federator::kubernetes::client::connect;
 use tombolo_federator::kubernetes::crds::{self, Installed};
-use tombolo_federator::token_review::access::KubernetesAccess;
 
+use super::federator;
 use crate::failure::{Exit, Failure};
 use crate::output;
 
@@ -28,7 +27,7 @@ enum Verb {
     Crds(CrdsArgs),
 }
 
-/// Print the definitions of ServiceExport and ServiceImport, or install them
+/// Print the definitions of ServiceExport, ServiceImport and Tombolo's own kinds, or install them
 #[derive(Debug, Args)]
 #[command(after_help = "\
 A definition of a later version that is there already is left as it is.
@@ -37,20 +36,20 @@ Examples:
   tombolo kube crds | kubectl apply --server-side -f -
   tombolo kube crds --install ~/.kube/config")]
 struct CrdsArgs {
-    /// Install them in the cluster of this kubeconfig
-    #[arg(long, value_name = "KUBECONFIG")]
-    install: Option<PathBuf>,
+    /// Install them in the cluster of this kubeconfig, or in the pod's own
+    #[arg(long, value_name = "KUBECONFIG|in-cluster")]
+    install: Option<String>,
 }
 
 pub async fn run(args: KubeArgs, patience: Duration) -> Result<Exit, Failure> {
     let KubeArgs { verb: Verb::Crds(CrdsArgs { install }) } = args;
-    let Some(kubeconfig) = install else {
+    let Some(place) = install else {
         for document in crds::all() {
             output::line(format!("---\n{}", yaml(&document)?))?;
         }
         return Ok(Exit::Done);
     };
-    let client = connect(&KubernetesAccess::Kubeconfig(kubeconfig)).await.map_err(Failure::new)?;
+    let client = connect(&federator::api_server(&place)?).await.map_err(Failure::new)?;
     let installed = tokio::time::timeout(patience, crds::install(client)).await;
     let installed = installed.map_err(|_| {
         Failure::new(format_args!("the API server has not answered within {} s", patience.as_secs()))
@@ -59,6 +58,7 @@ pub async fn run(args: KubeArgs, patience: Duration) -> Result<Exit, Failure> {
         let said = match what {
             Installed::Applied => "applied",
             Installed::LeftNewer => "left as it is: a later version is installed",
+            Installed::LeftForeign => "left as it is: somebody else has installed it",
         };
         output::line(format!("customresourcedefinition/{name} {said}"))?;
     }

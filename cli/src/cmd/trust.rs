@@ -3,7 +3,7 @@
 mod adopt;
 mod csr;
 mod deliver;
-mod keys;
+pub mod keys;
 mod rotate;
 
 use std::path::{Path, PathBuf};
@@ -282,7 +282,8 @@ fn load(dir: &Path) -> Result<RootAuthority, Failure> {
     })
 }
 
-fn cluster(
+/// Signs a cluster.
+pub fn cluster(
     name: &str,
     out: Option<PathBuf>,
     existing: Existing,

@@ -85,7 +85,7 @@ async fn dry_run(admin: &mut Admin, peer: &str) -> Result<Exit, Failure> {
     Ok(Exit::Done)
 }
 
-async fn list(admin: &mut Admin, kind: &str) -> Result<Vec<serde_json::Value>, Failure> {
+pub async fn list(admin: &mut Admin, kind: &str) -> Result<Vec<serde_json::Value>, Failure> {
     let request = admin.request(GetRequest {
         kind: kind.to_owned(),
         namespace: String::new(),

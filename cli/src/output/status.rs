@@ -222,8 +222,18 @@ fn shift_table(imports: &[ImportStatus], most: usize, now: OffsetDateTime) -> Ta
 fn endpoint_table(endpoints: &[EndpointStatus], now: OffsetDateTime) -> Table {
     let mut table = table(&["id", "holder", "services", "healthy", "address", "last seen", "reason"]);
     for endpoint in endpoints {
-        let EndpointStatus { id, holder, spiffe_id: _, services, healthy, reason, address, last_seen, plain } =
-            endpoint;
+        let EndpointStatus {
+            id,
+            holder,
+            spiffe_id: _,
+            services,
+            healthy,
+            reason,
+            address,
+            last_seen,
+            plain,
+            weights,
+        } = endpoint;
         let healthy = if *healthy { "yes" } else { "no" };
         let plain = (!plain.is_empty()).then(|| format!("last hop plain: {}", plain.join(", ")));
         let reason: Vec<&str> = [Some(reason.as_str()), plain.as_deref()]
@@ -231,6 +241,11 @@ fn endpoint_table(endpoints: &[EndpointStatus], now: OffsetDateTime) -> Table {
             .flatten()
             .filter(|r| !r.is_empty())
             .collect();
+        let weighted = |service: &String| match weights.get(service) {
+            Some(weight) => format!("{service} (weight {weight})"),
+            None => service.clone(),
+        };
+        let services: Vec<String> = services.iter().map(weighted).collect();
         let (services, seen, reason) = (services.join(","), age(last_seen, now), reason.join("; "));
         row(&mut table, [id.as_str(), holder, &services, healthy, address, &seen, &reason]);
     }

@@ -121,8 +121,9 @@ impl fmt::Debug for EndpointId {
 pub struct Handle(u32);
 
 impl Handle {
-    /// Reserved control handle for first contact under a shared root (key is public knowledge).
-    pub const FIRST_CONTACT: Handle = Handle(1);
+    /// Control handles for first contact under a shared root begin here: one for each cluster that may call, with its tag in
+    /// the lower bits. They are served only while an object names that cluster.
+    const FIRST_CONTACTS: u32 = 0xff00_0000;
     /// Reserved control handle for joining with a token.
     pub const JOIN: Handle = Handle(2);
     /// Reserved control handle for renewing an identity that has ended. The nonce of an ID for it begins with the caller's
@@ -136,6 +137,14 @@ impl Handle {
     }
     pub fn value(self) -> u32 {
         self.0
+    }
+    /// By which the cluster of this tag makes first contact.
+    pub fn first_contact(caller: ClusterTag) -> Self {
+        Self(Self::FIRST_CONTACTS | caller.value())
+    }
+    /// Whether it is one by which some cluster makes first contact: these are not allotted.
+    pub fn is_first_contact(self) -> bool {
+        self.0 >= Self::FIRST_CONTACTS
     }
     pub fn is_reserved(self) -> bool {
         self.0 < Self::FIRST_ALLOTTED

@@ -11,6 +11,7 @@ pub mod failover_policy;
 pub mod fields;
 pub mod join_policy;
 pub mod revocation;
+pub mod schema;
 pub mod service_export;
 pub mod service_import;
 pub mod trust_domain_federation;

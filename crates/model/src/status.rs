@@ -1,5 +1,7 @@
 //! What `tombolo status -o json` prints: versioned, stable, times in RFC 3339, durations with their unit in the name.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 use crate::failover::Shift;
@@ -173,6 +175,9 @@ pub struct EndpointStatus {
     /// Backends without a sidecar behind this one: to them the last hop is plain.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub plain: Vec<String>,
+    /// Of services whose weight is not the default 100: its share of their calls, relative to other endpoints.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub weights: BTreeMap<String, u32>,
 }
 
 /// A foreign trust domain and what is known of it.

@@ -54,6 +54,8 @@ pub enum HandleClass {
     Join,
     /// Renewing an identity that has ended.
     Renewal,
+    /// A federator of a cluster that is to be linked: one call, and nothing else.
+    FirstContact,
 }
 
 /// What an accepted connection is pinned to by its original connection ID.

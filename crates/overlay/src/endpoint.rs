@@ -363,6 +363,7 @@ impl Overlay {
         let class = match target.kind {
             Kind::Service => HandleClass::Mesh,
             _ if renews => HandleClass::Renewal,
+            _ if target.handle.is_first_contact() => HandleClass::FirstContact,
             _ => HandleClass::Control,
         };
         let holder = renews.then(|| self.endpoint_id().block());
@@ -528,7 +529,9 @@ async fn accept_loop(
             incoming.ignore();
             continue;
         }
-        if in_progress >= limits.retry_above_pending && !incoming.remote_address_validated() {
+        // The key of first contact is no secret: whoever uses it has to show that it is where it says.
+        let retries = in_progress >= limits.retry_above_pending || pinned.class == HandleClass::FirstContact;
+        if retries && !incoming.remote_address_validated() {
             counters.retried.fetch_add(1, Relaxed);
             if let Err(error) = incoming.retry() {
                 error.into_incoming().ignore();
@@ -536,7 +539,7 @@ async fn accept_loop(
             continue;
         }
         let server = match pinned.class {
-            HandleClass::Mesh | HandleClass::Control => Some(&servers.mesh),
+            HandleClass::Mesh | HandleClass::Control | HandleClass::FirstContact => Some(&servers.mesh),
             HandleClass::Join => servers.join.as_ref(),
             HandleClass::Renewal => servers.renewal.as_ref(),
         };

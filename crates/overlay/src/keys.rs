@@ -168,6 +168,19 @@ impl HandleBinding {
 }
 
 impl LinkKey {
+    /// Of two clusters that are to be linked by objects on both sides, until they are. Whoever knows their names for each
+    /// other can derive it: it admits first packets of first contact, at a few per second, and probes, and says nothing of who
+    /// sent them. Bound to the trust domain and not to a root, which is rotated.
+    pub fn first_contact(trust_domain: &str, a: ClusterTag, b: ClusterTag) -> Self {
+        let key = hmac::Key::new(hmac::HMAC_SHA256, b"tombolo first contact");
+        let mut context = hmac::Context::with_key(&key);
+        context.update(trust_domain.as_bytes());
+        context.update(&a.min(b).value().to_be_bytes());
+        context.update(&a.max(b).value().to_be_bytes());
+        let mut out = [0; 32];
+        out.copy_from_slice(&context.sign().as_ref()[..32]);
+        Self::from_bytes(out)
+    }
     /// Key of the service- or control-kind IDs of one handle.
     pub fn handle_key(&self, binding: &HandleBinding, hour: Hour) -> CidKey {
         kdf(
@@ -317,6 +330,15 @@ mod tests {
         ] {
             assert_ne!(base, other);
         }
+    }
+
+    #[test]
+    fn both_sides_derive_one_key_of_first_contact_and_nobody_elses() {
+        let tag = |n| ClusterTag::new(n).unwrap();
+        let key = LinkKey::first_contact("acme.example", tag(1), tag(2));
+        assert_eq!(key, LinkKey::first_contact("acme.example", tag(2), tag(1)));
+        assert_ne!(key, LinkKey::first_contact("acme.example", tag(1), tag(3)));
+        assert_ne!(key, LinkKey::first_contact("other.example", tag(1), tag(2)));
     }
 
     #[test]

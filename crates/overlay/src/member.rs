@@ -46,7 +46,7 @@ use crate::lease::{EndpointLease, LeaseError, LeaseFile};
 use crate::routes::{GatewayHop, Routes};
 
 pub use control::ControlError;
-pub use join::{JoinConnection, JoinError, JoinOptions, JoinPlan, ServiceAccountToken, TokenSource};
+pub use join::{JoinConnection, JoinError, JoinOptions, JoinPlan, PodRole, ServiceAccountToken, TokenSource};
 pub use lapsed::{EntryPoints, LapsedError};
 use state::State;
 pub use trust::trust_of;

@@ -15,6 +15,7 @@ use tombolo_model::ids::{Block, ClusterTag, EndpointId, Handle};
 
 use crate::across::Across;
 use crate::cid::{Cid, Kind};
+use crate::rendezvous;
 
 /// A snapshot of where things are, set whole by whoever owns the overlay.
 #[derive(Clone, Debug)]
@@ -119,6 +120,16 @@ fn hash(parts: [u64; 3]) -> u64 {
     hasher.finish()
 }
 
+/// The endpoint that a gateway would give it: one whose address is not known is reached through them, and has to be chosen
+/// there as well.
+fn as_gateways_choose<'a>(
+    dcid: &Cid,
+    endpoints: impl IntoIterator<Item = &'a EndpointId>,
+) -> Option<&'a EndpointId> {
+    let key = rendezvous::key_of(&dcid.nonce());
+    endpoints.into_iter().max_by_key(|e| (rendezvous::weight(key, e.value().into()), e.value()))
+}
+
 fn nonce_of(cid: &Cid) -> u64 {
     cid.nonce().iter().fold(0, |acc, byte| (acc << 8) | u64::from(*byte))
 }
@@ -147,10 +158,8 @@ impl RouteState {
         let straight = match dcid.kind() {
             Kind::Endpoint => alive(dcid.endpoint().block()),
             Kind::Service => {
-                let nonce = nonce_of(dcid);
                 let endpoints = across.services.get(&dcid.handle()).into_iter().flatten();
-                let chosen = endpoints.max_by_key(|e| hash([nonce, u64::from(e.value()), 0]));
-                chosen.and_then(|endpoint| alive(endpoint.block()))
+                as_gateways_choose(dcid, endpoints).and_then(|endpoint| alive(endpoint.block()))
             }
             Kind::Control | Kind::Join => None,
         };
@@ -174,9 +183,7 @@ impl RouteState {
                 self.routes.endpoints.get(&block).or_else(federator).copied().map(Exit::direct)
             }
             Kind::Service => {
-                let endpoints = self.routes.services.get(&dcid.handle())?;
-                let nonce = nonce_of(dcid);
-                let chosen = endpoints.iter().max_by_key(|e| hash([nonce, u64::from(e.value()), 0]))?;
+                let chosen = as_gateways_choose(dcid, self.routes.services.get(&dcid.handle())?)?;
                 self.routes.endpoints.get(&chosen.block()).copied().map(Exit::direct)
             }
             Kind::Control => {

@@ -37,6 +37,7 @@ impl Core {
 
     fn is_free(&self, handle: Handle, taken: &BTreeSet<Handle>) -> bool {
         !handle.is_reserved()
+            && !handle.is_first_contact()
             && !taken.contains(&handle)
             && !self.released.contains_key(&handle)
             && !self.in_use.contains(&handle)

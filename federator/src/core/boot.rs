@@ -89,7 +89,7 @@ impl Core {
             cluster_key: ClusterKey::from_bytes(key("cluster_key", &meta.cluster_key)?),
             self_link_key: LinkKey::from_bytes(key("self_link_key", &meta.self_link_key)?),
             epoch: meta.epoch,
-            properties,
+            properties: super::properties::merged(&properties, &super::properties::stored(&*store)?),
             started_unix: unix.as_secs(),
         };
         let mut facts = Facts {
@@ -111,6 +111,7 @@ impl Core {
             upstream: None,
             addresses: Arc::default(),
             kubernetes_hosts: BTreeMap::new(),
+            first_contacts: BTreeMap::new(),
             store_writable: true,
         };
         facts.federations = super::federations::load(&*store, &facts, unix.as_secs())?;
@@ -125,8 +126,10 @@ impl Core {
         Ok(Self {
             audit,
             addresses,
+            gateways: None,
             addresses_stale: true,
             announcements: Announcements::default(),
+            given_properties: properties,
             in_use: facts.handles.values().map(|record| record.handle).collect(),
             handles_stale: true,
             issuer: trust::issuer_of(material, &facts.trust)?,
@@ -205,19 +208,23 @@ fn objects(
     store: &dyn Store,
 ) -> Result<BTreeMap<tombolo_model::resource::ObjectKey, Arc<StoredObject>>, StoreError> {
     let mut objects = BTreeMap::new();
-    for (key, ObjectRecord { json, uid, created_unix, generation, kubernetes }) in all::<ObjectRecord>(store)?
-    {
+    for (key, record) in all::<ObjectRecord>(store)? {
+        let ObjectRecord { json, uid, created_unix, generation, kubernetes, in_kubernetes } = record;
         // What Kubernetes keeps may break rules that `apply` holds up: it says so by its conditions.
-        let read = match kubernetes {
-            Some(_) => Object::from_json_unchecked(json),
-            None => Object::from_json(json),
+        let read = match kubernetes.is_some() || in_kubernetes {
+            true => Object::from_json_unchecked(json),
+            false => Object::from_json(json),
         };
+        if let (Err(error), true) = (&read, in_kubernetes) {
+            tracing::warn!(%error, object = key, "an object of Kubernetes can't be read any more: it is asked for anew");
+            continue;
+        }
         let object = read.map_err(|e| StoreError::Value {
             table: Table::Objects,
             key: key.clone(),
             reason: e.to_string(),
         })?;
-        let stored = StoredObject { object, uid, created_unix, generation, kubernetes };
+        let stored = StoredObject { object, uid, created_unix, generation, kubernetes, in_kubernetes };
         objects.insert(stored.object.key(), Arc::new(stored));
     }
     Ok(objects)

@@ -9,7 +9,8 @@ use super::members::served;
 use super::{Core, CoreError, Moment};
 use crate::clones::{self, Claim, Holder, Instance, Stray};
 use crate::facts::LeaseRecord;
-use crate::registry::{self, SidecarHello};
+use crate::registry::{self, Presence, SidecarHello};
+use crate::snapshot;
 use crate::store::Transaction;
 
 /// Characters of a machine's name that are kept.
@@ -28,10 +29,19 @@ impl Core {
             instance: member.instance,
             spoke: member.spoke,
             left: member.leaving,
+            answered: member.answered,
+            // Only one whose configuration stream is open hears the question.
+            answers_within: (member.answers && member.presence == Presence::Live)
+                .then(|| clones::ANSWER + snapshot::pace(&self.facts)),
         });
         let claim = self.contests.claim(record.block, claimant, holder, &record.clones, moment.monotonic);
         match (claim, claimant) {
             (Claim::Admit, _) | (_, None) => Ok(claimant),
+            (Claim::Ask { question, wait }, _) => {
+                self.facts.registry.ask(record.block, question);
+                self.dirty = true;
+                Err(CoreError::Contested(wait))
+            }
             (Claim::Wait(wait), _) => Err(CoreError::Contested(wait)),
             (Claim::Refuse, Some(instance)) => {
                 let host: String = hello.host.chars().take(MAX_HOST).collect();

@@ -127,5 +127,6 @@ fn stored(export: &KubernetesExport) -> StoredObject {
         created_unix: export.created_unix,
         generation: export.generation,
         kubernetes: Some(export.service.clone()),
+        in_kubernetes: false,
     }
 }

@@ -40,7 +40,7 @@ impl Core {
     }
 
     /// A peer that wants to link: its name and tag must be new here, or those that are pinned.
-    fn check_pins(&mut self, peer: &ClusterName, tag: ClusterTag) -> Result<(), CoreError> {
+    pub(super) fn check_pins(&mut self, peer: &ClusterName, tag: ClusterTag) -> Result<(), CoreError> {
         let own = &self.facts.cluster;
         if *peer == own.name {
             return Err(CoreError::Precondition(format!(
@@ -74,7 +74,7 @@ impl Core {
     }
 
     /// The handle by which `peer` may dial this side's federators; allotted if there is none.
-    fn control_handle(
+    pub(super) fn control_handle(
         &self,
         peer: &ClusterName,
         transaction: Transaction,
@@ -87,7 +87,7 @@ impl Core {
         Ok((record, transaction))
     }
 
-    fn party(&self, control: &HandleRecord, chain: Vec<Vec<u8>>) -> v1::LinkParty {
+    pub(super) fn party(&self, control: &HandleRecord, chain: Vec<Vec<u8>>) -> v1::LinkParty {
         let cluster = &self.facts.cluster;
         v1::LinkParty {
             cluster: cluster.name.to_string(),
@@ -206,7 +206,7 @@ impl Core {
         Ok(())
     }
 
-    fn link_of(&self, party: &VerifiedParty, key: &LinkKey, moment: Moment) -> Link {
+    pub(super) fn link_of(&self, party: &VerifiedParty, key: &LinkKey, moment: Moment) -> Link {
         let VerifiedParty { cluster, tag, federator_ids, control, gateways, properties } = party;
         let loopback = gateways.iter().any(|g: &PeerGateway| g.address.ip().is_loopback());
         Link {
@@ -222,10 +222,12 @@ impl Core {
             loopback: loopback && self.facts.registry.gateways.values().any(|g| g.border.ip().is_loopback()),
             recreated: None,
             ended_by_peer: false,
+            by_object: false,
+            unconfirmed: false,
         }
     }
 
-    fn install_link(&mut self, link: Link) {
+    pub(super) fn install_link(&mut self, link: Link) {
         let peer = link.peer.clone();
         self.facts.links.insert(peer.clone(), Arc::new(link));
         let import =
@@ -238,10 +240,16 @@ impl Core {
 
     /// Removes a link and everything that came with it.
     pub fn unlink(&mut self, peer: &ClusterName, moment: Moment) -> Result<Unlinked, CoreError> {
+        let by_object = self.facts.links.get(peer).is_some_and(|link| link.by_object);
+        if by_object && self.facts.linked_by_object(peer).is_some() {
+            return Err(CoreError::Precondition(format!(
+                "{peer} is linked by a ClusterLink object, and would be linked again at once: delete that (`tombolo get clusterlinks`), or leave gateways out of it"
+            )));
+        }
         self.end_link(peer, Action::Unlink, moment)
     }
 
-    fn end_link(
+    pub(super) fn end_link(
         &mut self,
         peer: &ClusterName,
         action: Action,
@@ -278,6 +286,10 @@ impl Core {
     /// The peer has said that it is no more linked to us: nothing of it is used, and `status` says so.
     pub fn ended_by_peer(&mut self, peer: &ClusterName, moment: Moment) -> Result<(), CoreError> {
         let Some(link) = self.facts.links.get(peer).filter(|link| !link.ended_by_peer) else { return Ok(()) };
+        if link.by_object {
+            // The object here waits for the peer's again.
+            return self.end_link(peer, Action::LinkEnded, moment).map(drop);
+        }
         let ended = Link { ended_by_peer: true, ..(**link).clone() };
         let federator = ended.federator_ids.first().map(ToString::to_string).unwrap_or_default();
         let event = Event {
@@ -311,11 +323,11 @@ impl Core {
     }
 }
 
-fn requester_of(party: &VerifiedParty) -> String {
+pub(super) fn requester_of(party: &VerifiedParty) -> String {
     party.federator_ids.first().map(ToString::to_string).unwrap_or_default()
 }
 
-fn link_event(party: &VerifiedParty) -> Event {
+pub(super) fn link_event(party: &VerifiedParty) -> Event {
     let reason = format!("tag {}", party.tag);
     Event { reason, ..Event::done(Action::Link, format!("cluster:{}", party.cluster)) }
 }

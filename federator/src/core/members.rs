@@ -8,6 +8,7 @@ use tombolo_identity::{PeerIdentity, SpiffeId};
 use tombolo_model::ids::{Block, EndpointId};
 use tombolo_model::names::ServiceKey;
 use tombolo_model::resource::Spec;
+use tombolo_model::resource::workload::{DEFAULT_WEIGHT, MAX_WEIGHT};
 use tombolo_proto::convert::{self, FieldError};
 use tombolo_proto::v1;
 
@@ -106,6 +107,7 @@ impl Core {
             version: hello.version.chars().take(64).collect(),
             instance,
             host: hello.host.chars().take(MAX_HOST).collect(),
+            answers: hello.answers,
             plain,
         };
         let hello = Arc::new(said.clone());
@@ -259,7 +261,8 @@ impl Core {
                 service.ports.iter().map(|p| port_of("services.ports", p)).collect::<Result<_, _>>()?;
             match self.may_serve(id, role, record, &key) {
                 Ok(()) => {
-                    let weight = if service.weight == 0 { 100 } else { service.weight };
+                    let weight =
+                        if service.weight == 0 { DEFAULT_WEIGHT } else { service.weight.min(MAX_WEIGHT) };
                     services.insert(key, (ports, weight));
                 }
                 Err(reason) => {

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use tombolo_model::audit::{Action, Event};
+use tombolo_model::audit::{Action, Event, Requester};
 use tombolo_model::names::ClusterName;
 use tombolo_model::resource::{
     MAX_ACCESS_POLICIES, Object, ObjectKey, RevocationSpec, RevocationTarget, Spec,
@@ -17,6 +17,10 @@ use crate::store::{Table, Transaction};
 
 /// Objects of one cluster.
 const MAX_STORED: usize = 50_000;
+/// Those that Kubernetes keeps, exports aside.
+const MAX_IN_KUBERNETES: usize = 10_000;
+/// In the audit log, who asks for what Kubernetes' objects say.
+const KUBERNETES: &str = "kubernetes";
 
 /// What applying an object did.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -36,24 +40,57 @@ impl Outcome {
     }
 }
 
+/// What Kubernetes says of an object that it keeps.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct KeptByKubernetes {
+    /// Kubernetes gives it to no other object.
+    pub uid: String,
+    /// Unix seconds.
+    pub created_unix: u64,
+    pub generation: u64,
+}
+
 impl Core {
-    /// Creates or changes an object.
+    /// Creates or changes an object, for an operator.
     pub fn apply(&mut self, object: Object, dry_run: bool, moment: Moment) -> Result<Outcome, CoreError> {
+        self.put_object(object, None, dry_run, moment)
+    }
+
+    /// The same for an object that Kubernetes keeps. One that an operator has applied is taken over.
+    pub fn apply_of_kubernetes(
+        &mut self,
+        object: Object,
+        kept: KeptByKubernetes,
+        moment: Moment,
+    ) -> Result<Outcome, CoreError> {
+        self.on_behalf(Requester::identity(KUBERNETES), |core| {
+            core.put_object(object, Some(kept), false, moment)
+        })
+    }
+
+    fn put_object(
+        &mut self,
+        object: Object,
+        kept: Option<KeptByKubernetes>,
+        dry_run: bool,
+        moment: Moment,
+    ) -> Result<Outcome, CoreError> {
         let key = object.key();
         let existing = self.facts.objects.get(&key);
-        kept_by_kubernetes(existing, &key)?;
+        let unchanged = |stored: &StoredObject| {
+            let kept_as_before = kept.as_ref().is_none_or(|kept| {
+                stored.in_kubernetes && (&stored.uid, stored.generation) == (&kept.uid, kept.generation)
+            });
+            kept_as_before && same(&stored.object, &object)
+        };
+        if kept.is_none() {
+            kept_by_kubernetes(existing, &key)?;
+        }
         let outcome = match existing {
-            Some(stored) if same(&stored.object, &object) => return Ok(Outcome::Unchanged),
+            Some(stored) if unchanged(stored) => return Ok(Outcome::Unchanged),
             Some(_) => Outcome::Configured,
-            // Those of Kubernetes have room of their own: its tenants must not lock the operator out.
-            None if self.facts.objects.values().filter(|stored| stored.kubernetes.is_none()).count()
-                >= MAX_STORED =>
-            {
-                return Err(CoreError::Exhausted(format!(
-                    "{MAX_STORED} objects are stored: delete some first"
-                )));
-            }
             None => {
+                self.room_for_object(kept.is_some())?;
                 self.room_for_policy(&key)?;
                 Outcome::Created
             }
@@ -62,16 +99,17 @@ impl Core {
             self.check_revocation(&object.metadata.name, spec)?;
         }
         self.check_federation(&object)?;
+        self.check_link_object(&object)?;
         if dry_run {
             return Ok(outcome);
         }
-        let stored = StoredObject {
+        let in_kubernetes = kept.is_some();
+        let KeptByKubernetes { uid, created_unix, generation } = kept.unwrap_or_else(|| KeptByKubernetes {
             uid: existing.map_or_else(|| uuid::Uuid::new_v4().to_string(), |s| s.uid.clone()),
             created_unix: existing.map_or(moment.unix.as_secs(), |s| s.created_unix),
             generation: existing.map_or(1, |s| s.generation + 1),
-            object,
-            kubernetes: None,
-        };
+        });
+        let stored = StoredObject { uid, created_unix, generation, object, kubernetes: None, in_kubernetes };
         let mut transaction = Transaction::new().put(key.to_string(), &record_of(&stored));
         if let Some(before) = existing {
             transaction = Self::forgetting_other_domain(transaction, &before.object, &stored.object);
@@ -88,7 +126,21 @@ impl Core {
         self.dirty = true;
         self.handles_stale = true;
         affected.iter().for_each(|peer| self.rescope(peer, moment));
+        self.follow_link_objects(moment)?;
         Ok(outcome)
+    }
+
+    /// Those of Kubernetes have room of their own: its tenants must not lock the operator out.
+    fn room_for_object(&self, in_kubernetes: bool) -> Result<(), CoreError> {
+        let alike = |stored: &&Arc<StoredObject>| match in_kubernetes {
+            true => stored.in_kubernetes,
+            false => !stored.is_kubernetes(),
+        };
+        let most = if in_kubernetes { MAX_IN_KUBERNETES } else { MAX_STORED };
+        if self.facts.objects.values().filter(alike).count() >= most {
+            return Err(CoreError::Exhausted(format!("{most} objects are stored: delete some first")));
+        }
+        Ok(())
     }
 
     /// Access policies of one namespace travel together in snapshots of bounded size. Refused here, because leaving one
@@ -131,6 +183,26 @@ impl Core {
         if dry_run {
             return Ok(true);
         }
+        self.remove_object(key, &stored, moment)
+    }
+
+    /// Removes an object that Kubernetes kept and keeps no more; whether it was there.
+    pub fn delete_of_kubernetes(&mut self, key: &ObjectKey, moment: Moment) -> Result<bool, CoreError> {
+        match self.facts.objects.get(key).filter(|stored| stored.in_kubernetes).cloned() {
+            None => Ok(false),
+            Some(stored) => {
+                let requester = Requester::identity(KUBERNETES);
+                self.on_behalf(requester, |core| core.remove_object(key, &stored, moment))
+            }
+        }
+    }
+
+    fn remove_object(
+        &mut self,
+        key: &ObjectKey,
+        stored: &StoredObject,
+        moment: Moment,
+    ) -> Result<bool, CoreError> {
         let transaction = Transaction::new().delete(Table::Objects, key.to_string());
         let transaction = Self::forgetting_bundle(transaction, &stored.object);
         let event = revocation_event(&stored.object, Action::Unrevoke);
@@ -143,6 +215,7 @@ impl Core {
         self.dirty = true;
         self.handles_stale = true;
         linked_cluster(&stored.object).iter().for_each(|peer| self.rescope(peer, moment));
+        self.follow_link_objects(moment)?;
         Ok(true)
     }
 
@@ -166,13 +239,14 @@ pub(super) fn record_of(stored: &StoredObject) -> ObjectRecord {
         created_unix: stored.created_unix,
         generation: stored.generation,
         kubernetes: stored.kubernetes.clone(),
+        in_kubernetes: stored.in_kubernetes,
     }
 }
 
 /// One that Kubernetes keeps is changed there, or it would be changed back.
 fn kept_by_kubernetes(existing: Option<&Arc<StoredObject>>, key: &ObjectKey) -> Result<(), CoreError> {
     match existing {
-        Some(stored) if stored.kubernetes.is_some() => Err(CoreError::Precondition(format!(
+        Some(stored) if stored.is_kubernetes() => Err(CoreError::Precondition(format!(
             "{key} is kept by this cluster's Kubernetes: change it there, with kubectl"
         ))),
         _ => Ok(()),

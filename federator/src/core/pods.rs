@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use tombolo_identity::SpiffeId;
 use tombolo_model::audit::{Action, Event};
+use tombolo_model::names::{Namespace, ObjectName};
 use tombolo_model::resource::join_policy::Attested;
 use tombolo_proto::{token, v1};
 
@@ -27,10 +28,40 @@ const JOINS_WITHIN: Duration = Duration::from_secs(150);
 /// Replicas of shared sidecars that stand for one service account, and join at once: each is named by itself, so they are
 /// bounded together.
 const HOLDERS: usize = 32;
+
+/// Of the pods that may be gateways.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct ServiceAccount {
+    pub namespace: Namespace,
+    pub name: ObjectName,
+}
+
+impl std::fmt::Display for ServiceAccount {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}/{}", self.namespace, self.name)
+    }
+}
+
+impl std::str::FromStr for ServiceAccount {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (namespace, name) =
+            text.split_once('/').ok_or_else(|| format!("{text:?} is not NAMESPACE/SERVICEACCOUNT"))?;
+        Ok(Self {
+            namespace: namespace.parse().map_err(|e| format!("{text:?}: {e}"))?,
+            name: name.parse().map_err(|e| format!("{text:?}: {e}"))?,
+        })
+    }
+}
 /// `federator_names` of a token.
 const MAX_NAMES: usize = 16;
 
 impl Core {
+    /// Pods of this service account may be gateways; `None`: no pods may.
+    pub fn set_gateways(&mut self, gateways: Option<ServiceAccount>) {
+        self.gateways = gateways;
+    }
+
     /// What a pod is told of this cluster: nothing of it is secret.
     pub(super) fn pods_token(&self, request: &v1::CreateJoinTokenRequest) -> Result<MadeToken, CoreError> {
         let names = &request.federator_names;
@@ -68,17 +99,18 @@ impl Core {
     pub fn join_pod(
         &mut self,
         reviewed: Result<PodIdentity, ReviewError>,
+        role: Role,
         csr_der: &[u8],
         moment: Moment,
     ) -> Result<v1::JoinWorkloadResponse, CoreError> {
-        let subject = reviewed.as_ref().ok().and_then(|pod| self.pod_id(pod).ok());
+        let subject = reviewed.as_ref().ok().and_then(|pod| self.pod_id(pod, role).ok());
         // Tells refusals apart in the log, where the token itself must not be.
         let token = match &reviewed {
             Ok(_) => "service account".to_owned(),
             Err(error) => format!("service account: {}", error.kind()),
         };
         let joined = match reviewed {
-            Ok(pod) => self.admit_pod(&pod, csr_der, moment),
+            Ok(pod) => self.admit_pod(&pod, role, csr_der, moment),
             Err(error) if error.is_retryable() => Err(CoreError::Exhausted(error.to_string())),
             Err(error) => Err(CoreError::Denied(error.to_string())),
         };
@@ -89,27 +121,49 @@ impl Core {
         joined
     }
 
-    fn pod_id(&self, pod: &PodIdentity) -> Result<SpiffeId, CoreError> {
-        let cluster = &self.facts.cluster;
-        let id = SpiffeId::workload(
-            &cluster.trust_domain,
-            &cluster.name,
-            pod.namespace.as_str(),
-            &pod.service_account,
-        );
+    fn pod_id(&self, pod: &PodIdentity, role: Role) -> Result<SpiffeId, CoreError> {
+        let (domain, cluster) = (&self.facts.cluster.trust_domain, &self.facts.cluster.name);
+        let id = match role {
+            // By the API server's word, not the pod's: nobody takes another gateway's name.
+            Role::Gateway => SpiffeId::gateway(domain, cluster, &pod.pod),
+            _ => SpiffeId::workload(domain, cluster, pod.namespace.as_str(), &pod.service_account),
+        };
         id.map_err(|e| CoreError::Invalid(e.to_string()))
+    }
+
+    /// Whether a pod may be what it asks for.
+    fn may_be(&self, pod: &PodIdentity, role: Role) -> Result<(), CoreError> {
+        if role != Role::Gateway {
+            let account =
+                Attested::ServiceAccount { namespace: pod.namespace.as_str(), name: &pod.service_account };
+            return joining::may_join(&self.facts, account).map_err(CoreError::Denied);
+        }
+        let given = format!("{}/{}", pod.namespace, pod.service_account);
+        match &self.gateways {
+            Some(accounts) if accounts.to_string() != given => Err(CoreError::Denied(format!(
+                "service account {given} may not be a gateway: pods of {accounts} may (--kubernetes-gateways)"
+            ))),
+            // Whoever may ask for tokens of the account could call itself as it likes.
+            Some(_) if !pod.bound => Err(CoreError::Denied(
+                "the token is bound to no pod, and a gateway is called as its pod is: project it into the pod (serviceAccountToken)"
+                    .to_owned(),
+            )),
+            Some(_) => Ok(()),
+            None => Err(CoreError::Denied(format!(
+                "service account {given} may not be a gateway: start the federator with --kubernetes-gateways {given} to let its pods be gateways"
+            ))),
+        }
     }
 
     fn admit_pod(
         &mut self,
         pod: &PodIdentity,
+        role: Role,
         csr_der: &[u8],
         moment: Moment,
     ) -> Result<v1::JoinWorkloadResponse, CoreError> {
-        let id = self.pod_id(pod)?;
-        let account =
-            Attested::ServiceAccount { namespace: pod.namespace.as_str(), name: &pod.service_account };
-        joining::may_join(&self.facts, account).map_err(CoreError::Denied)?;
+        let id = self.pod_id(pod, role)?;
+        self.may_be(pod, role)?;
         let unix = moment.unix.as_secs();
         let of_pod = |lease: &LeaseRecord| lease.pod.as_ref().is_some_and(|known| known.uid == pod.pod_uid);
         let before: Vec<Arc<LeaseRecord>> =
@@ -135,14 +189,14 @@ impl Core {
                 JOINS_WITHIN.as_secs()
             )));
         }
-        let issued = self.issue(csr_der, &id, Role::Sidecar, moment, Transaction::new())?;
+        let issued = self.issue(csr_der, &id, role, moment, Transaction::new())?;
         let mut event = issued.event(Action::Join);
         event.reason = match pod.bound {
             true => format!("{}; pod {} by its service account", event.reason, pod.pod),
             false => format!("{}; {} for pods of the service account", event.reason, pod.pod),
         };
         let Issued { svid, mut transaction, record: identity, .. } = issued;
-        let mut lease = self.new_lease(id.as_str(), Role::Sidecar, unix + LEASE_LIFE.as_secs())?;
+        let mut lease = self.new_lease(id.as_str(), role, unix + LEASE_LIFE.as_secs())?;
         let (uid, name) = (pod.pod_uid.clone(), pod.pod.clone());
         lease.pod = Some(PodRecord { uid, name, joined_unix: unix });
         let key = block_key(lease.block);

@@ -8,6 +8,7 @@ mod boot;
 mod clones;
 mod crashes;
 mod federations;
+mod first_contact;
 mod handles;
 mod imports;
 mod joining;

@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use http::Uri;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::APIGroup;
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::core::{ApiResource, DynamicObject, GroupVersionKind};
 use kube::{Api, Client, Config};
@@ -56,6 +57,12 @@ pub async fn connect(access: &KubernetesAccess) -> Result<Client, ConnectError> 
     Ok(Client::try_from(config)?)
 }
 
+/// The groups of kinds that the API server serves.
+pub async fn served_groups(client: &Client) -> Result<Vec<APIGroup>, ConnectError> {
+    let groups = tokio::time::timeout(LONGEST, client.list_api_groups());
+    Ok(groups.await.map_err(|_| ConnectError::Late)??.groups)
+}
+
 /// How the kinds are called at this API server.
 #[derive(Clone, Debug)]
 pub struct Resources {
@@ -66,9 +73,7 @@ pub struct Resources {
 impl Resources {
     /// Asks which version of the MCS kinds is served.
     pub async fn discover(client: &Client) -> Result<Self, ConnectError> {
-        let groups = tokio::time::timeout(LONGEST, client.list_api_groups());
-        let groups = groups.await.map_err(|_| ConnectError::Late)??;
-        let served = groups.groups.into_iter().find(|group| group.name == MCS_GROUP);
+        let served = served_groups(client).await?.into_iter().find(|group| group.name == MCS_GROUP);
         let versions = served.map(|group| group.versions).unwrap_or_default();
         let best = MCS_VERSIONS.into_iter().find(|known| versions.iter().any(|v| v.version == *known));
         let version = best.ok_or(ConnectError::NoCrds)?;

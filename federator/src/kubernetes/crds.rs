@@ -1,7 +1,11 @@
-//! Definitions of the MCS kinds (KEP-1645, release v0.5.0), made from the types below: what a cluster needs that has none.
+//! What a cluster needs that has none: definitions of the MCS kinds (KEP-1645, release v0.5.0), made from the types below,
+//! and those of the own kinds ([`own`]).
 //!
-//! `v1alpha1` and `v1beta1` (stored) have one schema, so nothing converts between them. The label
-//! [`REVISION`] tells an installed definition's age: a newer one is never replaced ([`is_newer`]).
+//! Of MCS, `v1alpha1` and `v1beta1` (stored) have one schema, so nothing converts between them. Labels tell an installed
+//! definition's age: a newer one is never replaced ([`is_newer`]).
+
+pub mod inventory;
+pub mod own;
 
 use std::collections::BTreeMap;
 
@@ -16,11 +20,24 @@ use serde_json::{Value, json};
 
 use super::labels::TOMBOLO;
 
-/// Of the MCS API's release.
-const RELEASE: (&str, &str) = ("multicluster.x-k8s.io/release-version", "v0.5.0");
-/// Of the schema; grows with each change.
-pub const REVISION: &str = "multicluster.x-k8s.io/crd-schema-revision";
-const OUR_REVISION: u64 = 0;
+/// What tells definitions of one group apart: labels, and their values here.
+#[derive(Clone, Copy, Debug)]
+pub struct Release {
+    pub release: (&'static str, &'static str),
+    /// Of the schema; grows with each change.
+    pub revision: (&'static str, u64),
+}
+
+impl Release {
+    fn labels(self) -> Value {
+        json!({ self.release.0: self.release.1, self.revision.0: self.revision.1.to_string() })
+    }
+}
+
+const MCS: Release = Release {
+    release: ("multicluster.x-k8s.io/release-version", "v0.5.0"),
+    revision: ("multicluster.x-k8s.io/crd-schema-revision", 0),
+};
 const GROUP: &str = "multicluster.x-k8s.io";
 
 /// Announces that the `Service` of the same name and namespace may be used by other clusters.
@@ -179,6 +196,16 @@ fn column(name: &str, path: &str) -> Value {
     json!({ "name": name, "type": "string", "jsonPath": path })
 }
 
+fn age() -> Value {
+    json!({ "name": "Age", "type": "date", "jsonPath": ".metadata.creationTimestamp" })
+}
+
+/// Of `status.conditions`.
+fn conditions_schema() -> Value {
+    let status = schema::<ServiceExportBody>();
+    status.pointer("/properties/status/properties/conditions").cloned().unwrap_or_default()
+}
+
 fn condition(name: &str) -> Value {
     column(name, &format!(".status.conditions[?(@.type==\"{name}\")].status"))
 }
@@ -186,7 +213,7 @@ fn condition(name: &str) -> Value {
 fn definition(kind: &str, short: [&str; 2], schema: &Value, columns: Vec<Value>) -> Value {
     let plural = format!("{}s", kind.to_ascii_lowercase());
     let mut columns = columns;
-    columns.push(json!({ "name": "Age", "type": "date", "jsonPath": ".metadata.creationTimestamp" }));
+    columns.push(age());
     let version = |name: &str, storage: bool| {
         json!({
             "name": name, "served": true, "storage": storage,
@@ -199,7 +226,7 @@ fn definition(kind: &str, short: [&str; 2], schema: &Value, columns: Vec<Value>)
         "apiVersion": "apiextensions.k8s.io/v1", "kind": "CustomResourceDefinition",
         "metadata": {
             "name": format!("{plural}.{GROUP}"),
-            "labels": { RELEASE.0: RELEASE.1, REVISION: OUR_REVISION.to_string() },
+            "labels": MCS.labels(),
             "annotations": { "api-approved.kubernetes.io": "https://github.com/kubernetes/enhancements/pull/1646" },
         },
         "spec": {
@@ -213,8 +240,13 @@ fn definition(kind: &str, short: [&str; 2], schema: &Value, columns: Vec<Value>)
     })
 }
 
-/// The definitions, as documents for the API server.
+/// Every definition, as documents for the API server.
 pub fn all() -> Vec<Value> {
+    mcs().into_iter().chain(own::all()).chain(inventory::all()).collect()
+}
+
+/// Those of the MCS kinds.
+fn mcs() -> Vec<Value> {
     let export = definition(
         "ServiceExport",
         ["svcex", "svcexport"],
@@ -230,13 +262,21 @@ pub fn all() -> Vec<Value> {
     vec![export, import]
 }
 
-/// Whether an installed definition is of a later revision than [`all`]'s: it is left as it is.
-pub fn is_newer(installed: &Value) -> bool {
+/// Whether an installed definition is of a later release or revision than `ours` of the same name: it is left as it is.
+pub fn is_newer(installed: &Value, ours: &Value) -> bool {
+    // Those of the inventory are released with ours.
+    let ours_alone =
+        ours.pointer("/metadata/labels").is_some_and(|labels| labels.get(own::RELEASE.release.0).is_some());
+    let Release { release, revision } = if ours_alone { own::RELEASE } else { MCS };
     let labels = installed.pointer("/metadata/labels");
     let label = |key: &str| labels.and_then(|labels| labels.get(key)).and_then(Value::as_str);
-    let revision = label(REVISION).and_then(|text| text.parse::<u64>().ok()).unwrap_or(0);
-    let release = label(RELEASE.0).map(numbers).unwrap_or_default();
-    revision > OUR_REVISION || release > numbers(RELEASE.1)
+    let found = label(revision.0).and_then(|text| text.parse::<u64>().ok()).unwrap_or(0);
+    let (installed, own) = (label(release.0).map(numbers).unwrap_or_default(), numbers(release.1));
+    match ours_alone {
+        // The revision counts within a release.
+        true => (installed, found) > (own, revision.1),
+        false => found > revision.1 || installed > own,
+    }
 }
 
 /// What became of a definition.
@@ -245,6 +285,8 @@ pub enum Installed {
     Applied,
     /// A later one is there.
     LeftNewer,
+    /// Somebody else's is there.
+    LeftForeign,
 }
 
 /// Installs the definitions: by name, what became of each.
@@ -257,7 +299,10 @@ pub async fn install(client: Client) -> Result<Vec<(String, Installed)>, kube::E
         let name = document.pointer("/metadata/name").and_then(Value::as_str).unwrap_or_default().to_owned();
         let before = api.get_opt(&name).await?;
         let before = before.and_then(|found| serde_json::to_value(found).ok());
-        let what = if before.is_some_and(|found| is_newer(&found)) {
+        let foreign = before.as_ref().is_some_and(|found| inventory::is_foreign(found, &document));
+        let what = if foreign {
+            Installed::LeftForeign
+        } else if before.is_some_and(|found| is_newer(&found, &document)) {
             Installed::LeftNewer
         } else {
             let ours = PatchParams::apply(TOMBOLO).force();
@@ -280,7 +325,7 @@ mod tests {
 
     #[test]
     fn definitions_say_what_the_standard_says() {
-        let all = all();
+        let all = mcs();
         let import = &all[1];
         assert_eq!(import["metadata"]["name"], "serviceimports.multicluster.x-k8s.io");
         assert_eq!(import["spec"]["versions"][1]["storage"], true);
@@ -299,7 +344,8 @@ mod tests {
 
     #[test]
     fn a_later_definition_is_known_as_such() {
-        let installed = |release: &str, revision: &str| json!({ "metadata": { "labels": { RELEASE.0: release, REVISION: revision } } });
+        let installed = |release: &str, revision: &str| json!({ "metadata": { "labels": { MCS.release.0: release, MCS.revision.0: revision } } });
+        let ours = &mcs()[0];
         for (release, revision, newer) in [
             ("v0.5.0", "0", false),
             ("v0.4.1", "0", false),
@@ -308,8 +354,13 @@ mod tests {
             ("v1.0", "0", true),
             ("v0.5.0", "1", true),
         ] {
-            assert_eq!(is_newer(&installed(release, revision)), newer, "{release} {revision}");
+            assert_eq!(is_newer(&installed(release, revision), ours), newer, "{release} {revision}");
         }
-        assert!(!is_newer(&json!({ "metadata": {} })), "one without labels is of before there were any");
+        let nothing = json!({ "metadata": {} });
+        assert!(!is_newer(&nothing, ours), "one without labels is of before there were any");
+        let own = &own::all()[0];
+        let of_own = |release: &str| json!({ "metadata": { "labels": { own::RELEASE.release.0: release, own::RELEASE.revision.0: "0" } } });
+        assert!(is_newer(&of_own("1000.0.0"), own) && !is_newer(&of_own(env!("CARGO_PKG_VERSION")), own));
+        assert!(!is_newer(&nothing, own) && !is_newer(&of_own("0.0.0"), own));
     }
 }

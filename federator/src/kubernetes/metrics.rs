@@ -20,6 +20,8 @@ pub struct Metrics {
     pub(super) leads: Gauge,
     pub(super) watch_errors: Counter,
     pub(super) waiting: Gauge,
+    status_writes: Family<StepLabels, Counter>,
+    pub(super) refused_objects: Gauge,
 }
 
 impl Metrics {
@@ -38,16 +40,33 @@ impl Metrics {
             "Services that are to be looked at or tried again",
             metrics.waiting.clone(),
         );
+        registry.register(
+            "status_writes",
+            "Statuses of our own kinds written to the API server, by outcome",
+            metrics.status_writes.clone(),
+        );
+        registry.register(
+            "refused_objects",
+            "Objects of our own kinds in Kubernetes that are not accepted",
+            metrics.refused_objects.clone(),
+        );
         metrics
     }
 
+    pub(super) fn status_write(&self, failure: Option<&Failure>) {
+        self.status_writes.get_or_create_owned(&StepLabels { result: result(failure) }).inc();
+    }
+
     pub(super) fn step(&self, failure: Option<&Failure>) {
-        let result = match failure {
-            None => "ok",
-            Some(Failure::Away(_)) => "away",
-            Some(Failure::Refused(_)) => "refused",
-            Some(Failure::Unauthenticated(_)) => "unauthenticated",
-        };
-        self.steps.get_or_create_owned(&StepLabels { result }).inc();
+        self.steps.get_or_create_owned(&StepLabels { result: result(failure) }).inc();
+    }
+}
+
+fn result(failure: Option<&Failure>) -> &'static str {
+    match failure {
+        None => "ok",
+        Some(Failure::Away(_)) => "away",
+        Some(Failure::Refused(_)) => "refused",
+        Some(Failure::Unauthenticated(_)) => "unauthenticated",
     }
 }

@@ -91,7 +91,15 @@ impl Writer {
                     }
                     Err(error) => return Err(error),
                 };
-                self.tell(service, *kind, uid, changed).await;
+                let reference = ObjectReference {
+                    api_version: Some(self.resources.api_version.clone()),
+                    kind: Some(kind.as_str().to_owned()),
+                    name: Some(service.name.to_string()),
+                    namespace: Some(service.namespace.to_string()),
+                    uid: Some(uid.to_owned()),
+                    ..ObjectReference::default()
+                };
+                tell(&self.recorder, &reference, changed).await;
                 Ok(Some((*kind, Event::Apply(object))))
             }
             Write::Delete { kind, name, uid } => {
@@ -119,48 +127,48 @@ impl Writer {
         gone.metadata.uid = Some(uid.to_owned());
         gone
     }
+}
 
-    /// An Event for each condition that has changed; that one is lost costs nothing else.
-    async fn tell(&self, service: &ServiceKey, kind: Kind, uid: &str, changed: &[Condition]) {
-        let reference = ObjectReference {
-            api_version: Some(self.resources.api_version.clone()),
-            kind: Some(kind.as_str().to_owned()),
-            name: Some(service.name.to_string()),
-            namespace: Some(service.namespace.to_string()),
-            uid: Some(uid.to_owned()),
-            ..ObjectReference::default()
+/// An Event for each condition that has changed; that one is lost costs nothing else.
+pub async fn tell(recorder: &Recorder, reference: &ObjectReference, changed: &[Condition]) {
+    for condition in changed.iter().filter(|condition| worth_telling(condition)) {
+        let attention = needs_attention(&condition.r#type, &condition.status);
+        // Reasons of events are words; a Conflict may have several.
+        let reason = condition.reason.split(',').next().unwrap_or_default().to_owned();
+        let note = Note {
+            type_: if attention { EventType::Warning } else { EventType::Normal },
+            reason,
+            note: Some(condition.message.chars().take(1000).collect()),
+            action: condition.r#type.clone(),
+            secondary: None,
         };
-        for condition in changed.iter().filter(|condition| worth_telling(condition)) {
-            let attention = needs_attention(&condition.r#type, &condition.status);
-            // Reasons of events are words; a Conflict may have several.
-            let reason = condition.reason.split(',').next().unwrap_or_default().to_owned();
-            let note = Note {
-                type_: if attention { EventType::Warning } else { EventType::Normal },
-                reason,
-                note: Some(condition.message.chars().take(1000).collect()),
-                action: condition.r#type.clone(),
-                secondary: None,
-            };
-            if let Err(error) = self.recorder.publish(&note, &reference).await {
-                tracing::debug!(%error, %service, "an Event can't be written");
-            }
+        if let Err(error) = recorder.publish(&note, reference).await {
+            tracing::debug!(%error, name = reference.name, "an Event can't be written");
         }
     }
 }
 
-/// That an export is being worked on, or that nobody disagrees, is no news.
+/// That something is being worked on, or that nobody disagrees, is no news.
 fn worth_telling(condition: &Condition) -> bool {
-    !matches!(condition.reason.as_str(), "Pending" | "NoConflicts" | "Valid")
+    condition.status != "Unknown"
+        && !matches!(condition.reason.as_str(), "Pending" | "NoConflicts" | "Valid" | "ResolvedRefs")
 }
 
 /// `None`: what failed is of no account, because what it was about has gone.
 fn failure(write: &Write, error: &Error) -> Option<Failure> {
-    let Error::Api(status) = error else { return Some(Failure::Away(error.to_string())) };
-    match (status.code, write) {
-        (404, Write::Status { .. }) => None,
-        (401, _) => Some(Failure::Unauthenticated(status.message.clone())),
+    match error {
+        Error::Api(status) if status.code == 404 && matches!(write, Write::Status { .. }) => None,
+        error => Some(judge(error)),
+    }
+}
+
+/// What an error means for whoever wrote.
+pub fn judge(error: &Error) -> Failure {
+    let Error::Api(status) = error else { return Failure::Away(error.to_string()) };
+    match status.code {
+        401 => Failure::Unauthenticated(status.message.clone()),
         // 500 is how a schema that lacks a field refuses, or a webhook that is broken: waiting alone mends neither.
-        (429 | 502..=504, _) => Some(Failure::Away(status.message.clone())),
-        _ => Some(Failure::Refused(status.message.clone())),
+        429 | 502..=504 => Failure::Away(status.message.clone()),
+        _ => Failure::Refused(status.message.clone()),
     }
 }

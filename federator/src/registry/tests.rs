@@ -22,6 +22,7 @@ fn hello(watch: u64) -> Event {
         version: String::new(),
         instance: None,
         host: String::new(),
+        answers: false,
         plain: BTreeMap::new(),
     })
 }

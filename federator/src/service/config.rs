@@ -1,7 +1,7 @@
 //! `Config`: what gateways and sidecars of this cluster are told, and what they report.
 //!
 //! A stream's first snapshot comes at once, the next when its content changes, and one every 5 s in any case. Changes
-//! are gathered for [`PACE`]; a slow reader gets the newest snapshot, not a queue of old ones.
+//! are gathered for [`pace`]; a slow reader gets the newest snapshot, not a queue of old ones.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -25,23 +25,10 @@ use crate::core::{Core, CoreError, CoreHandle, Moment};
 use crate::facts::Facts;
 use crate::metrics::Metrics;
 use crate::snapshot::rings::Rings;
-use crate::snapshot::{gateway, sidecar};
+use crate::snapshot::{gateway, pace, sidecar};
 
 /// A snapshot at least this often: its readers take silence for a dead federator.
 const HEARTBEAT: Duration = Duration::from_secs(5);
-/// Changes that come within this are one snapshot: an export must be usable elsewhere within 250 ms.
-const PACE: Duration = Duration::from_millis(20);
-/// And this much more for each member: a snapshot costs some 50 us, so a thousand readers keep the thread half idle
-/// whatever the rate of changes.
-const PACE_PER_MEMBER: Duration = Duration::from_micros(100);
-const SLOWEST_PACE: Duration = Duration::from_secs(2);
-
-/// How long changes are gathered with so many readers.
-fn pace(facts: &Facts) -> Duration {
-    let readers = facts.registry.members.len() + facts.registry.gateways.len();
-    let more = PACE_PER_MEMBER.saturating_mul(u32::try_from(readers).unwrap_or(u32::MAX));
-    (PACE + more).min(SLOWEST_PACE)
-}
 /// Services one sidecar may call.
 const MAX_UPSTREAMS: usize = 256;
 

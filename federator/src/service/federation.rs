@@ -83,6 +83,10 @@ impl FederationService {
             return Err(Status::permission_denied(text));
         }
         tracing::info!(%peer, "peer watches our exports");
+        if link.unconfirmed {
+            let peer = peer.clone();
+            self.core.post(move |core, _| core.confirm_link(&peer));
+        }
         let (sender, receiver) = mpsc::channel(1);
         let task = watch_task(
             self.core.clone(),

@@ -18,6 +18,7 @@ use zeroize::Zeroizing;
 
 use super::pace::Pace;
 use crate::core::{Core, CoreError, CoreHandle, Moment};
+use crate::facts::Role;
 use crate::linking;
 use crate::metrics::Metrics;
 use crate::token_review::{TokenReviewer, audience};
@@ -90,7 +91,17 @@ impl Join for JoinService {
         request: Request<v1::JoinPodRequest>,
     ) -> Result<Response<v1::JoinWorkloadResponse>, Status> {
         let turned_away = self.admit()?;
-        let v1::JoinPodRequest { service_account_token, csr_der, holder } = request.into_inner();
+        let v1::JoinPodRequest { service_account_token, csr_der, role, holder } = request.into_inner();
+        let role = match role.as_str() {
+            "" => Role::Sidecar,
+            "gateway" => Role::Gateway,
+            other => {
+                let other: String = other.chars().take(32).collect();
+                return Err(Status::invalid_argument(format!(
+                    "field role: {other:?} is not \"\" or gateway"
+                )));
+            }
+        };
         let token = Zeroizing::new(service_account_token);
         let expected = audience(&self.svid.load().spiffe_id.trust_domain());
         let reviewed = self.reviewer.review(&token, &expected).await.and_then(|pod| pod.held_by(&holder));
@@ -99,7 +110,7 @@ impl Join for JoinService {
         }
         let join = move |core: &mut Core, moment| {
             core.turned_away(Action::Join, turned_away, moment);
-            core.join_pod(reviewed, &csr_der, moment)
+            core.join_pod(reviewed, role, &csr_der, moment)
         };
         let joined = self.core.attempt(join).await;
         self.metrics.issued("join_pod", &joined);

@@ -91,7 +91,12 @@ impl Prober<'_> {
                     *id
                 })
                 .collect();
-            flat.services.insert(export.handle, ids);
+            // One without an address there (behind NAT, or beyond the ranges) would never be chosen. Where each has a share
+            // of its own, gateways choose instead, who know all.
+            let all = usize::try_from(export.healthy).unwrap_or(usize::MAX).min(MAX_ENDPOINTS);
+            if export.weights.is_empty() || ids.len() >= all {
+                flat.services.insert(export.handle, ids);
+            }
         }
         flat
     }

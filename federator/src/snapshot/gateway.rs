@@ -5,12 +5,12 @@ use std::time::Duration;
 
 use tombolo_model::ids::{Block, EndpointId, Handle};
 use tombolo_model::names::ServiceKey;
-use tombolo_overlay::keys::HandleBinding;
+use tombolo_overlay::keys::{HandleBinding, LinkKey};
 use tombolo_proto::v1;
 
 use crate::core::lapsed::{may_come_back, renewal_salt};
 use crate::core::tokens::is_open_provisional;
-use crate::facts::{CONTROL, Facts, HandleRecord, JOIN, Link, RENEWAL, Role};
+use crate::facts::{CONTROL, Facts, FirstContact, HandleRecord, JOIN, Link, RENEWAL, Role};
 use crate::registry::Gateway;
 use crate::revocations;
 use crate::rotation;
@@ -21,6 +21,8 @@ const SERVICE_INITIALS: u32 = 1000;
 const CONTROL_INITIALS: u32 = 200;
 /// Guessing tokens must be slow, a rollout of a hundred pods must not.
 const JOIN_INITIALS: u32 = 20;
+/// One federator of one cluster, every few seconds. The key is no secret.
+const FIRST_CONTACT_INITIALS: u32 = 5;
 /// A thousand machines come back within a minute.
 const RENEWAL_INITIALS: u32 = 20;
 
@@ -142,6 +144,14 @@ fn inbound(facts: &Facts) -> Vec<v1::InboundHandle> {
             handles.push(handle(record, v1::HandleClass::Service, healthy, SERVICE_INITIALS));
         }
     }
+    for contact in facts.pending_contacts() {
+        handles.push(v1::InboundHandle {
+            binding: Some(FirstContact::binding(&contact.peer, contact.tag).to_wire()),
+            class: v1::HandleClass::FirstContact.into(),
+            endpoints: federators.iter().map(|id| id.value()).collect(),
+            initials_per_second: FIRST_CONTACT_INITIALS,
+        });
+    }
     let reserved = [
         (Handle::JOIN, JOIN, v1::HandleClass::Join, JOIN_INITIALS),
         (Handle::RENEW, RENEWAL, v1::HandleClass::Renewal, RENEWAL_INITIALS),
@@ -180,7 +190,31 @@ fn links(facts: &Facts) -> Vec<v1::GatewayLink> {
         outbound: facts.handles_of(&own.name).map(|record| record.binding().to_wire()).collect(),
         self_: true,
     };
-    peers.chain([to_itself]).collect()
+    peers
+        .chain(facts.pending_contacts().map(|contact| to_be_linked(facts, contact)))
+        .chain([to_itself])
+        .collect()
+}
+
+/// A way for first contact, and nothing else: no service has a handle that is keyed by it.
+fn to_be_linked(facts: &Facts, contact: &FirstContact) -> v1::GatewayLink {
+    let own = &facts.cluster;
+    let key = LinkKey::first_contact(own.trust_domain.as_str(), own.tag, contact.tag);
+    let gateway = |(index, address): (usize, &std::net::SocketAddr)| v1::GatewayReplica {
+        name: format!("first-contact-{index}"),
+        address: address.to_string(),
+        // It may be a balancer's: what is behind it is told once it is linked.
+        balanced: false,
+        zone: String::new(),
+    };
+    v1::GatewayLink {
+        peer: contact.peer.to_string(),
+        tag: contact.tag.value(),
+        key: key.as_bytes().to_vec(),
+        gateways: contact.gateways.iter().enumerate().map(gateway).collect(),
+        outbound: vec![FirstContact::binding(&own.name, own.tag).to_wire()],
+        self_: false,
+    }
 }
 
 fn peer_gateways(facts: &Facts, link: &Link) -> Vec<v1::GatewayReplica> {

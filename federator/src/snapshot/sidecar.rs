@@ -67,6 +67,7 @@ pub fn snapshot(
         federated_bundles: federated_bundles(facts, block),
         upstream_roots: upstream_roots(facts),
         clones: clones(facts, block),
+        question: question(facts, block),
         access_policies: access_policies.into_iter().map(|(policy, _)| policy).collect(),
     }
 }
@@ -79,6 +80,12 @@ fn clones(facts: &Facts, block: Block) -> Option<v1::Clones> {
         last_unix: i64::try_from(seen.last_unix).unwrap_or(i64::MAX),
         host: seen.host.clone(),
     })
+}
+
+/// Whether it lives, as long as it has not answered.
+fn question(facts: &Facts, block: Block) -> u64 {
+    let member = facts.registry.members.get(&block);
+    member.filter(|member| member.answered < member.asked).map_or(0, |member| member.asked)
 }
 
 /// Of the authority above this cluster's CA: peers of the same trust domain that it has certified directly.
@@ -199,6 +206,7 @@ fn upstream(facts: &Facts, service: &ServiceKey, rings: &Rings, unix: Duration) 
             handle: export.handle.value(),
             keys: Some(rings.handle(&key, &binding, unix)),
             spiffe_ids: export.spiffe_ids.clone(),
+            weights: export.weights.clone(),
             healthy: export.healthy,
             total: export.total,
             properties: properties.clone().into_iter().collect(),
@@ -231,9 +239,8 @@ fn upstream(facts: &Facts, service: &ServiceKey, rings: &Rings, unix: Duration) 
 fn own_backend(facts: &Facts, service: &ServiceKey, rings: &Rings, unix: Duration) -> Option<v1::Backend> {
     let cluster = &facts.cluster;
     let record = facts.handle(&cluster.name, &service.to_string())?;
-    let identities: BTreeSet<String> =
-        facts.registry.serving(service).map(|member| member.spiffe_id.to_string()).collect();
-    if identities.is_empty() {
+    let (spiffe_ids, weights) = exports::identities(facts, service);
+    if spiffe_ids.is_empty() {
         return None;
     }
     let (healthy, total) = facts.registry.counts(service);
@@ -242,7 +249,8 @@ fn own_backend(facts: &Facts, service: &ServiceKey, rings: &Rings, unix: Duratio
         tag: cluster.tag.value(),
         handle: record.handle.value(),
         keys: Some(rings.handle(&cluster.self_link_key, &record.binding(), unix)),
-        spiffe_ids: identities.into_iter().collect(),
+        spiffe_ids,
+        weights,
         healthy,
         total,
         properties: cluster.properties.clone().into_iter().collect(),

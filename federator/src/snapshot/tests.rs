@@ -1,6 +1,7 @@
 //! What gateways and sidecars are told, from hand-built facts of a cluster `east`.
 
 mod access;
+mod weights;
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -249,6 +250,12 @@ fn past_the_gateways_only_as_the_cluster_link_says_and_with_keys_that_the_target
     let endpoint = &flat.endpoints[&id.block()];
     assert_eq!(endpoint.address, address);
     assert_eq!(*endpoint.keys, to(AcrossTarget::Endpoint(id.block())));
+    // With shares of their own, both are to be chosen: by gateways, who reach both.
+    let exports = &mut facts.import("west").exports;
+    exports.get_mut(&service("shop/api")).unwrap().weights = vec![100, 20];
+    let weighted = sidecar_snapshot(&facts, 7, &["shop/api"]);
+    let (_, weighted, _) = Across::from_wire(&weighted.across[0]).unwrap();
+    assert!(weighted.flat.unwrap().services.is_empty());
     let own = AcrossTarget::Endpoint(own);
     assert_eq!(flat.caller_keys, KeyRing::derive_now(AT, |hour| link.across_key(east, own, hour)));
 

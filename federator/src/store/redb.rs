@@ -5,11 +5,10 @@
 //! commit, and whatever the failed transaction may have left there is put back to the mirror's state first (of a log, what
 //! it appended is removed): an error always means "unchanged". Ends when dropped.
 
-use std::collections::BTreeMap;
 use std::ops::Bound;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError, RwLock};
+use std::sync::{Mutex, PoisonError};
 
 use redb::backends::InMemoryBackend;
 use redb::{
@@ -17,12 +16,11 @@ use redb::{
     StorageBackend, StorageError, TableDefinition, TableError, TransactionError,
 };
 
+use super::mirror::{Mirror, Values};
 use super::{Page, Store, StoreError, Table, Transaction, Write};
 
 /// redb's own page cache: everything is mirrored already.
 const CACHE_BYTES: usize = 4 * 1024 * 1024;
-
-type Mirror = BTreeMap<(Table, String), Vec<u8>>;
 
 fn definition(table: Table) -> TableDefinition<'static, &'static str, &'static [u8]> {
     TableDefinition::new(table.name())
@@ -33,7 +31,7 @@ pub struct RedbStore {
     path: PathBuf,
     /// The lock also serialises commits.
     file: Mutex<Opened>,
-    mirror: RwLock<Mirror>,
+    mirror: Mirror,
     writable: AtomicBool,
 }
 
@@ -49,11 +47,11 @@ impl RedbStore {
     /// Opens or creates the file. A torn or foreign file is an error with a remedy, and is left as it is.
     pub fn open(path: &Path) -> Result<Self, StoreError> {
         let database = open(path)?;
-        let mirror = load(path, &database)?;
+        let mirror = Mirror::new(load(path, &database)?);
         Ok(Self {
             path: path.to_owned(),
             file: Mutex::new(Opened { database: Some(database), doubtful: Vec::new() }),
-            mirror: RwLock::new(mirror),
+            mirror,
             writable: AtomicBool::new(true),
         })
     }
@@ -61,14 +59,17 @@ impl RedbStore {
     fn reopen(&self, doubtful: &[(Table, String)]) -> Result<Database, StoreError> {
         let database = open(&self.path)?;
         let found = load(&self.path, &database)?;
-        let mirror = self.mirror.read().unwrap_or_else(PoisonError::into_inner);
-        let mut repair = Vec::new();
-        for (table, key) in found.keys().filter(|key| !mirror.contains_key(*key)) {
-            repair.push(Write::Delete { table: *table, key: key.clone() });
-        }
-        for ((table, key), value) in mirror.iter().filter(|(key, value)| found.get(*key) != Some(*value)) {
-            repair.push(Write::Put { table: *table, key: key.clone(), value: value.clone() });
-        }
+        let mut repair = self.mirror.read(|mirror| {
+            let strange = found.keys().filter(|key| !mirror.contains_key(*key));
+            let removed = strange.map(|(table, key)| Write::Delete { table: *table, key: key.clone() });
+            let other = mirror.iter().filter(|(key, value)| found.get(*key) != Some(*value));
+            let put = |((table, key), value): (&(Table, String), &Vec<u8>)| Write::Put {
+                table: *table,
+                key: key.clone(),
+                value: value.clone(),
+            };
+            removed.chain(other.map(put)).collect::<Vec<_>>()
+        });
         repair.extend(doubtful.iter().map(|(table, key)| Write::Delete { table: *table, key: key.clone() }));
         if !repair.is_empty() {
             tracing::warn!(values = repair.len(), "a failed transaction is undone in the store");
@@ -114,14 +115,11 @@ enum Range<'a> {
 
 impl Store for RedbStore {
     fn get(&self, table: Table, key: &str) -> Option<Vec<u8>> {
-        let mirror = self.mirror.read().unwrap_or_else(PoisonError::into_inner);
-        mirror.get(&(table, key.to_owned())).cloned()
+        self.mirror.get(table, key)
     }
 
     fn list(&self, table: Table) -> Vec<(String, Vec<u8>)> {
-        let mirror = self.mirror.read().unwrap_or_else(PoisonError::into_inner);
-        let from = mirror.range((table, String::new())..).take_while(|((t, _), _)| *t == table);
-        from.map(|((_, key), value)| (key.clone(), value.clone())).collect()
+        self.mirror.list(table)
     }
 
     fn after(&self, table: Table, key: &str, limit: usize) -> Result<Page, StoreError> {
@@ -134,14 +132,7 @@ impl Store for RedbStore {
 
     fn commit(&self, transaction: &Transaction) -> Result<(), StoreError> {
         let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
-        {
-            let mirror = self.mirror.read().unwrap_or_else(PoisonError::into_inner);
-            for check in &transaction.checks {
-                if mirror.get(&(check.table, check.key.clone())) != check.expected.as_ref() {
-                    return Err(StoreError::Conflict { table: check.table, key: check.key.clone() });
-                }
-            }
-        }
+        self.mirror.check(&transaction.checks)?;
         if transaction.is_empty() {
             return Ok(());
         }
@@ -157,18 +148,7 @@ impl Store for RedbStore {
         }
         *file = Opened { database: Some(database), doubtful: Vec::new() };
         self.writable.store(true, Ordering::Relaxed);
-        let mut mirror = self.mirror.write().unwrap_or_else(PoisonError::into_inner);
-        for change in &transaction.writes {
-            match change {
-                Write::Put { table, .. } | Write::Delete { table, .. } if !table.is_mirrored() => {}
-                Write::Put { table, key, value } => {
-                    mirror.insert((*table, key.clone()), value.clone());
-                }
-                Write::Delete { table, key } => {
-                    mirror.remove(&(*table, key.clone()));
-                }
-            }
-        }
+        self.mirror.apply(&transaction.writes);
         Ok(())
     }
 
@@ -221,9 +201,9 @@ fn verify(path: &Path, builder: &redb::Builder) -> Result<(), StoreError> {
     }
 }
 
-fn load(path: &Path, database: &Database) -> Result<Mirror, StoreError> {
-    let read = || -> Result<Mirror, StoreError> {
-        let mut mirror = Mirror::new();
+fn load(path: &Path, database: &Database) -> Result<Values, StoreError> {
+    let read = || -> Result<Values, StoreError> {
+        let mut mirror = Values::new();
         let transaction = database.begin_read().map_err(|e| transaction_error(path, e))?;
         for table in Table::ALL.into_iter().filter(|table| table.is_mirrored()) {
             let opened = match transaction.open_table(definition(table)) {

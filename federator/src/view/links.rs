@@ -9,7 +9,7 @@ use tombolo_proto::v1::HopStatus;
 
 use super::View;
 use super::text::{listed, message, span};
-use crate::facts::Link;
+use crate::facts::{FirstContact, Link};
 use crate::registry::{Gateway, Member, Presence};
 
 /// How it is with a peer's federator.
@@ -36,11 +36,18 @@ pub fn standing(view: &View<'_>, peer: &ClusterName) -> Standing {
     let age = import.and_then(|import| import.heard).map(|heard| view.since(heard));
     let stands = |state, reason, text: String| Standing { state, reason, message: message(text), age };
     let Some(link) = view.facts.links.get(peer) else {
+        if let Some(contact) = view.facts.first_contacts.get(peer) {
+            return stands("connecting", "Pending", pending(view, contact));
+        }
         let text = format!(
-            "{peer} is not linked yet: run `tombolo link token {peer}` here and `tombolo link join` there"
+            "{peer} is not linked yet: give this object its tag and gateways, and make one there about {} in turn; or run `tombolo link token {peer}` here and `tombolo link join` there",
+            view.facts.cluster.name
         );
         return stands("connecting", "NotLinked", text);
     };
+    if let (false, Some(contact)) = (link.is_live(), view.facts.first_contacts.get(peer)) {
+        return stands("connecting", "Pending", pending(view, contact));
+    }
     if !link.is_live() {
         let text = format!("{peer} has unlinked: run `tombolo unlink {peer}` here too, or link anew");
         return stands("expired", "EndedByPeer", text);
@@ -81,6 +88,19 @@ pub fn standing(view: &View<'_>, peer: &ClusterName) -> Standing {
             stands("expired", "Expired", text)
         }
     }
+}
+
+/// What an object that links waits for.
+fn pending(view: &View<'_>, contact: &FirstContact) -> String {
+    let (own, peer) = (&view.facts.cluster, &contact.peer);
+    let error = match contact.last_error.as_str() {
+        "" => String::new(),
+        error => format!(" ({error})"),
+    };
+    format!(
+        "waiting for {peer}'s object: there, a ClusterLink about cluster {} with tag \"{}\" and the gateways of {}{error}",
+        own.name, own.tag, own.name
+    )
 }
 
 /// What to look at when a peer is not heard.

@@ -3,13 +3,14 @@
 mod derived;
 mod workloads;
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use serde_json::{Value, json};
 use tombolo_model::names::{ClusterName, ServiceKey};
-use tombolo_model::resource::{Condition, KindInfo, Object, Spec};
+use tombolo_model::resource::{Condition, KindInfo, Object, ObjectKey, Spec};
 
-use super::text::rfc3339;
+use super::text::{rfc3339, sentences};
 use super::{View, conditions, links, members};
 use crate::exports::{exporters, exports};
 use crate::facts::StoredObject;
@@ -74,10 +75,31 @@ fn shown(stored: &StoredObject) -> Shown {
     Shown { object, generation: Some(stored.generation) }
 }
 
+/// Conditions and status of every object of our own kinds that Kubernetes keeps.
+pub fn kept_in_kubernetes(view: &View<'_>) -> BTreeMap<ObjectKey, (Vec<Condition>, Value)> {
+    let kept = view.facts.objects.iter().filter(|(_, stored)| stored.in_kubernetes);
+    let members = if kept.clone().any(|(key, _)| key.kind == "Workload") {
+        members::by_workload(view)
+    } else {
+        ByWorkload::new()
+    };
+    kept.map(|(key, stored)| (key.clone(), status(view, &stored.object, &members))).collect()
+}
+
 fn document(view: &View<'_>, shown: &Shown, members: &ByWorkload<'_>) -> Value {
     let Shown { object, generation } = shown;
+    let (conditions, mut status) = status(view, object, members);
+    let conditions: Vec<Value> =
+        conditions.into_iter().map(|condition| observed(condition, *generation)).collect();
+    status["conditions"] = Value::from(conditions);
+    let mut document = object.to_json();
+    document["status"] = status;
+    document
+}
+
+fn status(view: &View<'_>, object: &Object, members: &ByWorkload<'_>) -> (Vec<Condition>, Value) {
     let metadata = &object.metadata;
-    let (conditions, mut status) = match &object.spec {
+    let (mut conditions, status) = match &object.spec {
         Spec::ServiceExport(_) => (export(view, object), json!({})),
         Spec::ServiceImport(_) => import(view, object),
         Spec::ClusterLink(spec) => link(view, spec.cluster.as_deref().unwrap_or(&metadata.name)),
@@ -97,12 +119,13 @@ fn document(view: &View<'_>, shown: &Shown, members: &ByWorkload<'_>) -> Value {
         Spec::TrustDomainFederation(_) => conditions::federation::of(view, object),
         Spec::Workload(spec) => workloads::status(view, object, spec, members),
     };
-    let conditions: Vec<Value> =
-        conditions.into_iter().map(|condition| observed(condition, *generation)).collect();
-    status["conditions"] = Value::from(conditions);
-    let mut document = object.to_json();
-    document["status"] = status;
-    document
+    // Of what was admitted elsewhere, whether it holds here is a question of its own.
+    let kept = view.facts.objects.get(&object.key()).is_some_and(|stored| stored.in_kubernetes);
+    if kept && conditions.iter().all(|condition| condition.r#type != "Accepted") {
+        let text = sentences(std::iter::once("holds in this cluster".to_owned()).chain(object.warnings()));
+        conditions.insert(0, Condition::new("Accepted", true, "Accepted", text));
+    }
+    (conditions, status)
 }
 
 /// A condition, with the generation of the object that it is about.

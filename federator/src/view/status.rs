@@ -7,6 +7,7 @@ use tombolo_model::failover::Shift;
 use tombolo_model::names::{ClusterName, ServiceKey};
 use tombolo_model::resource::Spec;
 use tombolo_model::resource::service_export::ExportTo;
+use tombolo_model::resource::workload::DEFAULT_WEIGHT;
 use tombolo_model::status::{
     API_VERSION, ClusterStatus, Consumer, EndpointStatus, ExportStatus, FederatorStatus, GatewayStatus,
     IdentityStatus, ImportCluster, ImportStatus, LinkStatus, PathStatus, ShiftStatus,
@@ -253,6 +254,12 @@ fn endpoint(view: &View<'_>, member: &Member) -> EndpointStatus {
             .plain
             .iter()
             .flat_map(|(service, hops)| hops.iter().map(move |hop| format!("{service} at {hop}")))
+            .collect(),
+        weights: member
+            .services
+            .iter()
+            .filter(|(_, served)| served.weight != DEFAULT_WEIGHT)
+            .map(|(service, served)| (service.to_string(), served.weight))
             .collect(),
     }
 }

@@ -107,6 +107,7 @@ pub fn east() -> Facts {
         upstream: None,
         addresses: Arc::default(),
         kubernetes_hosts: Default::default(),
+        first_contacts: BTreeMap::new(),
         store_writable: true,
     }
 }
@@ -132,7 +133,8 @@ impl Fill for Facts {
     fn apply_at(&mut self, created_unix: u64, object: Value) {
         let object = Object::from_json(object).unwrap();
         let uid = format!("uid-of-{}", object.metadata.name);
-        let stored = StoredObject { uid, created_unix, generation: 3, object, kubernetes: None };
+        let stored =
+            StoredObject { uid, created_unix, generation: 3, object, kubernetes: None, in_kubernetes: false };
         self.objects.insert(stored.object.key(), Arc::new(stored));
     }
     fn export(&mut self, name: &str, to: Option<&str>) {
@@ -161,6 +163,8 @@ impl Fill for Facts {
             loopback: false,
             recreated: None,
             ended_by_peer: false,
+            by_object: false,
+            unconfirmed: false,
         };
         Arc::make_mut(self.links.entry(cluster(peer)).or_insert(Arc::new(link)))
     }
@@ -216,6 +220,7 @@ impl Fill for Facts {
             version: String::new(),
             instance: None,
             host: String::new(),
+            answers: false,
             plain: BTreeMap::new(),
         };
         self.registry.step(Event::Sidecar(hello), NOW, UNIX);
@@ -246,6 +251,7 @@ pub fn exported(healthy: u32, total: u32, ports: &[Port]) -> ImportedExport {
         handle: Handle::from_u32(500),
         ports: ports.to_vec(),
         spiffe_ids: Vec::new(),
+        weights: Vec::new(),
         healthy,
         total,
         exported_at_unix_ms: i64::try_from((UNIX - 50) * 1000).unwrap(),

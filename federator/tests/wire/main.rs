@@ -79,6 +79,8 @@ fn config(dir: &Path, cluster: &str, listen: SocketAddr) -> FederatorConfig {
         cluster: cluster.parse().unwrap(),
         trust_dir: dir.join("trust"),
         state_dir: dir.join("state"),
+        etcd: None,
+        etcd_import: false,
         listen,
         advertise: None,
         admin: local(),

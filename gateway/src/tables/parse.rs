@@ -229,15 +229,17 @@ fn inbound(
         v1::HandleClass::Control => Class::Control,
         v1::HandleClass::Join => Class::Join,
         v1::HandleClass::Renewal => Class::Renewal,
+        v1::HandleClass::FirstContact => Class::FirstContact,
         v1::HandleClass::Unspecified => {
-            return Err(FieldError::new("handles.class", wire.class, "service, control, join or renewal"));
+            let expected = "service, control, join, renewal or first contact";
+            return Err(FieldError::new("handles.class", wire.class, expected));
         }
     };
     // The reserved handles are the same everywhere and keyed by the cluster; all others are allotted on a link.
     let reserved = match class {
         Class::Join => Some(Handle::JOIN),
         Class::Renewal => Some(Handle::RENEW),
-        Class::Service | Class::Control => None,
+        Class::Service | Class::Control | Class::FirstContact => None,
     };
     if reserved.map_or(handle.is_reserved(), |reserved| reserved != handle) {
         let expected = "2 for class join, 3 for renewal, an allotted handle (256 or more) for the others";
@@ -255,6 +257,10 @@ fn inbound(
                 format!("{own} or a linked cluster"),
             )
         })?;
+        if class == Class::FirstContact && handle != Handle::first_contact(link.tag) {
+            let expected = "the handle of first contact of the importer's tag";
+            return Err(FieldError::new("handles.binding.handle", handle, expected));
+        }
         (link.tag, HandleKey::of_link(&link.key, binding))
     };
     // A handle keeps its bucket from snapshot to snapshot; one that was given out again has another key, hence a new one.

@@ -1,31 +1,30 @@
 //! One task per service with agentless backends: names are resolved as often as their TTLs ask, every address is looked at
-//! by the [`Guard`] and checked, and those in order are published, with one verdict on the service.
+//! by the [`Guard`] and checked, and those in order are published, with one verdict on the service. Checks do not wait for
+//! names: a resolver that is silent must not keep a dead address in rotation.
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::sync::Arc;
 use std::time::Duration;
 
-use hickory_resolver::TokioResolver;
-use hickory_resolver::config::{ConnectionConfig, NameServerConfig, ResolverConfig};
-use hickory_resolver::net::NetError;
-use hickory_resolver::net::runtime::TokioRuntimeProvider;
+use futures::future::BoxFuture;
+use futures::stream::{FuturesUnordered, StreamExt as _};
 use tokio::sync::watch;
 use tokio::time::Instant;
 use tombolo_model::names::ServiceKey;
 use tombolo_runtime::drain::Drain;
 
-use super::{Alive, Backend, Guard, Host, MAX_ADDRESSES};
+use super::names::{Answer, LONGEST_TTL, Names};
+use super::{Alive, Backend, Guard, Host};
 use crate::config::SidecarConfig;
 use crate::health::{self, HealthCheck, Judge, Verdict};
 
-/// A name with no TTL, or a very long one, is asked again all the same.
-const TTL: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(300));
 /// After a failure; what was known is used meanwhile, up to the time below.
 const RETRY: Duration = Duration::from_secs(5);
 /// A resolver that is away for longer leaves addresses that may be others' by now.
 const STALE: Duration = Duration::from_secs(600);
-const RESOLVE_TIMEOUT: Duration = Duration::from_secs(5);
+/// For first answers, before anything is said of the service.
+const FIRST_ANSWERS: Duration = Duration::from_secs(1);
 
 /// What a service's task works with.
 #[derive(Debug)]
@@ -72,7 +71,12 @@ struct Known {
     due: Option<Instant>,
     resolved: Option<Instant>,
     problem: Option<String>,
+    /// It is being resolved.
+    asked: bool,
 }
+
+/// Names that are being resolved: the backend's place, and what comes of it.
+type Asking = FuturesUnordered<BoxFuture<'static, (usize, Answer)>>;
 
 /// What is known of one address.
 #[derive(Debug)]
@@ -91,12 +95,16 @@ pub async fn run(watched: Watched, drain: Drain) {
     let Watched { service, backends, check, guard, servers, alive, verdict } = watched;
     let mut known: Vec<Known> = backends.iter().map(|_| Known::default()).collect();
     let mut checked: BTreeMap<SocketAddr, Checked> = BTreeMap::new();
-    let mut names = Names { servers, resolver: None };
+    let (mut names, mut asking) = (Names::new(servers), Asking::new());
     let rounds = async {
-        loop {
-            for (backend, known) in backends.iter().zip(&mut known) {
-                resolve(backend, known, &guard, &mut names).await;
+        ask_due(&backends, &mut known, &guard, &mut names, &asking);
+        let first = async {
+            while let Some((at, answer)) = asking.next().await {
+                take(&backends, &mut known, &guard, &mut names, at, answer);
             }
+        };
+        let _ = tokio::time::timeout(FIRST_ANSWERS, first).await;
+        loop {
             let addresses = shares(&backends, &known);
             checked.retain(|address, _| addresses.contains_key(address));
             let probes = addresses.keys().map(|address| health::probe(&check, *address));
@@ -121,7 +129,20 @@ pub async fn run(watched: Watched, drain: Drain) {
                 }
                 changed
             });
-            tokio::time::sleep(check.interval).await;
+            let next = tokio::time::sleep(check.interval);
+            tokio::pin!(next);
+            loop {
+                ask_due(&backends, &mut known, &guard, &mut names, &asking);
+                tokio::select! {
+                    () = &mut next => break,
+                    Some((at, answer)) = asking.next() => {
+                        // New addresses are checked at once.
+                        if take(&backends, &mut known, &guard, &mut names, at, answer) {
+                            break;
+                        }
+                    }
+                }
+            }
         }
     };
     tokio::select! {
@@ -132,18 +153,41 @@ pub async fn run(watched: Watched, drain: Drain) {
     }
 }
 
-/// Resolves one backend when it is due, and leaves out what the guard refuses.
-async fn resolve(backend: &Backend, known: &mut Known, guard: &Guard, names: &mut Names) {
+/// Starts to resolve what is due. An address needs no answer, and is looked at anew because this machine's own change.
+fn ask_due(backends: &[Backend], known: &mut [Known], guard: &Guard, names: &mut Names, asking: &Asking) {
     let now = Instant::now();
-    if known.due.is_some_and(|due| now < due) {
-        return;
+    for (at, backend) in backends.iter().enumerate() {
+        let Some(state) = known.get_mut(at) else { continue };
+        if state.asked || state.due.is_some_and(|due| now < due) {
+            continue;
+        }
+        match &backend.host {
+            Host::Ip(ip) => {
+                take(backends, known, guard, names, at, Ok((vec![*ip], LONGEST_TTL)));
+            }
+            Host::Name(name) => {
+                state.asked = true;
+                let answer = names.ask(name.clone());
+                asking.push(Box::pin(async move { (at, answer.await) }));
+            }
+        }
     }
-    let found = match &backend.host {
-        // Nothing to ask; looked at anew because this machine's own addresses change.
-        Host::Ip(ip) => Ok((vec![*ip], TTL.1)),
-        Host::Name(name) => names.ask(name).await,
-    };
-    match found {
+}
+
+/// Takes an answer over, without what the guard refuses; whether addresses have changed.
+fn take(
+    backends: &[Backend],
+    known: &mut [Known],
+    guard: &Guard,
+    names: &mut Names,
+    at: usize,
+    answer: Answer,
+) -> bool {
+    let (Some(backend), Some(known)) = (backends.get(at), known.get_mut(at)) else { return false };
+    let now = Instant::now();
+    let before = std::mem::take(&mut known.addresses);
+    known.asked = false;
+    match answer {
         Ok((addresses, ttl)) => {
             let mut problem = None;
             known.addresses = addresses;
@@ -161,60 +205,15 @@ async fn resolve(backend: &Backend, known: &mut Known, guard: &Guard, names: &mu
             (known.problem, known.resolved, known.due) = (problem, Some(now), Some(now + ttl));
         }
         Err(reason) => {
-            if known.resolved.is_none_or(|at| now.saturating_duration_since(at) > STALE) {
-                known.addresses.clear();
+            if known.resolved.is_some_and(|at| now.saturating_duration_since(at) <= STALE) {
+                known.addresses.clone_from(&before);
             }
             (known.problem, known.due) = (Some(reason), Some(now + RETRY));
             // The machine's resolvers may have changed.
-            names.resolver = None;
+            names.forget();
         }
     }
-}
-
-/// Who resolves names, made when it is needed.
-#[derive(Default)]
-struct Names {
-    servers: Vec<SocketAddr>,
-    resolver: Option<TokioResolver>,
-}
-
-impl Names {
-    fn resolver(&mut self) -> Result<&TokioResolver, NetError> {
-        if self.resolver.is_none() {
-            let mut builder = if self.servers.is_empty() {
-                TokioResolver::builder_tokio()?
-            } else {
-                let servers = self.servers.iter().map(|server| {
-                    let connections = [ConnectionConfig::udp(), ConnectionConfig::tcp()];
-                    let at = |mut connection: ConnectionConfig| {
-                        connection.port = server.port();
-                        connection
-                    };
-                    NameServerConfig::new(server.ip(), true, connections.map(at).into())
-                });
-                let config = ResolverConfig::from_parts(None, Vec::new(), servers.collect());
-                TokioResolver::builder_with_config(config, TokioRuntimeProvider::default())
-            };
-            // Asked when its TTL is over: no second one counts beside that.
-            builder.options_mut().cache_size = 0;
-            self.resolver = Some(builder.build()?);
-        }
-        self.resolver.as_ref().ok_or_else(|| NetError::from("there is no resolver"))
-    }
-
-    /// A name's addresses, and for how long they are good.
-    async fn ask(&mut self, name: &str) -> Result<(Vec<IpAddr>, Duration), String> {
-        let failed = |error: &dyn std::fmt::Display| format!("{name} does not resolve: {error}");
-        let resolver = self.resolver().map_err(|e| failed(&e))?;
-        let answer = tokio::time::timeout(RESOLVE_TIMEOUT, resolver.lookup_ip(name)).await;
-        let answer = answer.map_err(|_| failed(&"no answer"))?.map_err(|e| failed(&e))?;
-        let left = answer.valid_until().saturating_duration_since(std::time::Instant::now());
-        let mut addresses: Vec<IpAddr> = answer.iter().map(|ip| ip.to_canonical()).collect();
-        addresses.sort_unstable();
-        addresses.dedup();
-        addresses.truncate(MAX_ADDRESSES);
-        Ok((addresses, left.clamp(TTL.0, TTL.1)))
-    }
+    known.addresses != before
 }
 
 /// The weight of each address: a backend's is shared out among its own. Scaled, so that none is rounded to nothing.
@@ -282,11 +281,19 @@ mod tests {
         assert_eq!(shares.values().copied().collect::<Vec<_>>(), [50_000, 50_000, 100_000]);
     }
 
+    async fn resolved(backend: &Backend, known: &mut Known, guard: &Guard) {
+        let (mut names, asking) = (Names::new(Vec::new()), Asking::new());
+        let backends = std::slice::from_ref(backend);
+        ask_due(backends, std::slice::from_mut(known), guard, &mut names, &asking);
+        let (at, answer) = asking.into_future().await.0.unwrap();
+        take(backends, std::slice::from_mut(known), guard, &mut names, at, answer);
+    }
+
     #[tokio::test]
     async fn a_name_that_leads_to_this_machine_is_refused_until_it_is_allowed() {
         let backend: Backend = "localhost:5432".parse().unwrap();
-        let (mut known, mut resolver) = (Known::default(), Names::default());
-        resolve(&backend, &mut known, &Guard::default(), &mut resolver).await;
+        let mut known = Known::default();
+        resolved(&backend, &mut known, &Guard::default()).await;
         assert!(known.addresses.is_empty(), "{known:?}");
         let problem = known.problem.clone().unwrap();
         assert!(
@@ -295,7 +302,40 @@ mod tests {
         );
         let allow = vec!["127.0.0.0/8".parse().unwrap(), "::1/128".parse().unwrap()];
         known.due = None;
-        resolve(&backend, &mut known, &Guard { allow, ..Guard::default() }, &mut resolver).await;
+        resolved(&backend, &mut known, &Guard { allow, ..Guard::default() }).await;
         assert!(!known.addresses.is_empty() && known.problem.is_none(), "{known:?}");
+    }
+
+    #[tokio::test]
+    async fn a_resolver_that_is_silent_keeps_no_dead_address_in_rotation() {
+        let silent = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let application = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = application.local_addr().unwrap();
+        let (alive, seen) = watch::channel(Arc::default());
+        let (verdict, mut said) = watch::channel(None);
+        let interval = Duration::from_millis(50);
+        let watched = Watched {
+            service: "shop/db".parse().unwrap(),
+            backends: vec!["db.example:5432".parse().unwrap(), address.to_string().parse().unwrap()],
+            check: HealthCheck { interval, ..HealthCheck::default() },
+            guard: Guard { allow: vec!["127.0.0.0/8".parse().unwrap()], ..Guard::default() },
+            servers: vec![silent.local_addr().unwrap()],
+            alive,
+            verdict,
+        };
+        let (_trigger, drain) = tombolo_runtime::drain::channel();
+        let told = async {
+            said.wait_for(|said| said.as_ref().is_some_and(|said| said.healthy)).await.unwrap();
+            assert_eq!(seen.borrow().0.len(), 1);
+            let begun = Instant::now();
+            drop(application);
+            said.wait_for(|said| said.as_ref().is_some_and(|said| !said.healthy)).await.unwrap();
+            // Less than one question to the silent resolver takes.
+            assert!(begun.elapsed() < Duration::from_secs(3), "{:?}", begun.elapsed());
+        };
+        tokio::select! {
+            () = run(watched, drain) => panic!("it ended"),
+            told = tokio::time::timeout(Duration::from_secs(10), told) => told.unwrap(),
+        }
     }
 }

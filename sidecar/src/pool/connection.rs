@@ -5,10 +5,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use tombolo_model::balance::PeakEwma;
+use tombolo_model::resource::workload::DEFAULT_WEIGHT;
 use tombolo_overlay::{PeerConnection, Stall};
 use tombolo_runtime::clock;
 
 use super::choice::View;
+use crate::tables::Backend;
 use crate::udp::demux::Demux;
 use crate::udp::metrics::Drops;
 
@@ -91,10 +93,15 @@ impl Pooled {
         (self.open_streams() == 0).then(|| now.saturating_duration_since(last))
     }
 
-    pub fn view(&self, avoid: &[usize]) -> View {
+    pub fn view(&self, avoid: &[usize], backend: &Backend) -> View {
+        let peer = self.connection.identity().filter(|_| backend.is_weighted());
+        // One that has not announced itself is an endpoint of its own: ids take 32 bits.
+        let endpoint = self.connection.peer_endpoint().map(|(_, endpoint)| u64::from(endpoint.value()));
         let counts = !self.connection.is_closed() && !self.is_retired();
         let stall = self.connection.stall();
         View {
+            endpoint: endpoint.unwrap_or(!(self.id() as u64)),
+            weight: peer.map_or(DEFAULT_WEIGHT, |peer| backend.weight(&peer.spiffe_id)),
             usable: counts && !avoid.contains(&self.id()),
             counts,
             open_streams: self.open_streams(),

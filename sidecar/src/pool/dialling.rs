@@ -13,6 +13,9 @@ use crate::metrics::DialLabels;
 const DISTINCT_TRIES: u32 = 4;
 /// After that, there are probably no more.
 const NO_MORE_FOR: Duration = Duration::from_secs(30);
+/// The same where each endpoint has a share: one that is not found has none.
+const WEIGHTED_TRIES: u32 = 8;
+const NO_MORE_WEIGHTED_FOR: Duration = Duration::from_secs(2);
 /// The peer announces its endpoint half a round trip after the handshake; on a loaded machine a little later.
 const ANNOUNCE_SLACK: Duration = Duration::from_millis(100);
 const ANNOUNCE_POLL: Duration = Duration::from_millis(5);
@@ -28,7 +31,11 @@ impl Pool {
     }
 
     async fn dial(&self, distinct: bool) {
-        for _ in 0..if distinct { DISTINCT_TRIES } else { 1 } {
+        let (tries, pause) = match self.0.target.load().backend.is_weighted() {
+            true => (WEIGHTED_TRIES, NO_MORE_WEIGHTED_FOR),
+            false => (DISTINCT_TRIES, NO_MORE_FOR),
+        };
+        for _ in 0..if distinct { tries } else { 1 } {
             if self.lock().closed {
                 return;
             }
@@ -63,7 +70,7 @@ impl Pool {
                 }
             }
         }
-        self.lock().no_more_endpoints_until = Some(Instant::now() + NO_MORE_FOR);
+        self.lock().no_more_endpoints_until = Some(Instant::now() + pause);
     }
 
     /// Whether no other live connection ends at the same endpoint. One that does not announce itself counts as new.

@@ -1,4 +1,4 @@
-//! An application's connections, as the front hands them to its sidecar.
+//! An application's connections and flows of datagrams, as the front hands them to its sidecar.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
@@ -7,12 +7,33 @@ use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 use tombolo_model::names::ServiceKey;
 
-use super::front::Call;
-use crate::capture::wanted::Wanted;
+use super::front::{Call, Handed};
+use crate::capture::wanted::{InUse, Wanted};
 use crate::outbound::{self, OutboundContext, UpstreamPort};
 
 /// A federator answers in milliseconds; one that is away may take this long to be back.
 const ROUTE_PATIENCE: Duration = Duration::from_secs(5);
+
+/// What an application's flows of datagrams need.
+#[derive(Clone, Debug)]
+pub(crate) struct Datagrams {
+    pub outbound: Arc<OutboundContext>,
+    wanted: Wanted,
+}
+
+impl Datagrams {
+    /// Whether new flows are taken.
+    pub fn takes(&self) -> bool {
+        !self.outbound.drain.is_draining()
+    }
+
+    /// Until the service has a route; keeps it asked for.
+    pub async fn routed(&self, service: &ServiceKey) -> Result<InUse, &'static str> {
+        let held = self.wanted.want(service, Instant::now()).ok_or("too_many_services")?;
+        let routed = tokio::time::timeout(ROUTE_PATIENCE, self.outbound.routed(service)).await;
+        routed.map(|()| held).map_err(|_| "unknown_service")
+    }
+}
 
 /// Carries what the front hands over.
 #[derive(Debug)]
@@ -28,11 +49,12 @@ pub(crate) struct CallsTask {
 }
 
 impl CallsTask {
-    pub fn new(
-        (held, calls): (VecDeque<Call>, mpsc::Receiver<Call>),
-        outbound: OutboundContext,
-        wanted: Wanted,
-    ) -> Self {
+    /// The front may hand over flows from now on.
+    pub fn new((held, handed): (VecDeque<Call>, Handed), outbound: OutboundContext, wanted: Wanted) -> Self {
+        let Handed { calls, datagrams } = handed;
+        let takes = Datagrams { outbound: Arc::new(outbound.clone()), wanted: wanted.clone() };
+        // Made once: a sidecar that is started again has a new one.
+        let _ = datagrams.set(takes);
         Self { held, calls, outbound, wanted, ports: HashMap::new() }
     }
 

@@ -7,7 +7,6 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 use prometheus_client::registry::Registry;
-use tombolo_model::protocol::Protocol;
 
 use crate::config::{ConfigError, SidecarConfig, UpstreamConfig};
 
@@ -93,10 +92,6 @@ pub enum SharedConfigError {
         "sources {first_source} of {first} and {second_source} of {second} overlap: a caller can have one identity only"
     )]
     Overlap { first: String, first_source: IpNet, second: String, second_source: IpNet },
-    #[error(
-        "upstream {service} at {listen}/udp: callers of UDP are not told apart by address: give it to the application's own entry, under `sidecar`"
-    )]
-    Udp { service: String, listen: SocketAddr },
     #[error("upstreams {first} and {second} both listen on {listen}: choose another address for one")]
     ListenTwice { first: String, second: String, listen: SocketAddr },
 }
@@ -142,11 +137,7 @@ impl SharedConfig {
         }
         let mut listening = HashMap::new();
         for upstream in &self.upstreams {
-            if upstream.protocol == Protocol::Udp {
-                let service = upstream.service.to_string();
-                return Err(SharedConfigError::Udp { service, listen: upstream.listen });
-            }
-            if let Some(first) = listening.insert(upstream.listen, &upstream.service) {
+            if let Some(first) = listening.insert((upstream.listen, upstream.protocol), &upstream.service) {
                 let (first, second) = (first.to_string(), upstream.service.to_string());
                 return Err(SharedConfigError::ListenTwice { first, second, listen: upstream.listen });
             }

@@ -18,13 +18,12 @@ use tombolo_runtime::readiness::BlockReady;
 use tombolo_runtime::tasks::TaskGroup;
 
 use super::config::{Application, Start};
-use super::front::{Call, Calls, Front};
+use super::front::{self, Call, Calls, Front, Handed};
 use crate::config::SidecarConfig;
-use crate::metrics::Metrics;
-use crate::role::{Bound, BuildError, Sidecar};
+use crate::metrics::{Metrics, OwnByApplication};
+use crate::role::{Among, Bound, BuildError, Sidecar};
+use crate::udp::queue::Budget;
 
-/// Connections that an application's sidecar has not taken yet: it takes them within microseconds, or when it has started.
-pub(super) const HANDED: usize = 256;
 /// A sidecar that is started by a call joins within a second; a client waits for a connection about as long as this.
 const HOLD: Duration = Duration::from_secs(10);
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
@@ -40,6 +39,9 @@ pub(super) struct Context {
     pub front: Front,
     pub calls: Calls,
     pub metrics: Metrics,
+    pub own: OwnByApplication,
+    /// What waits in flows of datagrams of all applications together.
+    pub budget: Budget,
     pub up: Family<ApplicationLabels, Gauge>,
     /// An application could not be started since the configuration was read.
     pub failed: Arc<AtomicBool>,
@@ -68,19 +70,21 @@ impl Keeper {
 
 impl Context {
     /// Runs an application's sidecar, and starts it again for as long as it is wanted.
-    pub async fn keep(self, keeper: Keeper, mut calls: mpsc::Receiver<Call>, mut block: Option<BlockReady>) {
+    pub async fn keep(self, keeper: Keeper, mut handed: Handed, mut block: Option<BlockReady>) {
         let Keeper { name, drain, .. } = &keeper;
         let labels = ApplicationLabels { application: name.clone() };
         let mut pause = FIRST_PAUSE;
         while drain.phase() == drain::Phase::Serving {
             let (config, start) = keeper.read();
-            match self.build(config, &mut calls, block.take(), drain).await {
+            match self.build(name, config, &mut handed.calls, block.take(), drain).await {
                 None => break,
                 Some(Ok((mut bound, held))) => {
-                    bound.hand(held, std::mem::replace(&mut calls, mpsc::channel(1).1));
+                    bound.hand(held, std::mem::replace(&mut handed, front::hand_over().1));
                     self.up.get_or_create(&labels).set(1);
                     let ended = bound.run(drain.clone()).await;
                     self.up.get_or_create(&labels).set(0);
+                    // Only its reports would say that it is connected no more.
+                    self.own.forget(name);
                     if let Err(error) = ended {
                         tracing::error!(application = name, %error, "the application's sidecar has ended");
                     }
@@ -97,7 +101,7 @@ impl Context {
                 break;
             }
             self.front.serve(name, None);
-            refuse_all(&mut calls);
+            refuse_all(&mut handed.calls);
             tokio::select! {
                 () = drain.started() => break,
                 () = tokio::time::sleep(pause) => {}
@@ -107,31 +111,35 @@ impl Context {
                 break;
             }
             pause = (pause * 2).min(LONGEST_PAUSE);
-            let (sender, next) = mpsc::channel(HANDED);
-            calls = next;
-            self.front.serve(name, Some(sender));
+            let (serving, next) = front::hand_over();
+            handed = next;
+            self.front.serve(name, Some(serving));
         }
-        refuse_all(&mut calls);
+        refuse_all(&mut handed.calls);
         self.up.remove(&labels);
+        self.own.forget(name);
     }
 
     /// Starts a sidecar; holds what is called meanwhile, each for as long as [`HOLD`]. `None`: it is not wanted any more.
     async fn build(
         &self,
+        name: &str,
         config: SidecarConfig,
         calls: &mut mpsc::Receiver<Call>,
         block: Option<BlockReady>,
         drain: &Drain,
     ) -> Option<Result<(Bound, VecDeque<Call>), BuildError>> {
         let mut held: VecDeque<Call> = VecDeque::new();
-        let build = Sidecar::build_among(config, self.metrics.clone(), block);
+        let metrics = self.metrics.with(self.own.of(name));
+        let among = Among { metrics, configured: block, budget: self.budget.clone() };
+        let build = Sidecar::build_among(config, among);
         tokio::pin!(build);
         let built = loop {
             let oldest = held.front().map(|call| tokio::time::Instant::from_std(call.at + HOLD));
             tokio::select! {
                 built = &mut build => break Some(built),
                 () = drain.started() => break None,
-                Some(call) = calls.recv(), if held.len() < HANDED => held.push_back(call),
+                Some(call) = calls.recv(), if held.len() < front::HANDED => held.push_back(call),
                 () = tokio::time::sleep_until(oldest.unwrap_or_else(tokio::time::Instant::now)), if oldest.is_some() => {
                     if let Some(call) = held.pop_front() {
                         self.calls.count("held_too_long");

@@ -8,14 +8,13 @@ use std::ops::RangeInclusive;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tombolo_runtime::drain::{self, Drain, DrainTrigger};
 use tombolo_runtime::readiness::BlockReady;
 
 use super::config::{Application, MAX_APPLICATIONS, Start};
-use super::front::Call;
-use super::keeping::{Context, HANDED, Keeper};
+use super::front::{self, Call};
+use super::keeping::{Context, Keeper};
 
 /// One that was started by a call ends when nothing was open for so long: longer than most jobs' intervals.
 const IDLE: Duration = Duration::from_secs(3600);
@@ -98,17 +97,19 @@ impl Running {
         self.ending.insert(name.to_owned(), Ending { trigger, task, port });
     }
 
-    /// A call for an application whose sidecar did not run when it came.
-    pub fn wake(&mut self, name: &str, call: Call) {
+    /// A call for an application whose sidecar did not run when it came; none: datagrams, which are sent again.
+    pub fn wake(&mut self, name: &str, call: Option<Call>) {
         self.reap();
         if !self.applications.contains_key(name) {
             let sleeps = self.known.get(name).is_some_and(|known| known.start == Start::WhenCalled);
             if !sleeps || !self.start(name, None) {
                 self.context.calls.count("not_running");
-                return call.refuse();
+                return call.map(Call::refuse).unwrap_or_default();
             }
         }
-        self.context.front.pass_on(name, call);
+        if let Some(call) = call {
+            self.context.front.pass_on(name, call);
+        }
     }
 
     /// Ends what nobody has called for long. About once a second.
@@ -156,13 +157,13 @@ impl Running {
         let before = self.ending.remove(name);
         let keeper = Keeper { name: name.to_owned(), application: Arc::clone(&application), port, drain };
         let context = self.context.clone();
-        let (sender, calls) = mpsc::channel(HANDED);
-        context.front.serve(name, Some(sender));
+        let (serving, handed) = front::hand_over();
+        context.front.serve(name, Some(serving));
         let task = self.context.tasks.spawn("application", async move {
             if let Some(Ending { trigger: _trigger, task, .. }) = before {
                 let _ = task.await;
             }
-            context.keep(keeper, calls, block).await;
+            context.keep(keeper, handed, block).await;
         });
         self.applications.insert(name.to_owned(), Kept { trigger, task, port, application });
         true

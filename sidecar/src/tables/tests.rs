@@ -59,20 +59,24 @@ fn parse(wire: &v1::SidecarSnapshot) -> Tables {
 }
 
 #[test]
-fn a_whole_snapshot_parses_and_only_known_endpoints_are_dialled_directly() {
+fn a_whole_snapshot_parses_and_endpoints_without_an_address_are_chosen_as_often_as_others() {
     let tables = parse(&snapshot());
     assert!(tables.rejected.is_empty(), "{:?}", tables.rejected);
     let upstream = &tables.upstreams[&"shop/web".parse().unwrap()];
     assert_eq!((upstream.ports.as_slice(), upstream.backends.len()), ([(Protocol::Tcp, 80)].as_slice(), 2));
-    assert_eq!(tables.routes.services[&Handle::from_u32(300)], vec![EndpointId::from_u32(5 << 4)]);
+    let endpoints = [5, 6].map(|block: u32| EndpointId::from_u32(block << 4));
+    assert_eq!(tables.routes.services[&Handle::from_u32(300)], endpoints);
+    let known = endpoints.map(|endpoint| tables.routes.endpoints.contains_key(&endpoint.block()));
+    assert_eq!(known, [true, false], "the second is reached through a gateway");
     assert_eq!(&*tables.inbound.handles[&Handle::from_u32(300)].service, "shop/web");
 }
 
 #[test]
 fn each_bad_record_is_refused_by_name_and_the_rest_counts() {
     type Spoil = fn(&mut v1::SidecarSnapshot);
-    let cases: [(&str, &str, Spoil); 9] = [
+    let cases: [(&str, &str, Spoil); 10] = [
         ("backend", "spiffe_ids", |s| s.upstreams[0].backends[1].spiffe_ids.clear()),
+        ("backend", "weights", |s| s.upstreams[0].backends[1].weights = vec![1, 2]),
         ("backend", "spiffe_ids", |s| s.upstreams[0].backends[1].spiffe_ids[0] = "http://x".into()),
         ("backend", "keys", |s| s.upstreams[0].backends[1].keys = None),
         ("backend", "tag", |s| s.upstreams[0].backends[1].tag = 1 << 24),

@@ -1,8 +1,10 @@
-//! Takes datagrams of local applications at one address, explicit or captured, and gives each to its flow.
+//! Takes datagrams of local applications at one address, explicit, captured or shared, and gives each to its flow.
 //!
 //! One task per listener and thread; it is the one writer of its flow table, but for flows that end. A datagram of a flow
 //! that stands goes straight to its connection; the first of a new one starts the flow's task, if there is room. While there
 //! is none, flows that nobody has answered are asked to make some, once a second.
+
+mod run;
 
 use std::collections::HashMap;
 use std::io;
@@ -11,19 +13,21 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
-use tombolo_model::names::ClusterName;
+use tombolo_model::names::ServiceKey;
+use tombolo_runtime::drain::Drain;
 
+use self::run::Run;
 use super::flow::{Activity, LocalSink};
-use super::metrics::{Dropped, Drops};
-use super::outbound::{self, Carried, HOLD, Outgoing};
+use super::metrics::{Dropped, Drops, FlowMetrics};
+use super::outbound::Outgoing;
 use super::queue::Queue;
 use super::socket::{Received, Socket};
 use crate::capture::CapturedContext;
-use crate::capture::metrics::Outcome;
 use crate::copy::Meter;
 use crate::listening::ACCEPT_PAUSE;
-use crate::metrics::Held;
+use crate::metrics::{Held, Metrics};
 use crate::outbound::{OutboundContext, UpstreamPort};
+use crate::shared::{Datagrams, OpenCall, SharedPort};
 
 /// Batches before others of the thread get their turn: 128 datagrams.
 const TURN: u32 = 4;
@@ -33,13 +37,52 @@ const PRESSURE_EVERY: Duration = Duration::from_secs(1);
 type Ends = (SocketAddr, SocketAddr);
 type Table = Arc<Mutex<HashMap<Ends, Arc<Outgoing>>>>;
 
+/// Ports of services that are remembered with their metrics' handles; more are looked up again.
+const MAX_REMEMBERED: usize = 1024;
+
 /// How datagrams come.
 #[derive(Clone, Debug)]
 pub(crate) enum Way {
     /// To a listener of its own.
-    Upstream(Arc<UpstreamPort>),
+    Upstream(Arc<UdpPort>, Arc<OutboundContext>),
     /// By the machine's rules.
+    Captured(Arc<CapturedContext>, Arc<OutboundContext>),
+    /// To a listener of many applications.
+    Shared(Arc<SharedPort>),
+}
+
+impl Way {
+    pub fn captured(context: CapturedContext) -> Self {
+        let outbound = Arc::new(context.outbound.clone());
+        Self::Captured(Arc::new(context), outbound)
+    }
+}
+
+/// One UDP port of a service, with its metrics' handles.
+#[derive(Debug)]
+pub(crate) struct UdpPort {
+    upstream: UpstreamPort,
+    metrics: FlowMetrics,
+}
+
+impl UdpPort {
+    pub fn new(upstream: UpstreamPort, metrics: &Metrics) -> Self {
+        let metrics = metrics.udp.service("outbound", &upstream.service().to_string());
+        Self { upstream, metrics }
+    }
+}
+
+/// Whose flow it is, and how it gets its route.
+#[derive(Debug)]
+enum Whose {
+    /// The sidecar's own application's; the listener has asked for the service.
+    Own,
     Captured(Arc<CapturedContext>),
+    Application {
+        name: Arc<str>,
+        datagrams: Datagrams,
+        _open: OpenCall,
+    },
 }
 
 /// Serves one socket.
@@ -47,28 +90,38 @@ pub(crate) enum Way {
 pub(crate) struct DatagramTask {
     socket: Arc<Socket>,
     way: Way,
-    context: Arc<OutboundContext>,
+    metrics: Metrics,
+    drain: Drain,
     flows: Table,
+    /// Of captured flows.
+    ports: HashMap<(ServiceKey, u16), Arc<UdpPort>>,
     drops: Drops,
     pressed: Option<Instant>,
+    /// Of the callers that the flows were last held against, and what they called.
+    generation: u64,
+    called: Option<Arc<UdpPort>>,
 }
 
 impl DatagramTask {
-    pub fn new(socket: Socket, way: Way, context: OutboundContext) -> Self {
-        let drops = context.udp.metrics.direction("outbound");
+    /// Until `drain` starts, whatever becomes of those whose datagrams it takes.
+    pub fn new(socket: Socket, way: Way, metrics: &Metrics, drain: Drain) -> Self {
         Self {
             socket: Arc::new(socket),
             way,
-            context: Arc::new(context),
+            metrics: metrics.clone(),
+            drain,
             flows: Table::default(),
-            drops,
+            ports: HashMap::new(),
+            drops: metrics.udp.direction("outbound"),
             pressed: None,
+            generation: 0,
+            called: None,
         }
     }
 
     /// Until the drain starts; flows that are open go on until they are silent.
     pub async fn run(mut self) {
-        let (drain, socket) = (self.context.drain.clone(), Arc::clone(&self.socket));
+        let (drain, socket) = (self.drain.clone(), Arc::clone(&self.socket));
         let receive = async {
             loop {
                 let mut turn = 0;
@@ -93,6 +146,7 @@ impl DatagramTask {
     }
 
     fn take(&mut self, datagram: Received<'_>) {
+        self.part();
         let ends = (datagram.from, datagram.to);
         let flow = lock(&self.flows).get(&ends).cloned();
         if let Some(flow) = flow.or_else(|| self.open(ends)) {
@@ -101,63 +155,107 @@ impl DatagramTask {
         }
     }
 
+    /// Ends flows whose address has become another application's, or whose listener another service's.
+    fn part(&mut self) {
+        let Way::Shared(shared) = &self.way else { return };
+        let generation = shared.generation();
+        if generation == self.generation {
+            return;
+        }
+        self.generation = generation;
+        let port = shared.port();
+        let same = self.called.as_ref().is_none_or(|called| Arc::ptr_eq(called, &port));
+        lock(&self.flows).retain(|ends, flow| {
+            let stays =
+                flow.application.as_ref().is_none_or(|whose| shared.is_of(ends.0.ip(), whose)) && same;
+            if !stays {
+                flow.over.notify_one();
+            }
+            stays
+        });
+        self.called = Some(port);
+    }
+
     fn open(&mut self, ends: Ends) -> Option<Arc<Outgoing>> {
-        let Ok(slot) = Arc::clone(&self.context.udp.outbound).try_acquire_owned() else {
+        let (context, whose) = match self.caller(ends.0) {
+            Ok(known) => known,
+            Err(reason) => {
+                self.drops.count(reason, 1);
+                return None;
+            }
+        };
+        let Ok(slot) = Arc::clone(&context.udp.outbound).try_acquire_owned() else {
             self.drops.count(Dropped::FlowsFull, 1);
-            self.press();
+            self.press(&context);
             return None;
         };
-        let (upstream, sink_socket) = match self.place(ends.1) {
+        let (port, sink_socket) = match self.place(ends.1) {
             Ok(placed) => placed,
             Err(reason) => {
                 self.drops.count(reason, 1);
                 return None;
             }
         };
-        let service = upstream.service().to_string();
-        let metrics = self.context.udp.metrics.service("outbound", &service);
-        let streams = upstream.metrics();
+        let metrics = port.metrics.clone();
+        let streams = port.upstream.metrics();
         let meter = Arc::new(Meter::new(streams.sent.clone(), streams.received.clone(), None));
         let activity = Arc::new(Activity::new());
-        let queue = Queue::new(self.context.udp.budget.clone());
+        let queue = Queue::new(context.udp.budget.clone());
+        let captured = matches!(whose, Whose::Captured(_));
         let sink = LocalSink {
             to: ends.0,
             // What the answer comes from: the socket's own address where that is bound to one.
-            from: (!self.is_captured() && !ends.1.ip().is_unspecified()).then_some(ends.1.ip()),
+            from: (!captured && !ends.1.ip().is_unspecified()).then_some(ends.1.ip()),
             socket: sink_socket,
             activity: Arc::clone(&activity),
             meter: Arc::clone(&meter),
             metrics: metrics.clone(),
             refused: Notify::new(),
         };
-        let opened = Held::new(&metrics.open);
-        let flow = Arc::new(Outgoing::new(queue, activity, meter, metrics));
-        lock(&self.flows).insert(ends, Arc::clone(&flow));
-        let run = Run {
-            flow: Arc::clone(&flow),
-            sink: Arc::new(sink),
-            upstream,
-            way: self.way.clone(),
-            context: Arc::clone(&self.context),
-            client: ends.0,
+        let application = match &whose {
+            Whose::Application { name, .. } => Some(Arc::clone(name)),
+            Whose::Own | Whose::Captured(_) => None,
         };
-        let entry = Entry { flows: Arc::clone(&self.flows), ends };
-        self.context.tasks.spawn("outbound flow", async move {
+        let opened = Held::new(&metrics.open);
+        let flow = Arc::new(Outgoing::new(queue, activity, meter, metrics, application));
+        lock(&self.flows).insert(ends, Arc::clone(&flow));
+        let tasks = context.tasks.clone();
+        let run = Run { flow: Arc::clone(&flow), sink: Arc::new(sink), port, whose, context, client: ends.0 };
+        let entry = Entry { flows: Arc::clone(&self.flows), ends, flow: Arc::clone(&flow) };
+        tasks.spawn("outbound flow", async move {
             run.run().await;
             drop((entry, slot, opened));
         });
         Some(flow)
     }
 
-    fn is_captured(&self) -> bool {
-        matches!(self.way, Way::Captured(_))
+    /// Whose sidecar carries what comes from there.
+    fn caller(&self, from: SocketAddr) -> Result<(Arc<OutboundContext>, Whose), Dropped> {
+        match &self.way {
+            Way::Upstream(_, outbound) => Ok((Arc::clone(outbound), Whose::Own)),
+            Way::Captured(captured, outbound) => {
+                Ok((Arc::clone(outbound), Whose::Captured(Arc::clone(captured))))
+            }
+            Way::Shared(shared) => match shared.caller(from.ip()) {
+                Ok((name, datagrams, open)) => {
+                    Ok((Arc::clone(&datagrams.outbound), Whose::Application { name, datagrams, _open: open }))
+                }
+                Err("unknown_caller") => {
+                    tracing::debug!(target: "access", direction = "outbound", protocol = "udp", client = %from,
+                        reason = "unknown_caller", "no application's sources contain the caller's address");
+                    Err(Dropped::UnknownCaller)
+                }
+                Err(_) => Err(Dropped::Refused),
+            },
+        }
     }
 
     /// Which port of a service it is, and the socket that answers.
-    fn place(&mut self, to: SocketAddr) -> Result<(Arc<UpstreamPort>, Arc<Socket>), Dropped> {
+    fn place(&mut self, to: SocketAddr) -> Result<(Arc<UdpPort>, Arc<Socket>), Dropped> {
         let context = match &self.way {
-            Way::Upstream(upstream) => return Ok((Arc::clone(upstream), Arc::clone(&self.socket))),
-            Way::Captured(context) => context,
+            Way::Upstream(port, _) => return Ok((Arc::clone(port), Arc::clone(&self.socket))),
+            Way::Shared(shared) => return Ok((shared.port(), Arc::clone(&self.socket))),
+            Way::Captured(context, _) => context,
         };
         let (service, port) = context.datagram_target(to).map_err(|outcome| {
             context.metrics.count(outcome);
@@ -167,17 +265,23 @@ impl DatagramTask {
             tracing::debug!(%error, %to, "no socket to answer from");
             Dropped::Application
         })?;
-        Ok((Arc::new(UpstreamPort::new(service, port, &self.context.metrics)), Arc::new(socket)))
+        if self.ports.len() >= MAX_REMEMBERED {
+            self.ports.clear();
+        }
+        let metrics = &self.metrics;
+        let new = || Arc::new(UdpPort::new(UpstreamPort::new(service.clone(), port, metrics), metrics));
+        let port = Arc::clone(self.ports.entry((service.clone(), port)).or_insert_with(new));
+        Ok((port, Arc::new(socket)))
     }
 
-    fn press(&mut self) {
+    fn press(&mut self, context: &OutboundContext) {
         if self.pressed.is_none_or(|at| at.elapsed() >= PRESSURE_EVERY) {
             self.pressed = Some(Instant::now());
             tracing::warn!(
-                flows = self.context.udp.limits.max_flows,
+                flows = context.udp.limits.max_flows,
                 "as many UDP flows as may be are open: datagrams of others are dropped (--max-udp-flows)"
             );
-            self.context.udp.pressure.notify_waiters();
+            context.udp.pressure.notify_waiters();
         }
     }
 }
@@ -187,74 +291,19 @@ impl DatagramTask {
 struct Entry {
     flows: Table,
     ends: Ends,
+    flow: Arc<Outgoing>,
 }
 
 impl Drop for Entry {
     fn drop(&mut self) {
-        lock(&self.flows).remove(&self.ends);
+        let mut flows = lock(&self.flows);
+        // Another caller's may have its place by now.
+        if flows.get(&self.ends).is_some_and(|flow| Arc::ptr_eq(flow, &self.flow)) {
+            flows.remove(&self.ends);
+        }
     }
 }
 
 fn lock(flows: &Table) -> std::sync::MutexGuard<'_, HashMap<Ends, Arc<Outgoing>>> {
     flows.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// One flow, from its first datagram to its end.
-struct Run {
-    flow: Arc<Outgoing>,
-    sink: Arc<LocalSink>,
-    upstream: Arc<UpstreamPort>,
-    way: Way,
-    context: Arc<OutboundContext>,
-    client: SocketAddr,
-}
-
-impl Run {
-    async fn run(self) {
-        let Self { flow, sink, upstream, way, context, client } = self;
-        let started = Instant::now();
-        let mut carried = Carried::default();
-        let carry = async {
-            let _held = match way {
-                Way::Upstream(_) => None,
-                Way::Captured(captured) => {
-                    match captured.datagrams_routed(upstream.service(), upstream.port()).await {
-                        Ok(held) => {
-                            captured.metrics.count(Outcome::Service);
-                            Some(held)
-                        }
-                        Err(outcome) => {
-                            captured.metrics.count(outcome);
-                            flow.refuse(Dropped::Unknown);
-                            tokio::time::sleep(HOLD).await;
-                            return outcome.name();
-                        }
-                    }
-                }
-            };
-            outbound::carry(&flow, &sink, &upstream, &context, &mut carried).await
-        };
-        let reason = tokio::select! {
-            biased;
-            () = context.drain.forced() => "cut_by_drain",
-            reason = carry => reason,
-        };
-        upstream.metrics().ended(reason);
-        tracing::info!(
-            target: "access",
-            direction = "outbound",
-            protocol = "udp",
-            service = %upstream.service(),
-            port = upstream.port(),
-            client = %client,
-            cluster = carried.cluster.as_ref().map_or("", ClusterName::as_str),
-            peer = carried.peer,
-            attempts = carried.attempts,
-            sent_bytes = flow.meter.bytes_sent(),
-            received_bytes = flow.meter.bytes_received(),
-            duration_ms = started.elapsed().as_millis() as u64,
-            reason,
-            "flow"
-        );
-    }
 }

@@ -27,10 +27,12 @@ pub enum Dropped {
     TooLarge,
     /// Captured, and it stands for nothing of the mesh.
     Unknown,
+    /// To a listener of many applications, from an address that is nobody's.
+    UnknownCaller,
 }
 
 impl Dropped {
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::FlowsFull,
         Self::Queue,
         Self::Congestion,
@@ -40,6 +42,7 @@ impl Dropped {
         Self::Application,
         Self::TooLarge,
         Self::Unknown,
+        Self::UnknownCaller,
     ];
 
     pub fn name(self) -> &'static str {
@@ -53,6 +56,7 @@ impl Dropped {
             Self::Application => "application",
             Self::TooLarge => "too_large",
             Self::Unknown => "unknown",
+            Self::UnknownCaller => "unknown_caller",
         }
     }
 }

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwapOption;
 use bytes::{Bytes, BytesMut};
+use tokio::sync::Notify;
 use tombolo_model::names::ClusterName;
 use tombolo_model::protocol::Protocol;
 use tombolo_overlay::PeerConnection;
@@ -53,12 +54,22 @@ pub(super) struct Outgoing {
     pub activity: Arc<Activity>,
     pub meter: Arc<Meter>,
     metrics: FlowMetrics,
+    /// Whose it is, where a listener has flows of many.
+    pub application: Option<Arc<str>>,
+    /// Its address has become another application's.
+    pub over: Notify,
 }
 
 impl Outgoing {
-    pub fn new(queue: Queue, activity: Arc<Activity>, meter: Arc<Meter>, metrics: FlowMetrics) -> Self {
-        let refused = AtomicBool::new(false);
-        Self { lane: ArcSwapOption::empty(), queue, refused, activity, meter, metrics }
+    pub fn new(
+        queue: Queue,
+        activity: Arc<Activity>,
+        meter: Arc<Meter>,
+        metrics: FlowMetrics,
+        application: Option<Arc<str>>,
+    ) -> Self {
+        let (lane, refused, over) = (ArcSwapOption::empty(), AtomicBool::new(false), Notify::new());
+        Self { lane, queue, refused, activity, meter, metrics, application, over }
     }
 
     /// A datagram of the application; never waits.

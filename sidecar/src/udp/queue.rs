@@ -48,7 +48,7 @@ impl DropOldest {
     }
 }
 
-/// What all queues of a sidecar may hold together: thousands of flows must not add up.
+/// What all queues of a sidecar may hold together: thousands of flows must not add up, nor do many sidecars of one process.
 #[derive(Clone, Debug)]
 pub struct Budget(Arc<Inner>);
 
@@ -56,18 +56,34 @@ pub struct Budget(Arc<Inner>);
 struct Inner {
     most: usize,
     used: AtomicUsize,
+    /// What it is a part of.
+    whole: Option<Budget>,
 }
 
 impl Budget {
     pub fn new(most: usize) -> Self {
-        Self(Arc::new(Inner { most, used: AtomicUsize::new(0) }))
+        Self(Arc::new(Inner { most, used: AtomicUsize::new(0), whole: None }))
+    }
+    /// A part of this one, of so much at most.
+    pub fn part(&self, most: usize) -> Self {
+        Self(Arc::new(Inner { most, used: AtomicUsize::new(0), whole: Some(self.clone()) }))
     }
     fn take(&self, bytes: usize) -> bool {
         let fits = |used: usize| Some(used + bytes).filter(|sum| *sum <= self.0.most);
-        self.0.used.fetch_update(Relaxed, Relaxed, fits).is_ok()
+        if self.0.used.fetch_update(Relaxed, Relaxed, fits).is_err() {
+            return false;
+        }
+        let whole = self.0.whole.as_ref().is_none_or(|whole| whole.take(bytes));
+        if !whole {
+            self.0.used.fetch_sub(bytes, Relaxed);
+        }
+        whole
     }
     fn give(&self, bytes: usize) {
         self.0.used.fetch_sub(bytes, Relaxed);
+        if let Some(whole) = &self.0.whole {
+            whole.give(bytes);
+        }
     }
 }
 
@@ -170,6 +186,19 @@ mod tests {
         queue.push(Bytes::from_static(b"b"));
         queue.filled().await;
         assert_eq!((&queue.next().await[..], queue.clear()), (&b"b"[..], 0));
+    }
+
+    #[test]
+    fn parts_of_a_budget_have_their_own_bound_and_the_wholes_together() {
+        let whole = Budget::new(15);
+        let (one, other) = (Queue::new(whole.part(10)), Queue::new(whole.part(10)));
+        assert_eq!(one.push(vec![1; 10].into()), 0);
+        assert_eq!(other.push(vec![2; 6].into()), 1, "the whole is used up");
+        assert_eq!(other.push(vec![3; 5].into()), 0);
+        assert_eq!(one.push(vec![4; 10].into()), 1, "its own oldest gives way");
+        assert_eq!(whole.0.used.load(Relaxed), 15);
+        drop((one, other));
+        assert_eq!(whole.0.used.load(Relaxed), 0);
     }
 
     #[test]

@@ -20,6 +20,8 @@ use tokio::io::Interest;
 use tokio::net::UdpSocket;
 use tombolo_overlay::socket_option::allow_fragments;
 
+use crate::listening;
+
 /// The largest datagram; with GRO, several of one sender.
 const BUFFER_BYTES: usize = 64 * 1024;
 /// Below the largest payload of IPv4 (65,507), with which the kernel takes a batch.
@@ -54,12 +56,12 @@ pub struct Socket {
 
 /// Binds `count` sockets to one address; the kernel spreads callers over them.
 pub(crate) fn listen(address: SocketAddr, count: usize) -> io::Result<Vec<std::net::UdpSocket>> {
-    bind_all(address, count, |_| Ok(()))
+    bind_with(address, count, |_| Ok(()))
 }
 
 /// The same for captured datagrams. Needs CAP_NET_RAW.
 pub(crate) fn capture(address: SocketAddr, count: usize) -> io::Result<Vec<std::net::UdpSocket>> {
-    bind_all(address, count, |socket| {
+    bind_with(address, count, |socket| {
         transparent(socket, address)?;
         if address.is_ipv6() {
             socket.set_only_v6(true)?;
@@ -75,26 +77,18 @@ fn transparent(socket: &Raw, address: SocketAddr) -> io::Result<()> {
     if address.is_ipv6() { socket.set_ip_transparent_v6(true) } else { socket.set_ip_transparent_v4(true) }
 }
 
-fn bind_all(
+fn bind_with(
     address: SocketAddr,
     count: usize,
     prepare: impl Fn(&Raw) -> io::Result<()>,
 ) -> io::Result<Vec<std::net::UdpSocket>> {
-    let bind = |address: SocketAddr, shared| -> io::Result<std::net::UdpSocket> {
+    listening::bind_all(address, count, |address, shared| {
         let socket = raw(address)?;
         prepare(&socket)?;
         socket.set_reuse_port(shared)?;
         socket.bind(&address.into())?;
         Ok(socket.into())
-    };
-    // A shared port may be joined by another process of the same user; one that is taken already is an error.
-    let alone = bind(address, false)?;
-    if count <= 1 {
-        return Ok(vec![alone]);
-    }
-    let address = alone.local_addr()?;
-    drop(alone);
-    (0..count).map(|_| bind(address, true)).collect()
+    })
 }
 
 fn raw(family: SocketAddr) -> io::Result<Raw> {

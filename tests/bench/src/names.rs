@@ -40,7 +40,7 @@ pub struct NamesArgs {
     /// Questions per second at which latencies are compared.
     #[arg(long, default_value_t = 10_000)]
     rate: u64,
-    /// Where CoreDNS is, or is built [default: beside the tests' own tools in the cache directory].
+    /// Where CoreDNS is [default: beside the tests' own tools in the cache directory].
     #[arg(long)]
     dir: Option<PathBuf>,
     /// Also writes the figures to this file.
@@ -101,21 +101,9 @@ pub fn serve(args: &ServerArgs) -> Result<()> {
     }
 }
 
-/// CoreDNS, built once.
 fn coredns(dir: &Path) -> Result<PathBuf> {
     let program = dir.join("coredns");
-    if program.exists() {
-        return Ok(program);
-    }
-    std::fs::create_dir_all(dir)?;
-    let source = format!("github.com/coredns/coredns@v{COREDNS_VERSION}");
-    eprintln!("building {source}, a few minutes ...");
-    let built = Command::new("go")
-        .args(["install", &source])
-        .envs([("GOBIN", dir.as_os_str()), ("CGO_ENABLED", "0".as_ref())])
-        .status()
-        .context("go (1.25 or newer)")?;
-    ensure!(built.success(), "go install {source} ended with {built}");
+    ensure!(program.exists(), "{} is missing: tests/setup.sh builds it (needs Go 1.26)", program.display());
     Ok(program)
 }
 

@@ -96,6 +96,8 @@ fn link(peer: &ClusterName, tag: ClusterTag) -> Result<Link> {
         loopback: false,
         recreated: None,
         ended_by_peer: false,
+        by_object: false,
+        unconfirmed: false,
     })
 }
 

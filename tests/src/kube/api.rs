@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow};
 use k8s_openapi::api::authentication::v1::TokenRequest;
-use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
+use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams, ValidationDirective};
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::core::{ApiResource, DynamicObject, GroupVersionKind};
 use kube::{Client, Config};
@@ -94,6 +94,16 @@ impl Api {
         let made =
             self.run(|client| async move { object.api(client).patch(&object.name, &params, &patch).await })?;
         Ok(serde_json::to_value(made)?)
+    }
+
+    /// Whether it would be admitted, by a dry run with strict field validation, as kubectl's own.
+    pub fn admit(&self, document: &Value) -> Result<()> {
+        let object = Object::of(document)?;
+        let mut params = PatchParams::apply("test").force().dry_run();
+        params.field_validation = Some(ValidationDirective::Strict);
+        let patch = Patch::Apply(document.clone());
+        self.run(|client| async move { object.api(client).patch(&object.name, &params, &patch).await })
+            .map(drop)
     }
 
     /// Makes a new one; refused when it is there.

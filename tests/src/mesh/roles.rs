@@ -70,14 +70,20 @@ impl Mesh {
         if let Ok(running) = self.process_mut(&format!("{cluster}/federator")) {
             running.stop()?;
         }
+        let spec = self.federator_spec(cluster, more)?;
+        self.spawn(&format!("{cluster}/federator"), spec)?;
+        self.ready(cluster, 1, "federator")
+    }
+
+    /// A federator with more arguments; not started yet.
+    pub fn federator_spec(&self, cluster: &str, more: &[&str]) -> Result<ProcessSpec> {
         let c = self.cluster(cluster)?;
         let (listen, admin) = (c.address(1, 7443).to_string(), c.address(1, 7445).to_string());
         let trust = text(&self.path(&format!("{cluster}/trust")));
         let (state, socket) = (text(&self.state(cluster, "federator")), self.socket(cluster));
         let args = ["federator", "--cluster", cluster, "--trust-dir", &trust, "--state-dir", &state];
         let args = [&args[..], &["--listen", &listen, "--admin", &admin, "--socket", &socket], more].concat();
-        self.role(cluster, "federator", &args)?;
-        self.ready(cluster, 1, "federator")
+        self.spec(cluster, "federator", &args)
     }
 
     /// Where a role of a cluster keeps its state.

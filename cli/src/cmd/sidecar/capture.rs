@@ -254,7 +254,7 @@ fn read(text: &str, json: &str) -> Result<Shown, Failure> {
 mod tests {
     use super::*;
 
-    const TEXT: &str = "table inet tombolo_capture {\n\tcomment \"tombolo 2: 1 rules, 2 addresses\"\n}\n";
+    const TEXT: &str = "table inet tombolo_capture {\n\tcomment \"tombolo 3: 1 rules, 2 addresses\"\n}\n";
 
     fn json(rules: usize, elements: &str) -> String {
         let rule = r#"{"rule": {"chain": "output"}}"#;

@@ -4,6 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 use std::time::Duration;
 
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 /// A duration after GEP-2257: up to four parts of up to five digits, each with a unit `h`, `m`, `s` or `ms`.
@@ -94,8 +95,20 @@ impl fmt::Display for Percent {
     }
 }
 
+/// `schema`: what a text of this kind looks like.
 macro_rules! as_text {
-    ($name:ty) => {
+    ($name:ident, $schema:expr) => {
+        impl JsonSchema for $name {
+            fn schema_name() -> std::borrow::Cow<'static, str> {
+                stringify!($name).into()
+            }
+            fn inline_schema() -> bool {
+                true
+            }
+            fn json_schema(_: &mut SchemaGenerator) -> Schema {
+                $schema
+            }
+        }
         impl Serialize for $name {
             fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
                 s.collect_str(self)
@@ -108,8 +121,14 @@ macro_rules! as_text {
         }
     };
 }
-as_text!(DurationText);
-as_text!(Percent);
+as_text!(
+    DurationText,
+    json_schema!({ "type": "string", "maxLength": 28, "pattern": r"^([0-9]{1,5}(h|m|s|ms)){1,4}$" })
+);
+as_text!(
+    Percent,
+    json_schema!({ "type": "string", "maxLength": 16, "pattern": r"^(100(\.0+)?|[0-9]{1,2}(\.[0-9]+)?)%$" })
+);
 
 #[cfg(test)]
 mod tests {

@@ -3,18 +3,26 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::duration::{DurationText, Percent};
 use super::fields::FieldError;
+use super::schema::{LABEL, TIER_CLUSTER};
 use crate::names::ClusterName;
 
 const MAX_TIERS: usize = 16;
 
-#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[schemars(extend("x-kubernetes-validations" = [
+    { "rule": "(has(self.failback) ? double(self.failback.whenHealthyAbove.replace('%', '')) : 50.0) >= (has(self.failover) ? double(self.failover.whenHealthyBelow.replace('%', '')) : 0.0)",
+      "message": "failback.whenHealthyAbove (50% when absent) must be at least failover.whenHealthyBelow, or traffic would move back and forth",
+      "fieldPath": ".failback" },
+]))]
 pub struct FailoverPolicySpec {
     pub target_ref: TargetRef,
+    #[schemars(length(min = 1, max = 16))]
     pub tiers: Vec<Tier>,
     #[serde(default)]
     pub failover: Failover,
@@ -25,30 +33,45 @@ pub struct FailoverPolicySpec {
 }
 
 /// The service that the policy is for; in the policy's namespace.
-#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct TargetRef {
     /// `Service` (its ordinary name fails over too) or `ServiceImport`.
+    #[schemars(extend("enum" = ["Service", "ServiceImport"]))]
     pub kind: String,
+    #[schemars(length(max = 63), regex(pattern = LABEL))]
     pub name: String,
 }
 
 /// Clusters that serve together; a cluster belongs to the first tier that selects it.
-#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[schemars(extend("x-kubernetes-validations" = [
+    { "rule": "(has(self.clusters) && size(self.clusters) > 0) || (has(self.matchProperties) && size(self.matchProperties) > 0)",
+      "message": "a tier names clusters, or matchProperties", "fieldPath": ".clusters" },
+    { "rule": "!has(self.weights) || (has(self.matchProperties) && size(self.matchProperties) > 0) || self.weights.all(w, has(self.clusters) && self.clusters.exists(c, c == w || c == '*'))",
+      "message": "weights are for clusters of this tier only", "fieldPath": ".weights" },
+    { "rule": "!has(self.weights) || size(self.weights) == 0 || self.weights.exists(w, self.weights[w] > 0)",
+      "message": "at least one weight is above 0", "fieldPath": ".weights" },
+    { "rule": "!has(self.weights) || self.weights.all(w, self.weights[w] <= 1000000)",
+      "message": "weights are 0 to 1000000", "fieldPath": ".weights" },
+]))]
 pub struct Tier {
     /// Names; `@self` is the importing cluster, `*` every cluster.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 100), inner(length(max = 127), regex(pattern = TIER_CLUSTER)))]
     pub clusters: Vec<String>,
     /// Per cluster name; clusters without one get nothing when any is given.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[schemars(extend("maxProperties" = 100))]
     pub weights: BTreeMap<String, u32>,
     /// After KEP-5939: cluster properties that must match; `@SameAsImporter@` is the importing cluster's value.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[schemars(extend("maxProperties" = 64))]
     pub match_properties: BTreeMap<String, String>,
 }
 
-#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Failover {
     pub when_healthy_below: Percent,
@@ -69,7 +92,7 @@ impl Failover {
     }
 }
 
-#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Failback {
     pub when_healthy_above: Percent,
@@ -95,9 +118,10 @@ impl Failback {
     }
 }
 
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Spill {
+    #[schemars(range(min = 1))]
     pub max_requests_per_second: u32,
 }
 

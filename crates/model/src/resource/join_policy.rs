@@ -4,9 +4,11 @@
 //! As long as no policy is about machines, each machine with a token joins as what the token says; one policy about them is
 //! enough, and only those join that some policy selects. Service accounts likewise, by themselves.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::FieldError;
+use super::schema::{NAME_PATTERN, SERVICE_PATTERN};
 use crate::names::{Namespace, ServiceKey};
 
 /// Of one list.
@@ -14,8 +16,12 @@ const MAX_PATTERNS: usize = 64;
 /// Names of Kubernetes objects have at most 253 characters.
 const MAX_PATTERN_BYTES: usize = 253;
 
-#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[schemars(extend("x-kubernetes-validations" = [
+    { "rule": "has(self.machines) != has(self.serviceAccounts)",
+      "message": "give exactly one of machines and serviceAccounts" },
+]))]
 pub struct JoinPolicySpec {
     /// Selects machines that join with a token: their identity is `vm/NAME`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -25,27 +31,32 @@ pub struct JoinPolicySpec {
     pub service_accounts: Option<ServiceAccountSelector>,
     /// `NAMESPACE/NAME` patterns of what those selected may serve; when empty, what they may without a policy.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 64), inner(length(max = 507), regex(pattern = SERVICE_PATTERN)))]
     pub services: Vec<String>,
 }
 
 /// Each list that is given must match.
-#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct MachineSelector {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 64), inner(length(max = 253), regex(pattern = NAME_PATTERN)))]
     pub names: Vec<String>,
     /// Of the token: `tombolo vm token NAME --group GROUP`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 64), inner(length(max = 253), regex(pattern = NAME_PATTERN)))]
     pub groups: Vec<String>,
 }
 
 /// Each list that is given must match.
-#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct ServiceAccountSelector {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 64), inner(length(max = 253), regex(pattern = NAME_PATTERN)))]
     pub namespaces: Vec<String>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 64), inner(length(max = 253), regex(pattern = NAME_PATTERN)))]
     pub names: Vec<String>,
 }
 

@@ -1,9 +1,11 @@
 //! `Revocation` (tombolo.dev/v1alpha1, cluster-scoped): identities that nobody accepts any more, from now on and on
 //! connections that live. Exactly one target is named.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::FieldError;
+use super::schema::{CLUSTER, SUBDOMAIN};
 use crate::names::{ClusterName, ObjectName};
 
 /// SPIFFE-ID specification, section 2.3.
@@ -13,22 +15,31 @@ const MAX_SERIAL_BYTES: usize = 20;
 const MAX_REASON_CHARS: usize = 256;
 
 /// What is revoked, and why.
-#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[schemars(extend("x-kubernetes-validations" = [
+    { "rule": "[has(self.spiffeId), has(self.serial), has(self.node), has(self.cluster)].filter(given, given).size() == 1",
+      "message": "give exactly one of spiffeId, serial, node and cluster" },
+]))]
 pub struct RevocationSpec {
     /// One identity, whoever holds it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 2048), regex(pattern = r"^spiffe://.*/cluster/"))]
     pub spiffe_id: Option<String>,
     /// One certificate that this cluster issued, by its serial number: hex, colons allowed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 64), regex(pattern = r"^(0x)?[0-9a-fA-F:]*[1-9a-fA-F][0-9a-fA-F:]*$"))]
     pub serial: Option<String>,
     /// Everything that the machine or gateway of this name holds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 253), regex(pattern = SUBDOMAIN))]
     pub node: Option<String>,
     /// A whole cluster: this one, refused by all, or a linked one, refused here.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 127), regex(pattern = CLUSTER))]
     pub cluster: Option<String>,
     #[serde(default, skip_serializing_if = "String::is_empty")]
+    #[schemars(length(max = 256))]
     pub reason: String,
 }
 

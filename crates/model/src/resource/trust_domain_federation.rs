@@ -4,9 +4,11 @@
 //! Nothing is inferred (SPIFFE Federation, section 5): trust domain, URL and profile are given, and for `https_spiffe` the
 //! endpoint's identity too. Being federated admits nobody anywhere: that is an `AccessPolicy`'s to say.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::FieldError;
+use super::schema::{CLUSTER_OR_SELF, LABEL_OR_ANY, SUBDOMAIN_OR_ANY};
 use crate::names::{ClusterName, Namespace, ObjectName};
 
 /// SPIFFE-ID section 2.1 and 2.3.
@@ -19,43 +21,63 @@ const MAX_NAMES: usize = 256;
 const MAX_BUNDLE_BYTES: usize = 64 * 1024;
 const HTTPS_PORT: u16 = 443;
 
-#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[schemars(extend("required" = ["trustDomain", "bundleEndpointURL", "bundleEndpointProfile"]))]
 pub struct TrustDomainFederationSpec {
     /// The foreign trust domain.
     #[serde(default)]
+    #[schemars(length(max = 255), regex(pattern = r"^[a-z0-9._-]+$"))]
     pub trust_domain: String,
     #[serde(default, rename = "bundleEndpointURL")]
+    #[schemars(
+        length(max = 2048),
+        regex(
+            pattern = r#"^https://(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]{1,253})(:[0-9]{1,5})?([/?][!$-;=?A-\[\]-~]*)?$"#
+        )
+    )]
     pub bundle_endpoint_url: String,
     #[serde(default)]
     pub bundle_endpoint_profile: BundleEndpointProfile,
     /// Its bundle to begin with, a JWKS document. Applying another one replaces what was fetched.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 65536))]
     pub trust_domain_bundle: Option<String>,
     /// The clusters in which this holds, `@self` for any: absent, in each to which it is applied.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 256), inner(length(max = 127), regex(pattern = CLUSTER_OR_SELF)))]
     pub clusters: Vec<String>,
     #[serde(default)]
     pub workloads: FederatedWorkloads,
 }
 
-#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[schemars(extend("required" = ["type"], "x-kubernetes-validations" = [
+    { "rule": "self.type != 'https_web' || !has(self.endpointSPIFFEID)",
+      "message": "with https_web the URL's name is verified: leave it out", "fieldPath": ".endpointSPIFFEID" },
+    { "rule": "self.type != 'https_spiffe' || has(self.endpointSPIFFEID)",
+      "message": "give the SPIFFE ID of the endpoint, such as spiffe://partner.example/spire/server", "fieldPath": ".endpointSPIFFEID" },
+]))]
 pub struct BundleEndpointProfile {
     /// `https_web` or `https_spiffe`.
     #[serde(default, rename = "type")]
+    #[schemars(extend("enum" = ["https_web", "https_spiffe"]))]
     pub profile: String,
     #[serde(default, rename = "endpointSPIFFEID", skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 2048), regex(pattern = r"^spiffe://[a-z0-9._-]+(/[A-Za-z0-9._-]+)+$"))]
     pub endpoint_spiffe_id: Option<String>,
 }
 
 /// Whose Workload API shows the bundle; `*`: all.
-#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct FederatedWorkloads {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 256), inner(length(max = 63), regex(pattern = LABEL_OR_ANY)))]
     pub namespaces: Vec<String>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 256), inner(length(max = 253), regex(pattern = SUBDOMAIN_OR_ANY)))]
     pub machines: Vec<String>,
 }
 

@@ -1,14 +1,21 @@
 //! `Workload` (tombolo.dev): what a sidecar serves and calls, outside Kubernetes and on VMs.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::duration::DurationText;
 use super::fields::FieldError;
+use super::schema::{LABEL, SERVICE_KEY};
 use crate::names::{Namespace, ServiceKey, ServiceName};
 use crate::protocol::Protocol;
 
-#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[schemars(extend("x-kubernetes-validations" = [
+    { "rule": "!(has(self.sidecar) && has(self.via))", "message": "give either sidecar or via", "fieldPath": ".via" },
+    { "rule": "has(self.via) || !has(self.services) || self.services.all(s, !has(s.backends) || size(s.backends) == 0)",
+      "message": "give via: the sidecar that stands in front of the backends", "fieldPath": ".services" },
+]))]
 pub struct WorkloadSpec {
     /// The joined sidecar or VM that serves it; the object's name when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -17,18 +24,30 @@ pub struct WorkloadSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub via: Option<String>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 256))]
     pub services: Vec<WorkloadService>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 256))]
     pub upstreams: Vec<WorkloadUpstream>,
 }
 
-#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[schemars(extend("x-kubernetes-validations" = [
+    { "rule": "!has(self.backends) || size(self.backends) == 0 || (size(self.ports) == 1 && self.ports.all(p, !has(p.targetPort) && !has(p.targetHost) && (!has(p.protocol) || p.protocol == 'TCP')))",
+      "message": "a service with backends has one TCP port without targetPort and targetHost: where its backends listen is in their addresses",
+      "fieldPath": ".ports" },
+    { "rule": "!has(self.backends) || size(self.backends) == 0 || !has(self.healthCheck) || !has(self.healthCheck.command)",
+      "message": "give tcp or http: a command can't tell backends apart", "fieldPath": ".healthCheck" },
+]))]
 pub struct WorkloadService {
+    #[schemars(length(max = 63), regex(pattern = LABEL))]
     pub name: String,
+    #[schemars(length(min = 1, max = 256), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["port", "protocol"]))]
     pub ports: Vec<WorkloadPort>,
     /// Addresses or names without a sidecar, which `via` stands in front of; the service has one port then.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 32))]
     pub backends: Vec<WorkloadBackend>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub health_check: Option<HealthCheck>,
@@ -38,38 +57,47 @@ pub struct WorkloadService {
 }
 
 /// A backend without a sidecar.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct WorkloadBackend {
     /// `HOST:PORT`, a DNS name or an IP address.
+    #[schemars(length(max = 261), regex(pattern = r"^.+:[1-9][0-9]{0,4}$"))]
     pub address: String,
     /// Share of connections, relative to the other backends; 100 when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(max = 1000))]
     pub weight: Option<u32>,
 }
 
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct WorkloadPort {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
     /// As callers name it.
+    #[schemars(range(min = 1, max = 65535))]
     pub port: u16,
     /// Where the application listens; `port` when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 65535))]
     pub target_port: Option<u16>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub target_host: Option<String>,
     /// `TCP` or `UDP`; TCP when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("enum" = ["TCP", "UDP"], "x-tombolo-default" = "TCP"))]
     pub protocol: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub app_protocol: Option<String>,
 }
 
 /// How the sidecar tells whether the application lives.
-#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[schemars(extend("x-kubernetes-validations" = [
+    { "rule": "[has(self.tcp), has(self.http), has(self.command)].filter(given, given).size() == 1",
+      "message": "give one of tcp, http and command" },
+]))]
 pub struct HealthCheck {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tcp: Option<TcpCheck>,
@@ -88,16 +116,18 @@ pub struct HealthCheck {
     pub unhealthy_threshold: Option<u32>,
 }
 
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct TcpCheck {
+    #[schemars(range(min = 1, max = 65535))]
     pub port: u16,
 }
 
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct HttpCheck {
     pub path: String,
+    #[schemars(range(min = 1, max = 65535))]
     pub port: u16,
     /// 200 to 399 when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -105,14 +135,22 @@ pub struct HttpCheck {
 }
 
 /// Exactly one of the two.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[schemars(extend("x-kubernetes-validations" = [
+    { "rule": "(has(self.exec) && size(self.exec) > 0) != has(self.shell)",
+      "message": "give either exec (a program and its arguments) or shell (a line)" },
+    { "rule": "!has(self.exec) || size(self.exec) == 0 || self.exec[0].startsWith('/')",
+      "message": "give the program's absolute path first, such as /usr/bin/pg_isready", "fieldPath": ".exec" },
+]))]
 pub struct CommandCheck {
     /// A program by its absolute path, and its arguments; no shell is involved.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 64), inner(length(max = 4096)))]
     pub exec: Vec<String>,
     /// A line for `/bin/sh -c`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 4096), regex(pattern = r"\S"))]
     pub shell: Option<String>,
 }
 
@@ -130,16 +168,24 @@ impl CommandCheck {
     }
 }
 
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[schemars(extend("x-kubernetes-validations" = [
+    { "rule": "isIP(self.listen.substring(0, self.listen.lastIndexOf(':')).replace('[', '').replace(']', '')) && int(self.listen.substring(self.listen.lastIndexOf(':') + 1)) <= 65535",
+      "message": "give ip:port", "fieldPath": ".listen" },
+]))]
 pub struct WorkloadUpstream {
     /// `name` (in the workload's namespace) or `namespace/name`.
+    #[schemars(length(max = 127), regex(pattern = SERVICE_KEY))]
     pub service: String,
+    #[schemars(range(min = 1, max = 65535))]
     pub port: u16,
     /// `TCP` or `UDP`; TCP when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("enum" = ["TCP", "UDP"]))]
     pub protocol: Option<String>,
     /// `ip:port` that the application connects to.
+    #[schemars(length(max = 64), regex(pattern = r"^([0-9.]+|\[[0-9a-fA-F:.]+\]):[0-9]{1,5}$"))]
     pub listen: String,
     /// Connections kept open without traffic.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -170,7 +216,9 @@ impl WorkloadUpstream {
 
 /// Backends of one service.
 const MAX_BACKENDS: usize = 32;
-const MAX_WEIGHT: u32 = 1000;
+pub const MAX_WEIGHT: u32 = 1000;
+/// Of a service or backend that names none.
+pub const DEFAULT_WEIGHT: u32 = 100;
 
 impl WorkloadSpec {
     /// The sidecar that serves it; `name` is the object's.
@@ -229,6 +277,10 @@ impl WorkloadService {
                 ));
             }
             check_protocol(port.protocol.as_deref(), &path, errors);
+        }
+        if let Some(weight) = self.weight.filter(|weight| !(1..=MAX_WEIGHT).contains(weight)) {
+            let expected = format!("1 to {MAX_WEIGHT}; leave the service out to take it out of rotation");
+            errors.push(FieldError::new(format!("{path}.weight"), weight, expected));
         }
         self.validate_backends(path, errors);
         let Some(check) = &self.health_check else { return };

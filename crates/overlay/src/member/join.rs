@@ -6,7 +6,7 @@
 
 mod pod;
 
-pub use pod::{ServiceAccountToken, TokenSource};
+pub use pod::{PodRole, ServiceAccountToken, TokenSource};
 
 use std::collections::HashSet;
 use std::net::SocketAddr;
@@ -52,8 +52,8 @@ const CLOSE_PATIENCE: Duration = Duration::from_secs(1);
 enum Proof {
     /// A join token's secret.
     Secret,
-    /// A service account's token.
-    ServiceAccount(ServiceAccountToken),
+    /// A service account's token, and the role that is asked for.
+    ServiceAccount(ServiceAccountToken, PodRole),
 }
 
 /// What a token says, ready to be used.
@@ -136,6 +136,10 @@ pub enum JoinError {
         "the token is for {bound:?}, not for {given:?}: start with --name {bound}, or ask for a token for {given:?}"
     )]
     WrongName { given: String, bound: String },
+    #[error(
+        "the pod's token is that of {id}, not of gateway {given:?}: start it with the name of its pod as --name"
+    )]
+    OtherPod { given: String, id: String },
     #[error("{} is already joined as {name}: use another state directory, or move this one away", dir.display())]
     AlreadyJoined { dir: PathBuf, name: String },
     #[error("the token names no address to join at")]
@@ -178,7 +182,7 @@ impl JoinError {
         match self {
             Self::Token(TokenError::Expired { .. }) => "expired",
             Self::Token(_) | Self::NoAddress => "token",
-            Self::WrongName { .. } => "wrong_name",
+            Self::WrongName { .. } | Self::OtherPod { .. } => "wrong_name",
             Self::AlreadyJoined { .. } => "already_joined",
             Self::Bind(_) => "bind",
             Self::Unreachable { .. } => "unreachable",
@@ -236,7 +240,9 @@ impl Member {
         let way = JoinConnection::open(plan, options.bind).await?;
         let joined = match proof {
             Proof::Secret => ask(plan, way.peer(), &options.name).await,
-            Proof::ServiceAccount(token) => pod::ask(plan, way.peer(), &options.name, token).await,
+            Proof::ServiceAccount(token, role) => {
+                pod::ask(plan, way.peer(), &options.name, (token, *role)).await
+            }
         };
         way.close().await;
         let (key, answer) = joined?;

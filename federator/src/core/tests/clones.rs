@@ -90,6 +90,48 @@ fn a_process_that_was_killed_and_started_again_is_let_in_within_a_second_and_a_h
 }
 
 #[test]
+fn a_holder_is_asked_whether_it_lives_and_its_silence_lets_the_next_process_in_soon() {
+    let mut world = World::new();
+    let mut east = world.cluster("east");
+    let (member, first, hello) = machine(&mut east);
+    let answering = v1::SidecarHello { answers: true, ..hello };
+    east.greet(&first, &answering, after(100)).unwrap();
+    let (second, copied) = process(&mut east, &member, SECOND, 1);
+    let waits = east.greet(&second, &copied, after(1000)).unwrap_err();
+    assert!(matches!(waits, CoreError::Contested(wait) if (600..700).contains(&wait.as_millis())), "{waits}");
+    let question = asked(&east, &member);
+    assert_ne!(question, 0, "the holder is asked");
+    // It lives: the answer is proof however soon it comes, and the question is over.
+    let answer = |answer| v1::StatusReport { answer, ..healthy(&["shop/db"]) };
+    east.report(&first, answer(question), after(1010)).unwrap();
+    assert_eq!(asked(&east, &member), 0);
+    assert!(matches!(east.greet(&second, &copied, after(1700)), Err(CoreError::Cloned(_))));
+    // It is killed: an old answer, still on its way, is none to what is asked now; so the third is let in.
+    let (third, restarted) = process(&mut east, &member, [3; 16], 2);
+    let third_hello = v1::SidecarHello { answers: true, ..restarted };
+    east.report(&first, answer(question), after(2000)).unwrap();
+    assert!(matches!(east.greet(&third, &third_hello, after(2010)), Err(CoreError::Contested(_))));
+    east.report(&first, answer(question), after(2020)).unwrap();
+    assert_ne!(asked(&east, &member), 0);
+    east.greet(&third, &third_hello, after(2700)).unwrap();
+    assert_eq!(asked(&east, &member), 0, "of the process before");
+    // One that answers what was never asked proves nothing to anybody.
+    east.report(&third, answer(u64::MAX), after(2800)).unwrap();
+    let (fourth, hello) = process(&mut east, &member, [4; 16], 3);
+    assert!(matches!(east.greet(&fourth, &hello, after(2900)), Err(CoreError::Contested(_))));
+    east.greet(&fourth, &hello, after(3600)).unwrap();
+}
+
+/// The question in the snapshot of a member.
+fn asked(east: &Cluster, member: &Joined) -> u64 {
+    let moment = after(0);
+    let rings = crate::snapshot::rings::Rings::default();
+    let facts = &east.core.facts;
+    crate::snapshot::sidecar::snapshot(facts, member.block(), &[], &rings, moment.monotonic, moment.unix)
+        .question
+}
+
+#[test]
 fn a_first_that_was_cut_off_for_too_long_gets_its_place_back_from_the_clone() {
     let mut world = World::new();
     let mut east = world.cluster("east");

@@ -116,13 +116,13 @@ fn service_accounts_are_selected_by_namespace_and_name_and_token_holders_need_no
     let accounts = json!({ "namespaces": ["shop", "team-*"], "names": ["web"] });
     let spec = json!({ "serviceAccounts": accounts, "services": ["*/web"] });
     east.core.apply(policy("pods", spec), false, at(0)).unwrap();
-    let answer = east.core.join_pod(Ok(pod("team-a", "web")), &csr(), at(1)).unwrap();
+    let answer = east.core.join_pod(Ok(pod("team-a", "web")), Role::Sidecar, &csr(), at(1)).unwrap();
     assert_eq!(answer.svid.unwrap().spiffe_id, "spiffe://acme.example/cluster/east/ns/team-a/sa/web");
     for (namespace, account) in [("bank", "web"), ("shop", "cart")] {
-        let words = refusal(east.core.join_pod(Ok(pod(namespace, account)), &csr(), at(2)));
+        let words = refusal(east.core.join_pod(Ok(pod(namespace, account)), Role::Sidecar, &csr(), at(2)));
         assert_says(&words, &[&format!("{namespace}/{account}"), "spec.serviceAccounts", "pods: namespace"]);
     }
-    let answer = east.core.join_pod(Ok(pod("shop", "web")), &csr(), at(3)).unwrap();
+    let answer = east.core.join_pod(Ok(pod("shop", "web")), Role::Sidecar, &csr(), at(3)).unwrap();
     let web = member(&mut east, answer);
     let (services, refused) = served(&mut east, &web, &["shop/web", "shop/cart"], 4);
     assert_eq!(services, ["shop/web"]);

@@ -18,7 +18,7 @@ fn join(
     pod: PodIdentity,
     moment: Moment,
 ) -> Result<v1::JoinWorkloadResponse, CoreError> {
-    cluster.core.join_pod(Ok(pod), &csr(), moment)
+    cluster.core.join_pod(Ok(pod), Role::Sidecar, &csr(), moment)
 }
 
 #[test]
@@ -75,11 +75,11 @@ fn who_is_not_vouched_for_is_refused_and_that_is_in_the_log() {
         (ReviewError::Unavailable("refused".into()), "exhausted"),
         (ReviewError::NotAllowed("403".into()), "exhausted"),
     ] {
-        let refused = east.core.join_pod(Err(error.clone()), &csr(), at(1)).unwrap_err();
+        let refused = east.core.join_pod(Err(error.clone()), Role::Sidecar, &csr(), at(1)).unwrap_err();
         assert_eq!(refused.kind(), kind, "{error}");
         assert_eq!(refused.to_string(), error.to_string());
     }
-    assert_says(&refusal(east.core.join_pod(Ok(pod("1", "web")), &[1; 10], at(1))), &["CSR"]);
+    assert_says(&refusal(east.core.join_pod(Ok(pod("1", "web")), Role::Sidecar, &[1; 10], at(1))), &["CSR"]);
     assert_says(&refusal(join(&mut east, pod("1", "we b"), at(1))), &["we b"]);
     east.core.tick(at(5));
     let (log, _) = super::audit::whole(&east.core);
@@ -104,4 +104,35 @@ fn what_pods_are_told_holds_no_secret_and_names_where_to_go() {
         assert_says(&refusal(made(&[bad])), &["field federator", bad]);
     }
     assert_says(&refusal(made(&["a:1"; 17])), &["17 names"]);
+}
+
+#[test]
+fn pods_of_the_named_account_become_the_gateway_that_they_are_called_and_no_others() {
+    let mut world = World::new();
+    let mut east = world.cluster("east");
+    let gateway = |account: &str| PodIdentity { pod: "tombolo-gateway-0".into(), ..pod("g", account) };
+    let ask = |east: &mut Cluster, account: &str| {
+        east.core.join_pod(Ok(gateway(account)), Role::Gateway, &csr(), at(1))
+    };
+    assert_says(
+        &refusal(ask(&mut east, "web")),
+        &["shop/web may not be a gateway", "--kubernetes-gateways shop/web"],
+    );
+    east.core.set_gateways(Some("shop/tombolo-gateway".parse().unwrap()));
+    assert_says(
+        &refusal(ask(&mut east, "web")),
+        &["shop/web may not be a gateway", "pods of shop/tombolo-gateway may"],
+    );
+    let unbound = PodIdentity { bound: false, ..gateway("tombolo-gateway") };
+    let refused = refusal(east.core.join_pod(Ok(unbound), Role::Gateway, &csr(), at(1)));
+    assert_says(&refused, &["bound to no pod"]);
+    let answer = ask(&mut east, "tombolo-gateway").unwrap();
+    let id = answer.svid.unwrap().spiffe_id;
+    assert!(id.ends_with("/cluster/east/gateway/tombolo-gateway-0"), "{id}");
+    // It is a workload, too, if it asks to be: its account is one like any other.
+    let sidecar = east.core.join_pod(Ok(gateway("tombolo-gateway")), Role::Sidecar, &csr(), at(2)).unwrap();
+    assert!(sidecar.svid.unwrap().spiffe_id.ends_with("/ns/shop/sa/tombolo-gateway"));
+    for bad in ["", "shop", "/a", "shop/", "Shop/a", "shop/a/b"] {
+        assert!(bad.parse::<crate::core::pods::ServiceAccount>().is_err(), "{bad}");
+    }
 }

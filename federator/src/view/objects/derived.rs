@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use sha2::{Digest, Sha256};
 use tombolo_model::names::ServiceKey;
+use tombolo_model::resource::cluster_link::TagText;
 use tombolo_model::resource::service_import::ImportPort;
 use tombolo_model::resource::{ClusterLinkSpec, Object, ObjectMeta, ServiceImportSpec, Spec};
 
@@ -83,7 +84,7 @@ pub fn links(view: &View<'_>) -> Vec<Object> {
 fn link(view: &View<'_>, link: &Link) -> Object {
     let gateways = view.facts.peer_gateways(link);
     let spec = ClusterLinkSpec {
-        tag: Some(link.tag.value()),
+        tag: Some(TagText(link.tag)),
         gateways: gateways.iter().map(|gateway| gateway.address.to_string()).collect(),
         ..ClusterLinkSpec::default()
     };

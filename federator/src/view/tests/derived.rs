@@ -93,7 +93,7 @@ fn a_link_is_there_because_clusters_were_linked() {
     let link = get_one(&facts, "ClusterLink", "west");
     assert_eq!(link["metadata"]["annotations"][DERIVED], "true");
     assert!(link["metadata"].get("namespace").is_none());
-    assert_eq!(link["spec"]["tag"], 0xbeef);
+    assert_eq!(link["spec"]["tag"], "00beef");
     assert_eq!(link["spec"]["gateways"], json!(["203.0.113.7:7440"]));
     assert_eq!(link["status"]["gateways"][0]["name"], "gw-1");
     facts.apply(json!({

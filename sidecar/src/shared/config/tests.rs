@@ -79,7 +79,9 @@ fn contradictions_are_named_with_both_sides() {
     let mut listens = shared(vec![good()]);
     listens.upstreams = vec![twice("shop/a:80=10.0.0.5:9080"), twice("shop/b:80=10.0.0.5:9080")];
     let mut datagrams = shared(vec![good()]);
-    datagrams.upstreams = vec![twice("shop/dns:53/udp=10.0.0.5:9053")];
+    datagrams.upstreams = vec![twice("shop/dns:53/udp=10.0.0.5:9053"), twice("shop/dns:53=10.0.0.5:9053")];
+    assert_eq!(datagrams.check(), Ok(()), "TCP and UDP at one address");
+    datagrams.upstreams.push(twice("shop/ntp:123/udp=10.0.0.5:9053"));
     let cases = [
         (shared(Vec::new()), "applications"),
         (shared(vec![good(), good()]), "the same name (cart)"),
@@ -101,7 +103,7 @@ fn contradictions_are_named_with_both_sides() {
         (shared(vec![application("idle", "10.0.0.5:7450", &[])]), "neither `sources` nor services"),
         (shared(vec![captures]), "`threads` is for a sidecar beside its application"),
         (listens, "upstreams shop/a and shop/b both listen on 10.0.0.5:9080"),
-        (datagrams, "shop/dns at 10.0.0.5:9053/udp"),
+        (datagrams, "upstreams shop/dns and shop/ntp both listen on 10.0.0.5:9053"),
     ];
     for (config, text) in cases {
         let error = config.check().unwrap_err().to_string();

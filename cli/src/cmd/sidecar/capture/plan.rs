@@ -33,14 +33,21 @@ pub struct Allow {
     pub port: Option<u16>,
 }
 
-/// Connections from outside.
+/// A port of the workload.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct InboundPort {
+    pub number: u16,
+    pub protocol: Protocol,
+}
+
+/// Connections and datagrams from outside.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Inbound {
     pub mode: InboundMode,
     /// The sidecar's listener.
     pub listen_port: u16,
     /// The workload's.
-    pub ports: BTreeSet<u16>,
+    pub ports: BTreeSet<InboundPort>,
     pub allow: Vec<Allow>,
 }
 

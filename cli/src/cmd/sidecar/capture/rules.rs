@@ -7,6 +7,7 @@
 //!  listening   somebody listens: in; nobody: wait for the grace time, then refuse, and let later ones past (`away`)
 //!  prerouting  SYNs from outside to the workload's ports -> TPROXY, else what the mode says
 //!  udp_...     datagrams to virtual and taken-over addresses: see [`datagrams`]
+//!  udp_inbound datagrams from outside to the workload's ports: see [`plain_datagrams`]
 //! ```
 //! Invariants. One table, `inet tombolo_capture`, made anew in one transaction, so that there is no moment without rules
 //! or with half of them. Only a connection's first packet is ever redirected: what was open before stays as it was. What
@@ -25,12 +26,13 @@ use tombolo_sidecar::capture::InboundMode;
 use super::plan::{Allow, Away, Exclude, Inbound, Outbound, Plan};
 
 mod datagrams;
+mod plain_datagrams;
 
 pub use datagrams::DATAGRAM_MARK;
 
 pub const TABLE: &str = "tombolo_capture";
 /// Bumped when the meaning of the table changes.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 /// Before docker's and kube-proxy's chains at -100 (`dstnat`): the first that translates a connection wins. After
 /// connection tracking (-200), without which there is nothing to translate.
 const OUTPUT_PRIORITY: i32 = -110;
@@ -43,7 +45,7 @@ const SYN: &str = "tcp flags & (fin | syn | rst | ack) == syn";
 const NOT_SYN: &str = "tcp flags & (fin | syn | rst | ack) != syn";
 
 /// Counters of the table, with what they count.
-pub const COUNTERS: [(&str, &str); 11] = [
+pub const COUNTERS: [(&str, &str); 13] = [
     ("virtual", "connections to virtual addresses handed to the sidecar"),
     ("taken", "other connections handed to the sidecar"),
     ("past", "connections let past the sidecar while nobody listened"),
@@ -55,6 +57,8 @@ pub const COUNTERS: [(&str, &str); 11] = [
     ("datagrams", "datagrams handed to the sidecar"),
     ("datagrams_past", "datagrams let past the sidecar while nobody listened"),
     ("datagrams_refused", "datagrams refused or lost because nobody listened"),
+    ("inbound_datagrams", "datagrams from outside let in without the mesh"),
+    ("inbound_datagrams_refused", "datagrams from outside refused"),
 ];
 
 /// Removes the table, whether or not and however much of it is there.
@@ -178,11 +182,12 @@ impl Plan {
             chains.extend(self.datagram_chains());
         }
         if let Some(inbound) = &self.inbound {
-            chains.push(Chain {
+            chains.extend(self.prerouting(inbound).map(|rules| Chain {
                 name: "prerouting",
                 hook: Some(format!("type filter hook prerouting priority {PREROUTING_PRIORITY};")),
-                rules: self.prerouting(inbound),
-            });
+                rules,
+            }));
+            chains.extend(self.plain_datagrams(inbound));
         }
         chains
     }
@@ -259,11 +264,22 @@ impl Plan {
         rules
     }
 
-    fn prerouting(&self, inbound: &Inbound) -> Vec<String> {
-        let Inbound { mode, listen_port, ports, allow } = inbound;
-        let ports = ports.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
-        let mut rules =
-            vec!["meta l4proto != tcp accept".to_owned(), format!("tcp dport != {{ {ports} }} accept")];
+    /// What is not from outside to one of the workload's ports of a protocol is accepted; `None`: it has no such ports.
+    fn outside_to(&self, protocol: Protocol, inbound: &Inbound) -> Option<Vec<String>> {
+        let Inbound { ports, allow, .. } = inbound;
+        let ports: Vec<String> = ports
+            .iter()
+            .filter(|port| port.protocol == protocol)
+            .map(|port| port.number.to_string())
+            .collect();
+        if ports.is_empty() {
+            return None;
+        }
+        let (ports, protocol) = (ports.join(", "), protocol.to_string().to_lowercase());
+        let mut rules = vec![
+            format!("meta l4proto != {protocol} accept"),
+            format!("{protocol} dport != {{ {ports} }} accept"),
+        ];
         // What this machine sends itself comes by `lo`, the sidecar's deliveries too.
         let interfaces = self.exclude.interfaces.iter().map(String::as_str).chain(["lo"]);
         let interfaces: BTreeSet<_> = interfaces.map(|name| format!("\"{name}\"")).collect();
@@ -274,9 +290,15 @@ impl Plan {
                 let family = if source.addr().is_ipv4() { "ip" } else { "ip6" };
                 format!("{family} saddr {source} ")
             });
-            let port = port.map(|port| format!("tcp dport {port} "));
+            let port = port.map(|port| format!("{protocol} dport {port} "));
             rules.push(format!("{}{}accept", source.unwrap_or_default(), port.unwrap_or_default()));
         }
+        Some(rules)
+    }
+
+    fn prerouting(&self, inbound: &Inbound) -> Option<Vec<String>> {
+        let mut rules = self.outside_to(Protocol::Tcp, inbound)?;
+        let listen_port = inbound.listen_port;
         // Where nobody listens `tproxy` matches nothing, and neither does it for a connection that the application
         // holds already.
         rules.extend([
@@ -288,14 +310,14 @@ impl Plan {
                 "meta nfproto ipv6 meta l4proto tcp tproxy ip6 to [{}]:{listen_port} counter name \"inbound\" accept",
                 Ipv6Addr::LOCALHOST
             ),
-            match mode {
+            match inbound.mode {
                 InboundMode::Strict => {
                     format!("{SYN} counter name \"inbound_refused\" reject with tcp reset")
                 }
                 InboundMode::Permissive => format!("{SYN} counter name \"inbound_past\" accept"),
             },
         ]);
-        rules
+        Some(rules)
     }
 }
 

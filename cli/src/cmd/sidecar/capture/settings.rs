@@ -11,7 +11,7 @@ use tombolo_model::protocol::Protocol;
 use tombolo_sidecar::capture::InboundMode;
 use tombolo_sidecar::capture::settings::{DEFAULT_INBOUND_PORT, DEFAULT_MARK, DEFAULT_PORT};
 
-use super::plan::{Allow, Away, Exclude, Inbound, Outbound, Plan};
+use super::plan::{Allow, Away, Exclude, Inbound, InboundPort, Outbound, Plan};
 use super::rules::DATAGRAM_MARK;
 use super::values::{address, allowed, choice, cidr, each, group, interface, port_number, user};
 use crate::cmd::role::{Span, layered};
@@ -57,9 +57,15 @@ pub struct Settings {
     /// How long new connections wait for a sidecar that restarts [default: 15s]
     #[arg(long, env = "TOMBOLO_CAPTURE_GRACE", value_name = "DURATION")]
     grace: Option<Span>,
-    /// A port of the workload: what comes to it from outside without the mesh is handed to the sidecar; may be repeated
-    #[arg(long = "inbound-port", env = "TOMBOLO_INBOUND_PORTS", value_delimiter = ',', value_name = "PORT")]
-    inbound_ports: Option<Vec<u16>>,
+    /// A port of the workload: what comes to it from outside without the mesh is handed to the sidecar. Datagrams
+    /// (PORT/udp) are refused or let in by the rules themselves; may be repeated
+    #[arg(
+        long = "inbound-port",
+        env = "TOMBOLO_INBOUND_PORTS",
+        value_delimiter = ',',
+        value_name = "PORT[/udp]"
+    )]
+    inbound_ports: Option<Vec<InboundPort>>,
     /// The sidecar's --inbound, for while it does not listen: strict refuses, permissive lets through
     #[arg(long, env = "TOMBOLO_INBOUND", value_name = "strict|permissive")]
     inbound: Option<String>,
@@ -229,14 +235,11 @@ impl Settings {
 
 fn inbound_rules(
     mode: Option<String>,
-    ports: Option<Vec<u16>>,
+    ports: Option<Vec<InboundPort>>,
     listen_port: Option<u16>,
     allow: Option<Vec<String>>,
 ) -> Result<Option<Inbound>, Failure> {
-    let ports: BTreeSet<u16> = ports.unwrap_or_default().into_iter().collect();
-    if ports.contains(&0) {
-        return Err(Failure::usage("--inbound-port 0: is not in 1..=65535"));
-    }
+    let ports: BTreeSet<InboundPort> = ports.unwrap_or_default().into_iter().collect();
     let allow: Vec<Allow> =
         allow.unwrap_or_default().iter().map(|text| allowed(text)).collect::<Result<_, _>>()?;
     match (mode, ports.is_empty()) {
@@ -318,7 +321,10 @@ mod tests {
                 Settings { exclude_interfaces: texts(&["a\" accept"]), ..Settings::default() },
                 &["--exclude-interface"],
             ),
-            (Settings { inbound_ports: Some(vec![8080]), ..Settings::default() }, &["--inbound permissive"]),
+            (
+                Settings { inbound_ports: Some(vec!["8080".parse().unwrap()]), ..Settings::default() },
+                &["--inbound permissive"],
+            ),
             (Settings { inbound: Some("strict".into()), ..Settings::default() }, &["--inbound-port"]),
             (
                 Settings { outbound: Some("none".into()), ..Settings::default() },

@@ -5,11 +5,12 @@ use std::net::SocketAddr;
 use std::str::FromStr;
 
 use ipnet::IpNet;
+use serde::{Deserialize, Deserializer};
 use tombolo_model::protocol::Protocol;
 use tombolo_sidecar::capture::CaptureAddress;
 use tombolo_sidecar::capture::settings::destination;
 
-use super::plan::Allow;
+use super::plan::{Allow, InboundPort};
 use crate::failure::Failure;
 
 pub fn port_number(flag: &str, given: Option<u16>, default: u16) -> Result<u16, Failure> {
@@ -82,6 +83,37 @@ pub fn allowed(text: &str) -> Result<Allow, Failure> {
     Ok(Allow { source, port })
 }
 
+const INBOUND_PORT: &str = "is no port: write it as 8080 or 5353/udp, with a number from 1 to 65535";
+
+impl FromStr for InboundPort {
+    type Err = &'static str;
+    /// `8080`, `5353/udp`.
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let (number, protocol) = Protocol::suffix(text.trim());
+        match number.parse() {
+            Ok(number) if number != 0 => Ok(Self { number, protocol }),
+            _ => Err(INBOUND_PORT),
+        }
+    }
+}
+
+/// In a file a number will do.
+impl<'de> Deserialize<'de> for InboundPort {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(untagged)]
+        enum Written {
+            Number(u64),
+            Text(String),
+        }
+        let text = match Written::deserialize(deserializer)? {
+            Written::Number(number) => number.to_string(),
+            Written::Text(text) => text,
+        };
+        text.parse().map_err(|reason| serde::de::Error::custom(format!("{text:?} {reason}")))
+    }
+}
+
 pub fn user(text: &str) -> Result<u32, Failure> {
     if let Ok(number) = text.parse() {
         return Ok(number);
@@ -112,6 +144,19 @@ pub fn interface(text: &str) -> Result<String, Failure> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn ports_from_outside_have_a_protocol_and_may_be_numbers_in_a_file() {
+        let port = |number, protocol| InboundPort { number, protocol };
+        let read: Vec<InboundPort> = serde_json::from_str(r#"[8080, "5353/udp", "80/tcp"]"#).unwrap();
+        assert_eq!(read, [port(8080, Protocol::Tcp), port(5353, Protocol::Udp), port(80, Protocol::Tcp)]);
+        for bad in ["0", "udp", "53/sctp", "65536", "", "53/udp/udp"] {
+            assert!(bad.parse::<InboundPort>().unwrap_err().contains("5353/udp"), "{bad}");
+        }
+        assert!(
+            serde_json::from_str::<Vec<InboundPort>>("[70000]").unwrap_err().to_string().contains("70000")
+        );
+    }
 
     #[test]
     fn sources_and_ports_that_are_let_in_are_read() {

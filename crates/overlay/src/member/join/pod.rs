@@ -69,6 +69,24 @@ impl JoinPlan {
     }
 }
 
+/// What a pod joins as.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum PodRole {
+    /// A workload: its service account.
+    Sidecar,
+    /// The gateway that is called like the pod; the federator says whose pods may.
+    Gateway,
+}
+
+impl PodRole {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Sidecar => "",
+            Self::Gateway => "gateway",
+        }
+    }
+}
+
 impl Member {
     /// Joins as a service account. `text`: a token for pods, which says where; `service_account`: its own, which says who.
     pub async fn join_pod(
@@ -77,8 +95,19 @@ impl Member {
         dir: &Path,
         options: &JoinOptions,
     ) -> Result<Self, JoinError> {
+        Self::join_pod_as(text, (service_account, PodRole::Sidecar), dir, options).await
+    }
+
+    /// The same in a role.
+    pub async fn join_pod_as(
+        text: &str,
+        (service_account, role): (&ServiceAccountToken, PodRole),
+        dir: &Path,
+        options: &JoinOptions,
+    ) -> Result<Self, JoinError> {
         let plan = JoinPlan::for_pod(text, clock::since_unix_epoch()).await?;
-        Self::join_by(&plan, &Proof::ServiceAccount(service_account.clone()), dir, options).await
+        let proof = Proof::ServiceAccount(service_account.clone(), role);
+        Self::join_by(&plan, &proof, dir, options).await
     }
 }
 
@@ -87,7 +116,7 @@ pub(super) async fn ask(
     plan: &JoinPlan,
     peer: &PeerConnection,
     name: &str,
-    service_account: &ServiceAccountToken,
+    (service_account, role): (&ServiceAccountToken, PodRole),
 ) -> Result<(KeyAndCsr, v1::JoinWorkloadResponse), JoinError> {
     let (token, holder) = match service_account {
         ServiceAccountToken::File(file) => {
@@ -103,6 +132,7 @@ pub(super) async fn ask(
     let request = v1::JoinPodRequest {
         service_account_token: token.to_string(),
         csr_der: fresh.csr_der.clone(),
+        role: role.as_str().to_owned(),
         holder: holder.to_owned(),
     };
     let client = JoinClient::new(grpc::channel(peer.clone()));
@@ -110,5 +140,11 @@ pub(super) async fn ask(
         let (mut client, request) = (client.clone(), request.clone());
         async move { client.join_pod(request).await }
     };
-    Ok((fresh, answered(plan, name, call).await?))
+    let answer = answered(plan, name, call).await?;
+    let id = answer.svid.as_ref().map(|svid| svid.spiffe_id.as_str()).unwrap_or_default();
+    // Before anything is stored: its name would not be the one that it is started with.
+    if role == PodRole::Gateway && !id.ends_with(&format!("/gateway/{name}")) {
+        return Err(JoinError::OtherPod { given: name.to_owned(), id: id.to_owned() });
+    }
+    Ok((fresh, answer))
 }

@@ -111,7 +111,7 @@ fn nothing_outbound_means_no_outbound_chain() {
     let inbound = Inbound {
         mode: InboundMode::Strict,
         listen_port: 7448,
-        ports: [8080, 9090].into(),
+        ports: ["8080", "9090", "5353/udp"].map(|text| text.parse().unwrap()).into(),
         allow: vec![
             Allow { source: Some("10.0.0.0/24".parse().unwrap()), port: Some(9090) },
             Allow { source: Some("fd00::1/128".parse().unwrap()), port: None },
@@ -128,6 +128,37 @@ fn nothing_outbound_means_no_outbound_chain() {
     assert!(prerouting.contains(&"ip6 saddr fd00::1/128 accept"), "{rules}");
     assert!(prerouting.contains(&"tcp dport 9100 accept"), "{rules}");
     assert!(prerouting.last().unwrap().ends_with("reject with tcp reset"));
+    assert_eq!(
+        chain(&rules, "udp_inbound"),
+        [
+            "type filter hook prerouting priority -150; policy accept;",
+            "meta l4proto != udp accept",
+            "udp dport != { 5353 } accept",
+            "iifname { \"lo\" } accept",
+            "fib daddr type != local accept",
+            "ip saddr 10.0.0.0/24 udp dport 9090 accept",
+            "ip6 saddr fd00::1/128 accept",
+            "udp dport 9100 accept",
+            "ct direction reply accept",
+            "counter name \"inbound_datagrams_refused\" reject",
+        ]
+    );
+}
+
+#[test]
+fn each_protocol_has_a_chain_where_it_has_ports() {
+    let of = |port: &str, mode| {
+        let ports = [port.parse().unwrap()].into();
+        let inbound = Inbound { mode, listen_port: 7448, ports, allow: Vec::new() };
+        Plan { inbound: Some(inbound), ..plan() }.rules()
+    };
+    let tcp = of("8080", InboundMode::Permissive);
+    assert!(tcp.contains("chain prerouting") && !tcp.contains("chain udp_inbound"), "{tcp}");
+    let udp = of("5353/udp", InboundMode::Permissive);
+    assert!(!udp.contains("chain prerouting"), "{udp}");
+    assert!(
+        chain(&udp, "udp_inbound").last().unwrap().ends_with("counter name \"inbound_datagrams\" accept")
+    );
 }
 
 #[test]
