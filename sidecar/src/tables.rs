@@ -243,12 +243,15 @@ fn inbound(wire: &v1::InboundHandle) -> Result<(Handle, InboundHandle), FieldErr
     Ok((handle, InboundHandle { class: HandleClass::Mesh, importer: Some(importer), service }))
 }
 
-fn port(field: &'static str, wire: &v1::ServicePort) -> Result<(Protocol, u16), FieldError> {
-    let number = u16::try_from(wire.port).ok().filter(|number| *number != 0);
-    let number = number.ok_or_else(|| FieldError::new(field, wire.port, "a port of 1..=65535"))?;
-    let protocol = Protocol::parse(&wire.protocol)
-        .ok_or_else(|| FieldError::new(field, &wire.protocol, "protocol TCP or UDP"))?;
-    Ok((protocol, number))
+/// `fields`: what the number and the protocol are called.
+fn port(
+    [number, protocol]: [&'static str; 2],
+    wire: &v1::ServicePort,
+) -> Result<(Protocol, u16), FieldError> {
+    let port = u16::try_from(wire.port).ok().filter(|port| *port != 0);
+    let port = port.ok_or_else(|| FieldError::new(number, wire.port, "1..=65535"))?;
+    let known = Protocol::parse(&wire.protocol);
+    Ok((known.ok_or_else(|| FieldError::new(protocol, &wire.protocol, "TCP or UDP"))?, port))
 }
 
 fn upstream(
@@ -258,7 +261,11 @@ fn upstream(
 ) -> Result<(Upstream, Vec<Rejected>), FieldError> {
     let service: ServiceKey = convert::parse("upstreams.service", &wire.service)?;
     let mut sieve = Sieve(Vec::new());
-    let ports = wire.ports.iter().filter_map(|p| sieve.take("port", port("upstreams.ports", p))).collect();
+    let ports = wire
+        .ports
+        .iter()
+        .filter_map(|p| sieve.take("port", port(["upstreams.ports.port", "upstreams.ports.protocol"], p)))
+        .collect();
     let mut backends: Vec<Arc<Backend>> = Vec::new();
     for wire in &wire.backends {
         let Some(backend) = sieve.take("backend", backend(wire)) else { continue };
@@ -313,6 +320,10 @@ fn backend(wire: &v1::Backend) -> Result<Backend, FieldError> {
         properties: wire.properties.clone().into_iter().collect(),
         stale: wire.stale,
         // One of another protocol is nobody's reason to leave the cluster out.
-        ports: wire.ports.iter().filter_map(|wire| port("backends.ports", wire).ok()).collect(),
+        ports: wire
+            .ports
+            .iter()
+            .filter_map(|wire| port(["backends.ports.port", "backends.ports.protocol"], wire).ok())
+            .collect(),
     })
 }

@@ -58,6 +58,9 @@ pub struct Touched {
     pub fronts: bool,
 }
 
+/// What a slice is of, if it is of that.
+type Which = fn(&SliceRow) -> &Option<String>;
+
 /// Every table.
 #[derive(Debug, Default)]
 pub struct Tables {
@@ -123,10 +126,10 @@ impl Tables {
         for (place, before) in self.slices.apply(event) {
             let (namespace, _) = &place;
             let now = self.slices.get(&place);
-            let of = |row: Option<&SliceRow>, which: fn(&SliceRow) -> &Option<String>| {
+            let of = |row: Option<&SliceRow>, which: Which| {
                 row.and_then(|row| which(row).clone()).map(|name| (namespace.clone(), name))
             };
-            let kinds: [(_, fn(&SliceRow) -> &Option<String>, bool); 3] = [
+            let kinds: [(_, Which, bool); 3] = [
                 (&mut self.of_service, |row| &row.service, true),
                 (&mut self.of_import, |row| &row.import, false),
                 (&mut self.of_front, |row| &row.front, false),

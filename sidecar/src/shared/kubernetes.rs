@@ -140,7 +140,7 @@ impl KubernetesSource {
         let changed = match news {
             News::Event { scope, kind, event } => {
                 self.away = None;
-                self.tables.apply(scope, kind, event)
+                self.tables.apply(scope, kind, *event)
             }
             News::Away => {
                 self.away.get_or_insert(now);

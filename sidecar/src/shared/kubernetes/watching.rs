@@ -46,7 +46,7 @@ pub type Connect = Arc<dyn Fn() -> BoxFuture<'static, Result<Session, String>> +
 #[derive(Debug)]
 pub(super) enum News {
     /// Of the scope's watch of a kind.
-    Event { scope: usize, kind: Kind, event: Event<DynamicObject> },
+    Event { scope: usize, kind: Kind, event: Box<Event<DynamicObject>> },
     /// The API server can't be watched now.
     Away,
     /// It answers again.
@@ -128,12 +128,12 @@ impl WatchTask {
             tokio::select! {
                 Some((scope, kind, event)) = watched.next() => match event {
                     // It is said before anything was asked.
-                    Ok(event @ Event::Init) => self.tell(News::Event { scope, kind, event }).await?,
+                    Ok(event @ Event::Init) => self.tell(News::Event { scope, kind, event: event.into() }).await?,
                     Ok(event) => {
                         if std::mem::take(&mut away) {
                             tracing::info!("the API server answers again");
                         }
-                        self.tell(News::Event { scope, kind, event }).await?;
+                        self.tell(News::Event { scope, kind, event: event.into() }).await?;
                     }
                     Err(error) => {
                         self.errors.inc();
