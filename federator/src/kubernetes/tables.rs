@@ -56,6 +56,9 @@ pub struct Touched {
     pub fronts: bool,
 }
 
+/// Whose a slice is.
+type SliceOwner = fn(&SliceRow) -> &Option<String>;
+
 /// Every table.
 #[derive(Debug, Default)]
 pub struct Tables {
@@ -121,10 +124,10 @@ impl Tables {
         for (place, before) in self.slices.apply(event) {
             let (namespace, _) = &place;
             let now = self.slices.get(&place);
-            let of = |row: Option<&SliceRow>, which: fn(&SliceRow) -> &Option<String>| {
+            let of = |row: Option<&SliceRow>, which: SliceOwner| {
                 row.and_then(|row| which(row).clone()).map(|name| (namespace.clone(), name))
             };
-            let kinds: [(_, fn(&SliceRow) -> &Option<String>, bool); 3] = [
+            let kinds: [(_, SliceOwner, bool); 3] = [
                 (&mut self.of_service, |row| &row.service, true),
                 (&mut self.of_import, |row| &row.import, false),
                 (&mut self.of_front, |row| &row.front, false),
