@@ -14,7 +14,7 @@ use tombolo_federator::foreign::client::WebRoots;
 use tombolo_federator::kubernetes::KubernetesConfig;
 use tombolo_federator::role::{DEFAULT_LISTEN, Federator, FederatorConfig};
 use tombolo_federator::token_review::access::{IN_CLUSTER_DIR, KubernetesAccess};
-use tombolo_model::names::{ClusterName, Namespace};
+use tombolo_model::names::ClusterName;
 use tombolo_model::virtual_ranges::VirtualRanges;
 use tombolo_runtime::dirs::Dirs;
 use tombolo_runtime::tasks::TaskGroup;
