@@ -39,7 +39,16 @@ pub fn config(
         (Some(_), None) => return Err(without("--kubernetes-publish")),
         (Some(federator), Some(access)) => {
             let namespace = own_namespace(access, namespace.cloned())?;
-            Some((KubernetesConfig { access: access.clone(), namespace, services: false, objects: false, shared: None }, federator))
+            Some((
+                KubernetesConfig {
+                    access: access.clone(),
+                    namespace,
+                    services: false,
+                    objects: false,
+                    shared: None,
+                },
+                federator,
+            ))
         }
     };
     Ok(PodsConfig { gateways, publish })
