@@ -419,7 +419,6 @@ impl Settings {
             names: names::config(dns_listen, dns_upstreams)?,
             agentless_allow: cidrs("--agentless-allow", agentless_allow)?,
             pod_ip,
-            provided: None,
         };
         if alone {
             config.check().map_err(Failure::usage)?;

@@ -175,6 +175,7 @@ impl KubernetesArgs {
             capture: None,
             names: None,
             agentless_allow: Vec::new(),
+            pod_ip: None,
         };
         Ok(KubernetesConfig {
             namespaces,
