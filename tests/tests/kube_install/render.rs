@@ -23,8 +23,11 @@ const ALL: [&str; 9] = [
     "federator.extraArgs={--audit-days=400}",
 ];
 
+/// A name, and the same settings for helm and for `tombolo install`.
+type Case = (String, Vec<String>, Vec<String>);
+
 /// Each preset's arguments, and everything at once.
-fn cases() -> Result<Vec<(String, Vec<String>, Vec<String>)>> {
+fn cases() -> Result<Vec<Case>> {
     let mut cases = Vec::new();
     for entry in std::fs::read_dir(chart().join("presets"))? {
         let path = entry?.path();
