@@ -66,7 +66,7 @@ pub enum Command {
     Demo(cmd::demo::DemoArgs),
     Trust(cmd::trust::TrustArgs),
     Federator(Box<cmd::federator::FederatorArgs>),
-    Gateway(cmd::gateway::GatewayArgs),
+    Gateway(Box<cmd::gateway::GatewayArgs>),
     Sidecar(Box<cmd::sidecar::SidecarArgs>),
     Link(cmd::link::LinkArgs),
     Unlink(cmd::unlink::UnlinkArgs),

@@ -37,7 +37,7 @@ pub fn run(cli: Cli) -> Result<Exit, Failure> {
     match command {
         // Roles set up logging and runtimes of their own.
         Command::Federator(args) => federator::run(*args, connect.socket),
-        Command::Gateway(args) => gateway::run(args),
+        Command::Gateway(args) => gateway::run(*args),
         Command::Sidecar(args) => sidecar::run(*args),
         Command::Demo(args) => demo::run(args),
         Command::DemoApp(args) => demo_app::run(args),

@@ -81,7 +81,7 @@ pub fn parse(file: &str, text: &str) -> Result<Parsed, SyntaxError> {
     let (body, end) = parser.block()?;
     match end {
         End::OfFile => Ok(Parsed { body, defines: parser.defines }),
-        End::Else(_) | End::End => Err(parser.wrong("`else` or `end` without a beginning")),
+        End::Else(_) | End::Here => Err(parser.wrong("`else` or `end` without a beginning")),
     }
 }
 
@@ -189,7 +189,7 @@ fn push(tokens: &mut Vec<Token>, token: Token, length: usize) -> usize {
 /// What a block ended with.
 enum End {
     OfFile,
-    End,
+    Here,
     /// With the tokens after `else`.
     Else(Vec<Token>),
 }
@@ -222,7 +222,7 @@ impl Parser<'_> {
                 _ => ("", Vec::new()),
             };
             match first {
-                "end" => return Ok((nodes, End::End)),
+                "end" => return Ok((nodes, End::Here)),
                 "else" => return Ok((nodes, End::Else(rest))),
                 "if" => nodes.push(self.branches(&rest)?),
                 "with" => {
@@ -251,7 +251,7 @@ impl Parser<'_> {
     /// A block that `end` closes.
     fn ended(&mut self) -> Result<Vec<Node>, SyntaxError> {
         match self.block()? {
-            (body, End::End) => Ok(body),
+            (body, End::Here) => Ok(body),
             _ => Err(self.wrong("`end` is missing")),
         }
     }
@@ -263,7 +263,7 @@ impl Parser<'_> {
             let (body, end) = self.block()?;
             branches.push((condition, body));
             condition = match end {
-                End::End => return Ok(Node::If(branches)),
+                End::Here => return Ok(Node::If(branches)),
                 End::OfFile => return Err(self.wrong("`end` of an `if` is missing")),
                 End::Else(rest) => match rest.split_first() {
                     None => None,

@@ -77,7 +77,7 @@ pub struct SidecarArgs {
 enum Verb {
     Capture(capture::CaptureArgs),
     Dns(dns::DnsArgs),
-    Shared(shared::SharedArgs),
+    Shared(Box<shared::SharedArgs>),
 }
 
 #[derive(Debug, Default, Args, Deserialize)]
@@ -295,7 +295,7 @@ pub fn run(args: SidecarArgs) -> Result<Exit, Failure> {
     match verb {
         Some(Verb::Capture(args)) => return capture::run(args),
         Some(Verb::Dns(args)) => return dns::run(args),
-        Some(Verb::Shared(args)) => return shared::run(args),
+        Some(Verb::Shared(args)) => return shared::run(*args),
         None => {}
     }
     let mut settings = settings.over(role::file(config.as_deref())?);
