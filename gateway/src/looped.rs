@@ -121,6 +121,8 @@ async fn answers(tables: &Tables, keys: &mut KeyCache, to: SocketAddr, sequence:
 
 #[cfg(test)]
 mod tests {
+    use tombolo_runtime::tasks::TaskGroup;
+
     use std::num::NonZeroUsize;
 
     use tokio::sync::watch;
@@ -147,14 +149,15 @@ mod tests {
             Arc::new(Tables::parse(&wire, &"east".parse().unwrap(), fixture::east(), None, now).unwrap());
         let (given, received) = watch::channel(None);
         let sockets = [plane.border_addr(), plane.inner_addr()];
-        let task = tokio::spawn(super::watch(received, sockets, readiness.clone(), first));
+        let tasks = TaskGroup::new();
+        tasks.spawn("looped-back probe", super::watch(received, sockets, readiness.clone(), first));
         // The tables are known here, and not there: nobody answers.
         given.send_replace(Some(Arc::clone(&tables)));
         let early = tokio::time::timeout(Duration::from_millis(800), readiness.ready()).await;
         assert!(early.is_err(), "ready without an answer");
         plane.set_tables(tables);
         tokio::time::timeout(Duration::from_secs(10), readiness.ready()).await.unwrap();
-        task.abort();
+        tasks.shutdown(Duration::ZERO).await;
         plane.stop();
     }
 }

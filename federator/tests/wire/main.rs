@@ -90,6 +90,8 @@ fn config(dir: &Path, cluster: &str, listen: SocketAddr) -> FederatorConfig {
         bundle_endpoint: None,
         kubernetes: None,
         kubernetes_services: None,
+        pods: Default::default(),
+        inject: None,
         web_roots: Default::default(),
         virtual_ranges: Default::default(),
         names: None,

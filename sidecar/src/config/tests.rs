@@ -26,7 +26,6 @@ fn config(services: &[&str], upstreams: &[&str]) -> SidecarConfig {
         names: None,
         agentless_allow: Vec::new(),
         pod_ip: None,
-        provided: None,
     }
 }
 

@@ -1,6 +1,7 @@
 //! Who may join as what, by `JoinPolicy` objects.
 
 use super::*;
+use crate::facts::Role;
 use crate::token_review::PodIdentity;
 
 fn policy(name: &str, spec: Value) -> Object {

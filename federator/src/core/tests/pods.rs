@@ -1,6 +1,7 @@
 //! Pods join as their service account, as often as pods are started anew, and no more.
 
 use super::*;
+use crate::facts::Role;
 use crate::token_review::{PodIdentity, ReviewError};
 
 fn pod(uid: &str, account: &str) -> PodIdentity {

@@ -244,10 +244,10 @@ mod tests {
         assert_eq!(ops.len(), 5);
         assert_eq!(ops[3], Op::Put("/tombolo/east/v1/t/links/a".into(), b"\x013".to_vec()));
         let Op::DeleteRange(from, to) = &ops[4] else { panic!("{ops:?}") };
-        assert!(from.ends_with("c/links/a\000000003") && from < to);
+        assert!(from.ends_with("c/links/a\x0000000003") && from < to);
         let ops = layout.ops(&put("a", 1), true);
         assert_eq!(ops[0], Op::Put("/tombolo/east/v1/t/links/a".into(), vec![WHOLE, 7]));
-        assert!(matches!(&ops[1], Op::DeleteRange(from, _) if from.ends_with("c/links/a\000000000")));
+        assert!(matches!(&ops[1], Op::DeleteRange(from, _) if from.ends_with("c/links/a\x0000000000")));
         assert_eq!(Stored::of(b"\x0012"), Some(Stored::Whole(b"12")));
         assert_eq!(Stored::of(b"\x0112"), Some(Stored::Pieces(12)));
         assert_eq!((Stored::of(b""), Stored::of(b"\x02"), Stored::of(b"\x01x")), (None, None, None));

@@ -29,7 +29,6 @@ fn application(name: &str, bind: &str, sources: &[&str]) -> Application {
         names: None,
         agentless_allow: Vec::new(),
         pod_ip: None,
-        provided: None,
     };
     let sources = sources.iter().map(|source| source.parse().unwrap()).collect();
     Application { sources, sidecar, fingerprint: String::new(), start: Start::Now }
