@@ -260,7 +260,8 @@ mod tests {
             assert_eq!(condition(&state.value("t1"), "Ready").0, "False");
             state.apply(event);
         }
-        assert_eq!(condition(&state.value("t2"), "Initialized"), ("True".into(), "t2".into()));
+        // Since the sidecar has started, which it did before it was ready.
+        assert_eq!(condition(&state.value("t2"), "Initialized"), ("True".into(), "t1".into()));
         assert_eq!(state.value("t2")["phase"], "Pending");
         state.apply(happened(false, 0, running()));
         assert_eq!(state.value("t3")["phase"], "Running");
