@@ -9,7 +9,8 @@ use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 
 use crate::link::Shape;
-use crate::mesh::{Layout, Mesh, http_get};
+use crate::mesh::{Layout, Mesh, binary, http_get};
+use crate::process::ProcessSpec;
 use crate::traffic::{Answer, RequestLoad, StreamReader, StreamServer};
 
 /// Longest time from applied manifests to the first answer from the other cluster.
@@ -40,6 +41,39 @@ kind: ServiceExport
 metadata: {{ name: {service}, namespace: shop }}
 "
     )
+}
+
+/// Lets `sa/<name>` of east in, and nobody else.
+pub fn only(name: &str) -> String {
+    format!(
+        "apiVersion: tombolo.dev/v1alpha1
+kind: AccessPolicy
+metadata: {{ name: only, namespace: shop }}
+spec:
+  action: ALLOW
+  rules:
+    - from: [ {{ identities: [ spiffe://acme.example/cluster/east/ns/shop/sa/{name} ] }} ]
+"
+    )
+}
+
+/// West with a machine outside that has not joined yet, its application at `listen`; east calls `shop/legacy`, which the machine
+/// will serve, and serves `shop/web`. The machine's index, and where east's caller reaches `shop/legacy`.
+pub fn before_joining(listen: &str, answers_as: &str) -> Result<(Mesh, usize, SocketAddr)> {
+    let mut mesh = Mesh::start(&Layout { gateways: 1, ..Layout::default() })?;
+    let app = mesh.cluster("east")?.address(21, 8080);
+    application(&mut mesh, "east", "app", app, "east")?;
+    mesh.sidecar("east", "web", &flag("--service", "web", 80, app))?;
+    mesh.apply("east", &export("web"))?;
+    mesh.apply("west", &export("legacy"))?;
+    let legacy = mesh.cluster("east")?.address(22, 9080);
+    mesh.sidecar("east", "client", &flag("--upstream", "legacy", 80, legacy))?;
+    let index = mesh.bare_machine("west")?;
+    let app = ProcessSpec::new("vm-app", binary()?)
+        .args(["demo-app", "--listen", listen, "--name", answers_as])
+        .within(mesh.outside(index)?);
+    mesh.spawn("vm/app", app)?;
+    Ok((mesh, index, legacy))
 }
 
 /// Flags of a sidecar: `--service` (served from `address`), or `--upstream` (called through it).

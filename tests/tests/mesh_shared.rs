@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use tombolo_tests::capability::require_netns;
 use tombolo_tests::mesh::{Layout, Mesh, connect_from, http_get, http_get_from};
-use tombolo_tests::scenario::{application, entry, export, flag, metric};
+use tombolo_tests::scenario::{application, entry, export, flag, metric, only};
 use tombolo_tests::traffic::StreamServer;
 
 const PATIENCE: Duration = Duration::from_secs(15);
@@ -18,20 +18,6 @@ const CART: u8 = 31;
 const DB: u8 = 32;
 const LATE: u8 = 33;
 const NOBODY: u8 = 34;
-
-/// Lets `sa/<name>` of east in, and nobody else.
-fn only(name: &str) -> String {
-    format!(
-        "apiVersion: tombolo.dev/v1alpha1
-kind: AccessPolicy
-metadata: {{ name: only, namespace: shop }}
-spec:
-  action: ALLOW
-  rules:
-    - from: [ {{ identities: [ spiffe://acme.example/cluster/east/ns/shop/sa/{name} ] }} ]
-"
-    )
-}
 
 struct Site {
     mesh: Mesh,

@@ -8,7 +8,7 @@ use anyhow::{Result, ensure};
 use tombolo_tests::capability::require_netns;
 use tombolo_tests::datagrams::{Caller, Echo};
 use tombolo_tests::mesh::{Layout, Mesh};
-use tombolo_tests::scenario::{export, metric};
+use tombolo_tests::scenario::{export, metric, only};
 
 const PATIENCE: Duration = Duration::from_secs(15);
 const SOON: Duration = Duration::from_secs(1);
@@ -17,20 +17,6 @@ const FRONT: u8 = 30;
 const CART: u8 = 31;
 const DB: u8 = 32;
 const NOBODY: u8 = 34;
-
-/// Lets `sa/<name>` of east in, and nobody else.
-fn only(name: &str) -> String {
-    format!(
-        "apiVersion: tombolo.dev/v1alpha1
-kind: AccessPolicy
-metadata: {{ name: only, namespace: shop }}
-spec:
-  action: ALLOW
-  rules:
-    - from: [ {{ identities: [ spiffe://acme.example/cluster/east/ns/shop/sa/{name} ] }} ]
-"
-    )
-}
 
 struct Site {
     mesh: Mesh,

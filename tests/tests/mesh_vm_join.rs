@@ -8,10 +8,10 @@ use anyhow::{Context as _, Result, ensure};
 use tombolo_tests::capability::{require_netns, require_programs};
 use tombolo_tests::captured::{curl, run};
 use tombolo_tests::machine::{Machine, RESOLV_CONF};
-use tombolo_tests::mesh::{Layout, Mesh, binary, http_get};
+use tombolo_tests::mesh::{Mesh, binary, http_get};
 use tombolo_tests::netns::Namespace;
 use tombolo_tests::process::ProcessSpec;
-use tombolo_tests::scenario::{application, export, flag};
+use tombolo_tests::scenario::before_joining;
 
 const VM: &str = "vm-1";
 const VM_APP: &str = "127.0.0.1:8080";
@@ -38,19 +38,7 @@ struct Site {
 
 impl Site {
     fn start() -> Result<Self> {
-        let mut mesh = Mesh::start(&Layout { gateways: 1, ..Layout::default() })?;
-        let app = mesh.cluster("east")?.address(21, 8080);
-        application(&mut mesh, "east", "app", app, "east")?;
-        mesh.sidecar("east", "web", &flag("--service", "web", 80, app))?;
-        mesh.apply("east", &export("web"))?;
-        mesh.apply("west", &export("legacy"))?;
-        let legacy = mesh.cluster("east")?.address(22, 9080);
-        mesh.sidecar("east", "client", &flag("--upstream", "legacy", 80, legacy))?;
-        let index = mesh.bare_machine("west")?;
-        let app = ProcessSpec::new("vm-app", binary()?)
-            .args(["demo-app", "--listen", VM_APP, "--name", VM])
-            .within(mesh.outside(index)?);
-        mesh.spawn("vm/app", app)?;
+        let (mesh, index, legacy) = before_joining(VM_APP, VM)?;
         std::fs::write(mesh.path("workload.yaml"), WORKLOAD)?;
         Ok(Self { mesh, index, legacy })
     }

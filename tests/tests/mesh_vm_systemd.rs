@@ -8,9 +8,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use tombolo_tests::capability::{require_netns, require_programs};
-use tombolo_tests::mesh::{Layout, Mesh, binary, http_get};
-use tombolo_tests::process::ProcessSpec;
-use tombolo_tests::scenario::{application, export, flag};
+use tombolo_tests::mesh::{Mesh, binary, http_get};
+use tombolo_tests::scenario::before_joining;
 use tombolo_tests::systemd::{Systemd, require_systemd};
 
 const VM_APP: &str = "127.0.0.1:8080";
@@ -53,19 +52,7 @@ struct Site {
 
 impl Site {
     fn start() -> Result<Self> {
-        let mut mesh = Mesh::start(&Layout { gateways: 1, ..Layout::default() })?;
-        let app = mesh.cluster("east")?.address(21, 8080);
-        application(&mut mesh, "east", "app", app, "east")?;
-        mesh.sidecar("east", "web", &flag("--service", "web", 80, app))?;
-        mesh.apply("east", &export("web"))?;
-        mesh.apply("west", &export("legacy"))?;
-        let legacy = mesh.cluster("east")?.address(22, 9080);
-        mesh.sidecar("east", "client", &flag("--upstream", "legacy", 80, legacy))?;
-        let index = mesh.bare_machine("west")?;
-        let app = ProcessSpec::new("vm-app", binary()?)
-            .args(["demo-app", "--listen", VM_APP, "--name", "vm-1"])
-            .within(mesh.outside(index)?);
-        mesh.spawn("vm/app", app)?;
+        let (mesh, index, legacy) = before_joining(VM_APP, "vm-1")?;
         let machine = Systemd::boot(mesh.outside(index)?)?;
         Ok(Self { mesh, machine, legacy })
     }

@@ -85,19 +85,13 @@ pub struct EtcdStore {
 #[derive(Default)]
 struct Commits {
     /// What a commit without an answer may have written.
-    doubtful: Doubt,
+    doubtful: Vec<Write>,
+    /// A journal without an answer may be complete; nothing of it has been applied.
+    doubtful_journal: bool,
     /// What is committed, and still in the journal alone.
     unapplied: Vec<Write>,
-}
-
-#[derive(Default)]
-enum Doubt {
-    #[default]
-    None,
-    /// These keys may have been written.
-    Keys(Vec<(Table, String)>),
-    /// The journal may be complete; nothing of it has been applied.
-    Journal,
+    /// Journals begun: a late part of one is no part of another.
+    journals: u32,
 }
 
 /// How a fenced transaction ended.
@@ -211,21 +205,19 @@ impl EtcdStore {
 
     /// Undoes what has no known outcome, and finishes what is only in the journal.
     fn settle(&self, commits: &mut Commits) -> Result<(), StoreError> {
-        if !matches!(commits.doubtful, Doubt::None) {
-            let key = self.layout.sequence();
-            let found = self.link.call(PATIENCE, |mut client| async move { client.get(key, None).await })?;
-            self.ownership.set_sequence(found.kvs().first().map_or(0, etcd_client::KeyValue::mod_revision));
-            let ops = match &commits.doubtful {
-                Doubt::None => Vec::new(),
-                Doubt::Journal => vec![self.layout.without_journal()],
-                Doubt::Keys(keys) => {
-                    let before = keys.iter().map(|key| self.restored(key));
-                    before.flat_map(|write| self.layout.ops(&write, true)).map(Op::into).collect()
-                }
-            };
-            self.owned(ops, true)?;
+        if commits.doubtful_journal || !commits.doubtful.is_empty() {
+            self.find_sequence()?;
+            if commits.doubtful_journal {
+                self.owned(vec![self.layout.without_journal()], true)?;
+                commits.doubtful_journal = false;
+            }
+            if !commits.doubtful.is_empty() {
+                let doubtful = commits.doubtful.clone();
+                let restored: Vec<Write> = doubtful.iter().map(|write| self.restored(write)).collect();
+                self.put(commits, &restored, &doubtful)?;
+                commits.doubtful.clear();
+            }
             tracing::warn!("a transaction without an answer is undone in etcd");
-            commits.doubtful = Doubt::None;
         }
         if !commits.unapplied.is_empty() {
             self.apply(&commits.unapplied)?;
@@ -234,11 +226,29 @@ impl EtcdStore {
         Ok(())
     }
 
+    /// The revision of the last commit, which may be the one without an answer, but must be this federator's: what another
+    /// has written meanwhile is not in the mirror.
+    fn find_sequence(&self) -> Result<(), StoreError> {
+        let key = self.layout.sequence();
+        let found = self.link.call(PATIENCE, |mut client| async move { client.get(key, None).await })?;
+        let last = found.kvs().first();
+        let revision = last.map_or(0, etcd_client::KeyValue::mod_revision);
+        if revision != self.ownership.sequence() {
+            let by = last.map(|last| String::from_utf8_lossy(last.value()).into_owned()).unwrap_or_default();
+            if by != self.ownership.name() {
+                return Err(StoreError::NotOwner { owner: by });
+            }
+            self.ownership.set_sequence(revision);
+        }
+        Ok(())
+    }
+
     /// The write that makes a key what the mirror says it is; entries of logs are written once, so they were not there.
-    fn restored(&self, (table, key): &(Table, String)) -> Write {
-        match self.mirror.get(*table, key) {
-            Some(value) => Write::Put { table: *table, key: key.clone(), value },
-            None => Write::Delete { table: *table, key: key.clone() },
+    fn restored(&self, write: &Write) -> Write {
+        let (table, key) = write.at();
+        match self.mirror.get(table, &key) {
+            Some(value) => Write::Put { table, key, value },
+            None => Write::Delete { table, key },
         }
     }
 
@@ -251,39 +261,40 @@ impl EtcdStore {
         self.owned(vec![self.layout.without_journal()], false).map(drop)
     }
 
-    fn write(&self, commits: &mut Commits, writes: &[Write]) -> Result<(), StoreError> {
-        let was_large = |write: &Write| match write {
-            Write::Put { table, key, .. } | Write::Delete { table, key } => {
-                self.mirror.get(*table, key).is_some_and(|value| keys::is_large(&value))
-            }
-        };
-        let ops: Vec<Op> = writes.iter().flat_map(|write| self.layout.ops(write, was_large(write))).collect();
-        let mut groups = keys::groups(ops);
+    /// Commits `writes`; `before`: what may lie at their keys.
+    fn put(&self, commits: &mut Commits, writes: &[Write], before: &[Write]) -> Result<(), StoreError> {
+        let pieces = |(write, before): (&Write, &Write)| self.layout.ops(write, before.is_large());
+        let mut groups = keys::groups(writes.iter().zip(before).flat_map(pieces).collect());
         if groups.len() == 1 {
             let ops = groups.swap_remove(0).into_iter().map(Op::into).collect();
-            return self.owned(ops, true).map(drop).inspect_err(|error| {
-                if let StoreError::Unreachable { .. } = error {
-                    commits.doubtful = Doubt::Keys(writes.iter().map(Write::at).collect());
-                }
-            });
+            return self.owned(ops, true).map(drop);
         }
+        commits.journals = commits.journals.wrapping_add(1);
+        let journal = format!("{:x}-{:x}", self.ownership.revision(), commits.journals);
         let parts = Journal::parts(writes);
         for (number, part) in parts.iter().enumerate() {
-            let put = TxnOp::put(self.layout.journal_part(number), part.clone(), None);
+            let put = TxnOp::put(self.layout.journal_part(&journal, number), part.clone(), None);
             self.owned(vec![put], false)?;
         }
-        let mark = TxnOp::put(self.layout.journal_mark(), parts.len().to_string(), None);
-        self.owned(vec![mark], true).inspect_err(|error| {
-            if let StoreError::Unreachable { .. } = error {
-                commits.doubtful = Doubt::Journal;
-            }
-        })?;
+        let mark = Journal::mark(&journal, parts.len());
+        let committed = self.owned(vec![TxnOp::put(self.layout.journal_mark(), mark, None)], true);
+        commits.doubtful_journal = matches!(committed, Err(StoreError::Unreachable { .. }));
+        committed?;
         // From here on it is committed, whatever happens to this process.
         if let Err(error) = self.apply(writes) {
             tracing::warn!(%error, "a large transaction is committed, and applied in etcd later");
             commits.unapplied = writes.to_vec();
         }
         Ok(())
+    }
+
+    fn write(&self, commits: &mut Commits, writes: &[Write]) -> Result<(), StoreError> {
+        let before: Vec<Write> = writes.iter().map(|write| self.restored(write)).collect();
+        let written = self.put(commits, writes, &before);
+        if matches!(written, Err(StoreError::Unreachable { .. })) && !commits.doubtful_journal {
+            commits.doubtful = writes.to_vec();
+        }
+        written
     }
 
     /// Values of a log by keys that are next to each other.
@@ -338,6 +349,11 @@ impl Store for EtcdStore {
         if transaction.is_empty() {
             return Ok(());
         }
+        // The core's thread waits here: not for an etcd that is known to be silent.
+        self.ownership.check().map_err(|owner| match owner {
+            Some(owner) => StoreError::NotOwner { owner },
+            None => self.link.unreachable("it does not answer".to_owned()),
+        })?;
         let written = self.settle(&mut commits).and_then(|()| self.write(&mut commits, &transaction.writes));
         self.writable.store(written.is_ok(), Ordering::Relaxed);
         if let Err(StoreError::NotOwner { owner }) = &written {

@@ -1,5 +1,6 @@
 //! How the store lies in etcd. Below the prefix: `owner`, `sequence` (written by each commit), `t/TABLE/KEY` with a value, `c/TABLE/KEY<NUL>N`
-//! with the pieces of a value that is larger than one request takes, `journal` and `j/N` with a transaction that is.
+//! with the pieces of a value that is larger than one request takes, `journal` and `j/JOURNAL/N` with a
+//! transaction that is.
 
 use etcd_client::{DeleteOptions, TxnOp};
 use prost::Message;
@@ -16,8 +17,15 @@ const WHOLE: u8 = 0;
 const IN_PIECES: u8 = 1;
 
 /// Whether a value is kept in pieces.
-pub(super) fn is_large(value: &[u8]) -> bool {
+fn is_large(value: &[u8]) -> bool {
     value.len() > PIECE
+}
+
+impl Write {
+    /// Whether it leaves pieces.
+    pub(super) fn is_large(&self) -> bool {
+        matches!(self, Self::Put { value, .. } if is_large(value))
+    }
 }
 
 /// One operation of a transaction.
@@ -86,8 +94,8 @@ impl Layout {
     pub(super) fn journal_mark(&self) -> String {
         format!("{}journal", self.prefix)
     }
-    pub(super) fn journal_part(&self, number: usize) -> String {
-        format!("{}j/{number:08}", self.prefix)
+    pub(super) fn journal_part(&self, journal: &str, number: usize) -> String {
+        format!("{}j/{journal}/{number:08}", self.prefix)
     }
     /// The journal's mark and its parts.
     pub(super) fn without_journal(&self) -> TxnOp {
@@ -196,6 +204,17 @@ impl Journal {
         journal.encode_to_vec().chunks(PIECE).map(<[u8]>::to_vec).collect()
     }
 
+    /// What says that all parts are there.
+    pub(super) fn mark(journal: &str, parts: usize) -> String {
+        format!("{journal} {parts}")
+    }
+
+    /// Which journal a mark is of, and how many parts that has.
+    pub(super) fn marked(mark: &[u8]) -> Option<(&str, usize)> {
+        let (journal, parts) = std::str::from_utf8(mark).ok()?.split_once(' ')?;
+        Some((journal, parts.parse().ok()?))
+    }
+
     /// `None`: it is not one.
     pub(super) fn read(bytes: &[u8]) -> Option<Vec<Write>> {
         let read = |JournalWrite { table, key, value }| {
@@ -224,6 +243,8 @@ mod tests {
         assert!(parts.len() > 3 && parts.iter().all(|part| part.len() <= PIECE));
         assert_eq!(Journal::read(&parts.concat()), Some(writes));
         assert_eq!(Journal::read(&[1, 2, 3]), None);
+        assert_eq!(Journal::marked(Journal::mark("1f-2", 3).as_bytes()), Some(("1f-2", 3)));
+        assert_eq!((Journal::marked(b"3"), Journal::marked(b"a b")), (None, None));
     }
 
     #[test]
@@ -263,7 +284,7 @@ mod tests {
             layout.key_of(Table::Links, layout.value(Table::Links, "a/b").as_bytes()),
             Some("a/b".into())
         );
-        for key in [layout.journal_mark(), layout.journal_part(7)] {
+        for key in [layout.journal_mark(), layout.journal_part("a-1", 7)] {
             assert!(key.as_str() >= "/p/v1/j" && key.as_str() < "/p/v1/k", "{key}");
         }
         for key in [layout.owner(), layout.sequence(), layout.value(Table::Links, "a")] {

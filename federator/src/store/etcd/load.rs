@@ -124,11 +124,11 @@ async fn finish_journal(
 ) -> Result<(), LoadError> {
     let mark = client.get(layout.journal_mark(), None).await?;
     if let Some(mark) = mark.kvs().first() {
-        let count = mark.value_str().ok().and_then(|text| text.parse::<usize>().ok());
-        let count = count.ok_or_else(|| broken(mark, "it is no number"))?;
+        let (journal, count) = Journal::marked(mark.value())
+            .ok_or_else(|| broken(mark, "it is not as this version writes it"))?;
         let mut bytes = Vec::new();
         for number in 0..count {
-            let part = client.get(layout.journal_part(number), None).await?;
+            let part = client.get(layout.journal_part(journal, number), None).await?;
             let part = part.kvs().first().ok_or_else(|| broken(mark, "parts of it are missing"))?;
             bytes.extend_from_slice(part.value());
         }

@@ -83,6 +83,10 @@ impl Ownership {
     pub(super) fn is_heard(&self) -> bool {
         self.heard.load(Ordering::Relaxed)
     }
+    /// Whether etcd is heard; else the owner that has taken over, if that is why.
+    pub(super) fn check(&self) -> Result<(), Option<String>> {
+        if self.is_heard() { Ok(()) } else { Err(self.lost.borrow().clone()) }
+    }
     pub(super) fn lost(&self) -> watch::Receiver<Option<String>> {
         self.lost.subscribe()
     }

@@ -141,6 +141,61 @@ fn one_owns_the_store_the_next_takes_over_and_the_former_writes_nothing() {
 }
 
 #[test]
+fn many_keys_with_long_values_are_put_back_too_after_a_commit_without_an_answer() {
+    let Some(world) =
+        World::start("many_keys_with_long_values_are_put_back_too_after_a_commit_without_an_answer")
+    else {
+        return;
+    };
+    let store = world.open("a");
+    let many = |byte: u8, bytes: usize| {
+        let puts = (0..90).flat_map(|n| put(Table::Links, &format!("{n:03}"), &vec![byte; bytes]).writes);
+        Transaction { checks: Vec::new(), writes: puts.collect() }
+    };
+    store.commit(&many(1, 40_000)).unwrap();
+    world.etcd.signal(Signal::SIGSTOP).unwrap();
+    // One request of 90 operations; what it may have overwritten is more than one takes.
+    assert_eq!(store.commit(&many(2, 10)).unwrap_err().kind(), "unreachable");
+    world.etcd.signal(Signal::SIGCONT).unwrap();
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while let Err(error) = store.commit(&put(Table::Links, "c", b"3")) {
+        assert!(Instant::now() < deadline, "{error}");
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    world.runtime.block_on(store.resign());
+    let links = world.open("b").list(Table::Links);
+    assert_eq!(links.len(), 91);
+    assert!(links.iter().all(|(key, value)| key == "c" || *value == vec![1; 40_000]));
+}
+
+#[test]
+fn who_was_replaced_by_one_that_wrote_and_went_does_not_go_on_with_what_it_knew() {
+    let Some(world) =
+        World::start("who_was_replaced_by_one_that_wrote_and_went_does_not_go_on_with_what_it_knew")
+    else {
+        return;
+    };
+    let first = world.open("a");
+    first.commit(&put(Table::Links, "a", b"1")).unwrap();
+    let layout = Layout::new("/test");
+    world.runtime.block_on(async {
+        let mut client = etcd_client::Client::connect([&world.endpoint], None).await.unwrap();
+        // In one step: what another owner does between the end of a lease and a look at it.
+        let gone = [TxnOp::delete(layout.owner(), None), TxnOp::put(layout.sequence(), "b", None)];
+        client.txn(Txn::new().and_then(gone)).await.unwrap();
+    });
+    let mut ends = Vec::new();
+    for _ in 0..3 {
+        ends.push(first.commit(&put(Table::Links, "a", b"2")).unwrap_err().kind());
+    }
+    assert_eq!(ends, ["unreachable", "not_owner", "not_owner"]);
+    assert_eq!(world.ends(&first, Duration::from_secs(5)).as_deref(), Some("b"));
+    drop(first);
+    world.end_leases();
+    assert_eq!(world.open("c").get(Table::Links, "a").unwrap(), b"1");
+}
+
+#[test]
 fn a_commit_that_etcd_did_not_answer_is_undone_and_the_owner_stays() {
     let Some(world) = World::start("a_commit_that_etcd_did_not_answer_is_undone_and_the_owner_stays") else {
         return;
@@ -186,10 +241,10 @@ fn a_journal_that_was_complete_counts_and_one_that_was_not_does_not() {
         world.runtime.block_on(async {
             let mut client = etcd_client::Client::connect([&world.endpoint], None).await.unwrap();
             for (number, part) in parts.iter().enumerate() {
-                client.put(layout.journal_part(number), part.clone(), None).await.unwrap();
+                client.put(layout.journal_part("1-1", number), part.clone(), None).await.unwrap();
             }
             if complete {
-                client.put(layout.journal_mark(), parts.len().to_string(), None).await.unwrap();
+                client.put(layout.journal_mark(), Journal::mark("1-1", parts.len()), None).await.unwrap();
             }
         });
         let store = world.open("a");
