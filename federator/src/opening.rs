@@ -25,7 +25,13 @@ pub(crate) async fn store(
             return Err(BuildError::TwoStores { file });
         }
         let values = store.take_over(&RedbStore::open(&file)?)?;
-        tracing::info!(values, file = %file.display(), "etcd begins with what the file holds; the file is not used any more");
+        // A start without etcd, or with an empty one, must not go back to it by a slip.
+        let kept = file.with_extension("redb.imported");
+        match std::fs::rename(&file, &kept) {
+            Ok(()) => tracing::info!(values, file = %kept.display(), "etcd begins with what the file held"),
+            Err(error) => tracing::error!(%error, file = %file.display(),
+                "etcd begins with what the file holds, which can't be renamed: move it away"),
+        }
     }
     Ok((Arc::clone(&store) as Arc<dyn Store>, Some(store)))
 }

@@ -280,12 +280,15 @@ pub fn run(args: FederatorArgs, socket: Option<PathBuf>) -> Result<Exit, Failure
     role::run("federator", async move {
         let tasks = TaskGroup::new();
         let drain = signals::process_drain(&tasks)?;
-        if let Some(advertise) = advertise {
-            config.advertise = Some(advertise::resolve(advertise).await.map_err(|e| e.to_string())?);
-        }
-        // A federator may have to wait for another one's end before it is built.
+        let bound = async {
+            if let Some(advertise) = advertise {
+                config.advertise = Some(advertise::resolve(advertise).await.map_err(|e| e.to_string())?);
+            }
+            Ok::<_, Box<dyn std::error::Error>>(Federator::build(config).await?)
+        };
+        // It may have to wait for a name, or for another federator's end, before it is built.
         tokio::select! {
-            bound = Federator::build(config) => Ok::<_, Box<dyn std::error::Error>>(bound?.run(drain.clone()).await?),
+            bound = bound => Ok(bound?.run(drain.clone()).await?),
             () = drain.started() => Ok(()),
         }
     })

@@ -22,8 +22,12 @@ use crate::output::objects::text;
 /// Pods have up to half a minute to end, namespaces some seconds more.
 const LOOK: Duration = Duration::from_millis(500);
 /// What the federator writes, in every namespace or in its own: by label.
-const DERIVED: [(&str, &str); 5] = [
+const DERIVED: [(&str, &str); 8] = [
     ("multicluster.x-k8s.io/v1beta1", "ServiceImport"),
+    // Where definitions serve no other version; the same object once more is no harm.
+    ("multicluster.x-k8s.io/v1alpha1", "ServiceImport"),
+    ("about.k8s.io/v1alpha1", "ClusterProperty"),
+    ("multicluster.x-k8s.io/v1alpha2", "ClusterProfile"),
     ("discovery.k8s.io/v1", "EndpointSlice"),
     ("v1", "Service"),
     ("about.k8s.io/v1beta1", "ClusterProperty"),
@@ -135,7 +139,12 @@ fn goes(object: &Value, keep_data: bool) -> bool {
 async fn derived(target: &Cluster) -> Result<Vec<Value>, Failure> {
     let mut found = Vec::new();
     for (version, kind) in DERIVED {
-        found.extend(target.list(&Kind::new(version, kind, ""), DERIVED_LABEL).await?);
+        for object in target.list(&Kind::new(version, kind, ""), DERIVED_LABEL).await? {
+            let same = |of: &Value| text(of, "/metadata/uid") == text(&object, "/metadata/uid");
+            if !found.iter().any(same) {
+                found.push(object);
+            }
+        }
     }
     Ok(found)
 }
@@ -147,8 +156,12 @@ async fn unlink_all(connect: &Connect) {
         for link in unlink::list(&mut admin, "ClusterLink").await? {
             let peer = text(&link, "/metadata/name").to_owned();
             let request = admin.request(UnlinkRequest { peer: peer.clone() });
-            admin.client.unlink(request).await.map_err(|status| admin.failed(status))?;
-            eprintln!("unlinked from {}", output::printable(&peer));
+            let peer = output::printable(&peer).to_string();
+            match admin.client.unlink(request).await {
+                Ok(answer) if answer.get_ref().existed => eprintln!("unlinked from {peer}"),
+                Ok(_) => {}
+                Err(status) => eprintln!("not unlinked from {peer}: {}", output::printable(status.message())),
+            }
         }
         Ok::<_, Failure>(())
     };

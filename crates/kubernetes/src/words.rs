@@ -14,6 +14,9 @@ pub const LOCAL_SERVICE: &str = "kubernetes.io/service-name";
 /// On a pod (label, `"true"`): it has a sidecar of its own.
 pub const INJECTED: &str = "tombolo.dev/injected";
 
+/// Where shared sidecars listen for derived `Service`s, one number for each port of each.
+pub const FRONT_PORTS: std::ops::RangeInclusive<u16> = 20_000..=29_999;
+
 /// RFC 4648 section 7, lower case, without padding.
 pub fn base32hex(bytes: &[u8], characters: usize) -> String {
     const ALPHABET: &[u8; 32] = b"0123456789abcdefghijklmnopqrstuv";

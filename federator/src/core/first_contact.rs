@@ -208,6 +208,8 @@ impl Core {
 
     /// Gives up links by objects that the peer does not know of any more, so that both sides begin anew.
     pub fn review_links(&mut self, moment: Moment) -> Result<(), CoreError> {
+        // What was to end when an object went, and could not be stored then.
+        self.follow_link_objects(moment)?;
         let late = |link: &Link| {
             link.unconfirmed && moment.unix.as_secs() > link.created_unix.saturating_add(CONFIRMED.as_secs())
         };

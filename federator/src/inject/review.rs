@@ -72,8 +72,9 @@ pub fn read(body: &[u8]) -> Result<Asked, Unread> {
         return Err(Unread::Other { uid, what });
     }
     let namespace = text("/request/namespace");
-    if namespace.is_empty() {
-        return wrong("request.namespace", "is missing".to_owned());
+    // It becomes part of what the API server is asked.
+    if namespace.parse::<tombolo_model::names::Namespace>().is_err() {
+        return wrong("request.namespace", "is missing, or no namespace's name".to_owned());
     }
     let Some(pod) = review.pointer_mut("/request/object").map(Value::take).filter(Value::is_object) else {
         return wrong("request.object", "is no pod".to_owned());

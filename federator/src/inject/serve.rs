@@ -35,8 +35,11 @@ const PATH: &str = "/inject";
 const MAX_CONNECTIONS: usize = 256;
 /// The API server takes no object of more than 3 MB; a request holds one, and what is around it.
 const MAX_BODY_BYTES: usize = 4 * 1024 * 1024;
-/// Bodies that are held at a time, so that strangers can't fill the memory: 32 MB. A pod's is read in a millisecond.
-const AT_ONCE: usize = 8;
+/// Bodies that are held at a time, so that strangers can't fill the memory: read, 4 MB of JSON may be 100. A pod's takes a
+/// millisecond.
+const AT_ONCE: usize = 2;
+/// A body that comes more slowly holds up others.
+const BODY: Duration = Duration::from_secs(1);
 const HANDSHAKE: Duration = Duration::from_secs(5);
 /// The API server gives up by itself after the configuration's 5 s.
 const LONGEST: Duration = Duration::from_secs(5);
@@ -135,12 +138,14 @@ impl Webhook {
         if request.method() != Method::POST {
             return bad(StatusCode::METHOD_NOT_ALLOWED, "POST an AdmissionReview");
         }
-        let Ok(_held) = bodies.acquire().await else {
+        let Ok(held) = bodies.acquire().await else {
             return bad(StatusCode::SERVICE_UNAVAILABLE, "ending");
         };
-        let body = match Limited::new(request.into_body(), MAX_BODY_BYTES).collect().await {
-            Ok(body) => body.to_bytes(),
-            Err(error) => {
+        let collected = Limited::new(request.into_body(), MAX_BODY_BYTES).collect();
+        let body = match tokio::time::timeout(BODY, collected).await {
+            Ok(Ok(body)) => body.to_bytes(),
+            Err(_) => return bad(StatusCode::REQUEST_TIMEOUT, "the body did not come within a second"),
+            Ok(Err(error)) => {
                 let text =
                     format!("the body can't be read, or has more than {MAX_BODY_BYTES} bytes: {error}");
                 return bad(StatusCode::PAYLOAD_TOO_LARGE, &text);
@@ -158,7 +163,7 @@ impl Webhook {
                 return respond(StatusCode::OK, "application/json", answer.to_string());
             }
         };
-        drop(body);
+        drop((body, held));
         match self.review(&asked).await {
             Ok(decision) => {
                 self.metrics.reviewed(decision.kind());

@@ -236,6 +236,10 @@ impl Driver {
         if !self.tables.is_synced() {
             return Ok(());
         }
+        if !self.told {
+            // What was deleted before this session is in no event of it.
+            self.addresses.extend(self.core.facts().pods.addresses.keys().cloned());
+        }
         if !self.addresses.is_empty() {
             let services = std::mem::take(&mut self.addresses).into_iter();
             let addresses =

@@ -248,6 +248,7 @@ impl InventoryTask {
             let own = desired::profiles(&shown, version, &self.namespace, &tables.profiles, &clock);
             writes.extend(own.into_iter().map(|write| (Kind::Profile, version, write)));
         }
+        let mut all = true;
         for (kind, version, write) in writes {
             if !self.leads() {
                 return Ok(true);
@@ -268,11 +269,12 @@ impl InventoryTask {
                             "the API server refuses what is written of the inventory"
                         );
                     }
-                    return Ok(false);
+                    // One that is refused keeps no other from its own.
+                    all = false;
                 }
             }
         }
-        Ok(true)
+        Ok(all)
     }
 
     async fn perform(

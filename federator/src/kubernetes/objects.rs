@@ -175,6 +175,11 @@ impl Driver {
                 () = tokio::time::sleep_until(looked + LOOKED) => news = true,
                 _ = retry.tick() => {
                     for (key, task) in std::mem::take(&mut self.again) {
+                        // What has changed since is no longer wanted, also where the change does not read.
+                        let now = self.rows.get(&key).map(|row| &row.kept);
+                        if matches!(&task, Task::Apply(_, kept) if now != Some(kept)) {
+                            continue;
+                        }
                         self.tasks.entry(key).or_insert(task);
                     }
                 }

@@ -188,8 +188,9 @@ impl Tables {
     /// Numbers as the derived `Service`s have them, and no others: nothing is released while somebody else writes.
     pub fn recount_targets(&mut self) {
         self.targets = Targets::default();
-        for ((namespace, _), row) in self.services.iter() {
-            if let Some(service) = row.import.as_deref().and_then(|import| key(namespace, import)) {
+        for ((namespace, name), row) in self.services.iter() {
+            let service = row.import.as_deref().and_then(|import| key(namespace, import));
+            if let Some(service) = service.filter(|key| derived_name(key) == *name) {
                 self.targets.found(&service, row.created_unix, row.targets());
             }
         }

@@ -17,7 +17,7 @@ use tombolo_model::names::ServiceKey;
 use tombolo_model::protocol::Protocol;
 
 /// Below the ports from which Linux (32768) and Kubernetes' NodePorts (30000) draw, above those that are usually served.
-pub const RANGE: RangeInclusive<u16> = 20_000..=29_999;
+pub const RANGE: RangeInclusive<u16> = tombolo_kubernetes::words::FRONT_PORTS;
 /// Watches tell within a second, `kube-proxy` follows within a few; a shared sidecar that lost its API server for longer
 /// than this has gone from the slices.
 const REST: Duration = Duration::from_secs(60);
@@ -58,6 +58,11 @@ impl Targets {
         for ((protocol, port), number) in ports.into_iter().filter(|(_, number)| RANGE.contains(number)) {
             let claim = Owner { created_unix, service: service.clone(), port };
             let known = self.of.get(service).and_then(|of| of.get(&(protocol, port))).copied();
+            // What was allotted beats what somebody has made of it: it is put right.
+            if known.is_some_and(|known| known != number) {
+                losers.push(service.clone());
+                continue;
+            }
             match self.owners.get(&(protocol, number)) {
                 Some(owner) if owner.service == *service && owner.port == port => {}
                 Some(owner) if *owner <= claim => {
@@ -70,9 +75,6 @@ impl Targets {
                         self.forget(&loser.service, (protocol, loser.port));
                     }
                 }
-            }
-            if let Some(before) = known.filter(|before| *before != number) {
-                self.owners.remove(&(protocol, before));
             }
             self.owners.insert((protocol, number), claim);
             self.of.entry(service.clone()).or_default().insert((protocol, port), number);

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+use tombolo_identity::SpiffeId;
 use tombolo_identity::authority::adopt::Upstream;
 use tombolo_model::ids::{Block, EndpointId};
 use tombolo_model::names::{ClusterName, Namespace, ServiceKey};
@@ -86,7 +87,11 @@ fn clones(facts: &Facts, block: Block) -> Option<v1::Clones> {
 
 /// What Kubernetes sends to its pod. `None`: it is in none, or that is not known yet.
 fn pod_services(facts: &Facts, block: Block) -> Option<v1::PodServices> {
-    let pod = facts.leases.get(&block)?.pod.as_ref().filter(|_| facts.pods.told)?;
+    let lease = facts.leases.get(&block)?;
+    let pod = lease.pod.as_ref().filter(|_| facts.pods.told)?;
+    // A slice names a pod by what anybody may write in a namespace of his own.
+    let id: SpiffeId = lease.spiffe_id.parse().ok()?;
+    let own = id.within_cluster()?.strip_prefix("/ns/")?.split('/').next()?.to_owned();
     let sent = facts.pods.of.get(pod.uid.as_str());
     let service = |(service, sent): (&ServiceKey, &SentToPod)| v1::PodService {
         service: service.to_string(),
@@ -103,7 +108,14 @@ fn pod_services(facts: &Facts, block: Block) -> Option<v1::PodServices> {
             })
             .collect(),
     };
-    Some(v1::PodServices { services: sent.into_iter().flat_map(|sent| sent.iter()).map(service).collect() })
+    Some(v1::PodServices {
+        services: sent
+            .into_iter()
+            .flat_map(|sent| sent.iter())
+            .filter(|(of, _)| of.namespace.as_str() == own)
+            .map(service)
+            .collect(),
+    })
 }
 
 /// Whether it lives, as long as it has not answered.

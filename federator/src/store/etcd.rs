@@ -216,6 +216,11 @@ impl EtcdStore {
                 let restored: Vec<Write> = doubtful.iter().map(|write| self.restored(write)).collect();
                 self.put(commits, &restored, &doubtful)?;
                 commits.doubtful.clear();
+                // Of a log only appending is undone: what such a commit was to remove is removed.
+                let mut logs = self.log();
+                for at in doubtful.iter().map(Write::at).filter(|(table, _)| !table.is_mirrored()) {
+                    logs.remove(&at);
+                }
             }
             tracing::warn!("a transaction without an answer is undone in etcd");
         }
@@ -354,7 +359,9 @@ impl Store for EtcdStore {
             Some(owner) => StoreError::NotOwner { owner },
             None => self.link.unreachable("it does not answer".to_owned()),
         })?;
-        let written = self.settle(&mut commits).and_then(|()| self.write(&mut commits, &transaction.writes));
+        let written = self
+            .settle(&mut commits)
+            .and_then(|()| self.write(&mut commits, &keys::last_of_each(&transaction.writes)));
         self.writable.store(written.is_ok(), Ordering::Relaxed);
         if let Err(StoreError::NotOwner { owner }) = &written {
             self.ownership.lose(owner.clone());

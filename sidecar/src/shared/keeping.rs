@@ -75,7 +75,7 @@ impl Context {
         let labels = ApplicationLabels { application: name.clone() };
         let mut pause = FIRST_PAUSE;
         while drain.phase() == drain::Phase::Serving {
-            let (config, start) = keeper.read();
+            let (config, _) = keeper.read();
             match self.build(name, config, &mut handed.calls, block.take(), drain).await {
                 None => break,
                 Some(Ok((mut bound, held))) => {
@@ -106,7 +106,7 @@ impl Context {
                 () = drain.started() => break,
                 () = tokio::time::sleep(pause) => {}
             }
-            if start == Start::WhenCalled {
+            if keeper.read().1 == Start::WhenCalled {
                 // The next call starts it again.
                 break;
             }

@@ -88,6 +88,8 @@ pub struct KubernetesSource {
     session: watch::Receiver<Option<Session>>,
     tables: Tables,
     /// What each service account's sidecar is told.
+    /// What numbers led to when it was last looked at.
+    numbered: Vec<picture::Numbered>,
     told: BTreeMap<Account, (watch::Sender<Services>, Provided)>,
     /// When the picture is to be looked at anew.
     due: Option<Instant>,
@@ -123,6 +125,7 @@ impl KubernetesSource {
             session,
             tables,
             told: BTreeMap::new(),
+            numbered: Vec::new(),
             due: None,
             settle: SETTLE,
             away: None,
@@ -138,10 +141,7 @@ impl KubernetesSource {
     fn take(&mut self, news: News) {
         let now = Instant::now();
         let changed = match news {
-            News::Event { scope, kind, event } => {
-                self.away = None;
-                self.tables.apply(scope, kind, *event)
-            }
+            News::Event { scope, kind, event } => self.tables.apply(scope, kind, *event),
             News::Away => {
                 self.away.get_or_insert(now);
                 false
@@ -169,7 +169,11 @@ impl KubernetesSource {
         let incomplete = !self.tables.is_synced();
         let unix = clock::since_unix_epoch().as_secs();
         let v6 = self.config.sidecar.bind.is_ipv6();
-        let mut picture = if incomplete { Picture::default() } else { self.tables.picture(unix, v6) };
+        let mut picture =
+            if incomplete { Picture::default() } else { self.tables.picture(unix, v6, &self.numbered) };
+        if !incomplete {
+            self.numbered.clone_from(&picture.numbered);
+        }
         let now = Instant::now();
         self.stale = self.away.is_some_and(|since| since + self.config.stale_after <= now);
         if self.stale {

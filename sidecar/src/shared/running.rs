@@ -117,6 +117,15 @@ impl Running {
         self.reap();
         let idle = self.idle_for(IDLE);
         idle.iter().for_each(|(name, _)| self.end_one(name));
+        // Those that found no room before, or that ended as ones that are only called.
+        let missing = self
+            .known
+            .iter()
+            .filter(|(name, known)| known.start == Start::Now && !self.applications.contains_key(*name));
+        let missing: Vec<String> = missing.map(|(name, _)| name.clone()).collect();
+        for name in missing {
+            self.start(&name, None);
+        }
     }
 
     /// Those that only calls keep, and that have been idle for so long.

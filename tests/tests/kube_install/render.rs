@@ -44,6 +44,8 @@ fn cases() -> Result<Vec<Case>> {
     let addresses =
         ["--set", "gateway.exposure=addresses", "--set", "gateway.addresses={10.0.0.1:7440,10.0.0.2:7440}"];
     let addresses: Vec<String> = addresses.iter().map(|arg| (*arg).to_owned()).collect();
+    let without: Vec<String> = ["--set", "federator.services=false"].map(str::to_owned).into();
+    cases.push(("no services".into(), without.clone(), without));
     cases.push(("addresses".into(), addresses.clone(), addresses));
     Ok(cases)
 }

@@ -80,7 +80,12 @@ impl BorderService {
                 }
                 () = tokio::time::sleep(AGAIN) => {}
             }
-            match self.look().await {
+            let looked = tokio::select! {
+                // The head of the loop drains.
+                () = process.started() => continue,
+                looked = self.look() => looked,
+            };
+            match looked {
                 Ok(addresses) if !addresses.is_empty() && !addresses.contains(&address) => {
                     tracing::warn!(service = self.name, before = %address, now = ?addresses,
                         "the Service has another address: draining, to start with that one");

@@ -14,6 +14,14 @@ use crate::{chart, kube_client};
 
 /// What helm installed is helm's.
 pub async fn refuse_others(target: &Cluster, namespace: &str) -> Result<(), Failure> {
+    // Cluster-wide objects have one name: a second installation would take the first one's rights.
+    let bindings = Kind::new("rbac.authorization.k8s.io/v1", "ClusterRoleBinding", "");
+    let binding = target.find(&bindings, "tombolo-federator").await?;
+    let other = binding.as_ref().map(|binding| text(binding, "/subjects/0/namespace")).unwrap_or_default();
+    if !other.is_empty() && other != namespace {
+        return Err(Failure::new(format_args!("this cluster has an installation in namespace {other}"))
+            .remedy("name it with --kube-namespace, or remove it first"));
+    }
     let federator = target.find(&Kind::new("apps/v1", "StatefulSet", namespace), "tombolo-federator").await?;
     let manager = federator.as_ref().map(|federator| {
         federator.pointer("/metadata/labels/app.kubernetes.io~1managed-by").and_then(Value::as_str)

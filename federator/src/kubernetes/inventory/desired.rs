@@ -124,7 +124,7 @@ fn status(peer: &Peer, found: &Value, clock: &str) -> Value {
     let properties: Vec<Value> = peer
         .properties
         .iter()
-        .filter(|(_, value)| !value.is_empty())
+        .filter(|(name, value)| (1..=253).contains(&name.len()) && !value.is_empty())
         .map(|(name, value)| json!({ "name": name, "value": value }))
         .collect();
     let mut status =

@@ -2,6 +2,8 @@
 //! with the pieces of a value that is larger than one request takes, `journal` and `j/JOURNAL/N` with a
 //! transaction that is.
 
+use std::collections::BTreeMap;
+
 use etcd_client::{DeleteOptions, TxnOp};
 use prost::Message;
 
@@ -150,6 +152,12 @@ impl Layout {
         }
         ops
     }
+}
+
+/// The last write to each key: etcd takes no key twice in a transaction.
+pub(super) fn last_of_each(writes: &[Write]) -> Vec<Write> {
+    let last: BTreeMap<_, _> = writes.iter().map(|write| (write.at(), write)).collect();
+    last.into_values().cloned().collect()
 }
 
 /// Operations in their order, as many together as one request takes.

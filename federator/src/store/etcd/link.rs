@@ -140,7 +140,10 @@ async fn open(
     loop {
         let attempt = async {
             let ownership = owner::campaign(client.clone(), layout, config).await?;
-            let loaded = load::load(client.clone(), layout, &ownership).await?;
+            let loaded = tokio::select! {
+                loaded = load::load(client.clone(), layout, &ownership) => loaded?,
+                error = owner::refresh(client.clone(), &ownership) => return Err(error.into()),
+            };
             Ok((Arc::new(ownership), loaded))
         };
         match attempt.await {
@@ -153,6 +156,8 @@ async fn open(
                     said = Some(text);
                 }
             }
+            // Too slow: stands by again.
+            Err(load::LoadError::Store(StoreError::NotOwner { .. })) => {}
             Err(load::LoadError::Store(error)) => return Err(error.into()),
         }
         tokio::time::sleep(RETRY).await;

@@ -135,7 +135,7 @@ async fn finish_journal(
         let writes: Vec<Write> =
             Journal::read(&bytes).ok_or_else(|| broken(mark, "it is not as this version writes it"))?;
         tracing::info!(writes = writes.len(), "a large transaction of the last owner is finished");
-        let ops = writes.iter().flat_map(|write| layout.ops(write, true)).collect();
+        let ops = keys::last_of_each(&writes).iter().flat_map(|write| layout.ops(write, true)).collect();
         for group in keys::groups(ops) {
             fenced(client, layout, ownership, group.into_iter().map(Op::into).collect()).await?;
         }

@@ -8,7 +8,9 @@ use std::sync::PoisonError;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::time::Duration;
 
-use etcd_client::{Client, Compare, CompareOp, Error, PutOptions, Txn, TxnOp, TxnOpResponse, TxnResponse};
+use etcd_client::{
+    Client, Compare, CompareOp, Error, KeyValue, PutOptions, Txn, TxnOp, TxnOpResponse, TxnResponse,
+};
 use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 
@@ -177,9 +179,20 @@ pub(super) async fn campaign(
     }
 }
 
+/// Keeps the lease while the store is read; why it can't.
+pub(super) async fn refresh(mut client: Client, ownership: &Ownership) -> Error {
+    loop {
+        if let Err(error) = client.lease_keep_alive(ownership.lease.load(Ordering::Acquire)).await {
+            return error;
+        }
+        tokio::time::sleep(ownership.lease_time / 3).await;
+    }
+}
+
 /// Keeps the lease until it is lost to another or given up.
 pub(super) async fn keep(mut client: Client, ownership: std::sync::Arc<Ownership>, layout: &Layout) {
-    let turn = ownership.lease_time / 3;
+    // Until silence is noticed the core's thread may wait for an answer.
+    let turn = (ownership.lease_time / 3).min(super::PATIENCE);
     loop {
         tokio::select! {
             () = tokio::time::sleep(turn) => {}
@@ -194,6 +207,9 @@ pub(super) async fn keep(mut client: Client, ownership: std::sync::Arc<Ownership
         let answer = tokio::time::timeout(turn, async {
             // A stream of its own each time: it says at once when the lease is gone.
             match client.lease_keep_alive(lease).await {
+                Ok(_) if !is_there(&mut client, layout).await? => {
+                    retake(&mut client, &ownership, layout).await
+                }
                 Ok(_) => Ok(true),
                 Err(Error::LeaseKeepAliveError(_)) => retake(&mut client, &ownership, layout).await,
                 Err(error) => Err(error),
@@ -212,6 +228,11 @@ pub(super) async fn keep(mut client: Client, ownership: std::sync::Arc<Ownership
     }
 }
 
+/// Whether anybody owns the store: the key may have been removed by hand.
+async fn is_there(client: &mut Client, layout: &Layout) -> Result<bool, Error> {
+    Ok(!client.get(layout.owner(), None).await?.kvs().is_empty())
+}
+
 fn silent(ownership: &Ownership, error: &str) {
     if ownership.heard.swap(false, Ordering::Relaxed) {
         tracing::warn!(error, "etcd does not answer: nothing can be written until it does");
@@ -220,8 +241,19 @@ fn silent(ownership: &Ownership, error: &str) {
 
 /// Takes a lease that has ended again; false: somebody else was faster, or has written.
 async fn retake(client: &mut Client, ownership: &Ownership, layout: &Layout) -> Result<bool, Error> {
-    let sequence = Some(ownership.sequence());
-    match attempt(client, layout, &ownership.name, ownership.lease_time, sequence).await? {
+    let again = async |client: &mut Client, sequence| {
+        attempt(client, layout, &ownership.name, ownership.lease_time, Some(sequence)).await
+    };
+    let mut attempted = again(client, ownership.sequence()).await?;
+    if let Err(None) = attempted {
+        let last = client.get(layout.sequence(), None).await?;
+        let own = last.kvs().first().filter(|last| last.value() == ownership.name.as_bytes());
+        // A commit of ours that got no answer: the next one undoes it.
+        if let Some(own) = own.map(KeyValue::mod_revision).filter(|own| *own != ownership.sequence()) {
+            attempted = again(client, own).await?;
+        }
+    }
+    match attempted {
         Ok(held) => {
             ownership.revision.store(held.revision, Ordering::Release);
             ownership.lease.store(held.lease, Ordering::Release);

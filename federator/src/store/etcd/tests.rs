@@ -142,6 +142,39 @@ fn one_owns_the_store_the_next_takes_over_and_the_former_writes_nothing() {
 }
 
 #[test]
+fn a_transaction_may_write_a_key_twice_and_an_owners_key_that_was_removed_is_made_again() {
+    let Some(world) =
+        World::start("a_transaction_may_write_a_key_twice_and_an_owners_key_that_was_removed_is_made_again")
+    else {
+        return;
+    };
+    let store = world.open("a");
+    for count in [2, 150] {
+        let mut twice = Transaction::new();
+        for n in 0..count {
+            twice.writes.extend(put(Table::Shifts, &format!("{n:03}"), b"1").writes);
+            twice.writes.extend(put(Table::Shifts, &format!("{n:03}"), b"2").writes);
+        }
+        store.commit(&twice.delete(Table::Shifts, "001")).unwrap();
+        assert_eq!(store.list(Table::Shifts).len(), count - 1);
+    }
+    world.runtime.block_on(async {
+        let mut client = etcd_client::Client::connect([&world.endpoint], None).await.unwrap();
+        client.delete(Layout::new("/test").owner(), None).await.unwrap();
+    });
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while let Err(error) = store.commit(&put(Table::Links, "c", b"3")) {
+        assert!(Instant::now() < deadline, "{error}");
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    world.runtime.block_on(store.resign());
+    let next = world.open("b");
+    let values: Vec<_> = next.list(Table::Shifts).into_iter().map(|(_, value)| value).collect();
+    assert_eq!((values.len(), next.list(Table::Links).len()), (149, 1));
+    assert!(values.iter().all(|value| value == b"2"));
+}
+
+#[test]
 fn many_keys_with_long_values_are_put_back_too_after_a_commit_without_an_answer() {
     let Some(world) =
         World::start("many_keys_with_long_values_are_put_back_too_after_a_commit_without_an_answer")

@@ -100,7 +100,9 @@ impl Front {
         };
         let Some(serving) = serving else {
             let waking = Waking { name: application.to_string(), call: None };
-            return Err(if calls.waking.try_send(waking).is_ok() { "waking" } else { "overloaded" });
+            // They are sent again anyway: half of the room is for calls.
+            let room = calls.waking.capacity() * 2 > calls.waking.max_capacity();
+            return Err(if room && calls.waking.try_send(waking).is_ok() { "waking" } else { "overloaded" });
         };
         // Until its sidecar has started there is nobody to give them to.
         let datagrams = serving.datagrams.get().filter(|datagrams| datagrams.takes()).ok_or("not_running")?;

@@ -11,6 +11,7 @@ use std::net::IpAddr;
 use kube::core::DynamicObject;
 use kube::runtime::watcher::Event;
 use tombolo_kubernetes::table::{Place, Row, Table};
+use tombolo_kubernetes::words::FRONT_PORTS;
 use tombolo_model::names::ServiceKey;
 use tombolo_model::protocol::Protocol;
 
@@ -131,7 +132,8 @@ impl Tables {
     }
 
     /// What follows at a time (unix seconds). `v6`: pods of two families are called over IPv6.
-    pub fn picture(&self, unix: u64, v6: bool) -> Picture {
+    /// `before`: what numbers led to; who has one keeps it for as long as he claims it.
+    pub fn picture(&self, unix: u64, v6: bool, before: &[Numbered]) -> Picture {
         let mut picture = Picture::default();
         self.callers(&mut picture, unix);
         self.serving(&mut picture, v6);
@@ -140,7 +142,7 @@ impl Tables {
             picture.too_many += account.services.len().saturating_sub(MAX_SERVICES);
             account.services.truncate(MAX_SERVICES);
         }
-        self.numbers(&mut picture);
+        self.numbers(&mut picture, before);
         picture
     }
 
@@ -233,15 +235,19 @@ impl Tables {
         }
     }
 
-    fn numbers(&self, picture: &mut Picture) {
+    /// Two that claim a number that nobody had before: the older has it, and the federator gives the other one of its own.
+    fn numbers(&self, picture: &mut Picture, before: &[Numbered]) {
         let mut owners: BTreeMap<u16, (u64, Numbered)> = BTreeMap::new();
         for row in self.0.iter().flat_map(|scope| scope.services.iter().map(|(_, row)| row)) {
             let Some(service) = &row.import else { continue };
             for port in row.ports.iter().filter(|port| port.protocol == Protocol::Tcp) {
-                // Below lies what a process may listen on for other reasons.
-                let Some(number) = port.target.filter(|number| *number >= 1024) else { continue };
+                let Some(number) = port.target.filter(|number| FRONT_PORTS.contains(number)) else {
+                    continue;
+                };
                 let claim = Numbered { number, service: service.clone(), port: port.port };
-                let order = |created: u64, claim: &Numbered| (created, claim.service.clone(), claim.port);
+                let order = |created: u64, claim: &Numbered| {
+                    (!before.contains(claim), created, claim.service.clone(), claim.port)
+                };
                 let older = owners.get(&number).is_some_and(|(created, known)| {
                     order(*created, known) <= order(row.created_unix, &claim)
                 });

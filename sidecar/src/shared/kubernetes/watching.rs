@@ -11,6 +11,7 @@ use std::time::Duration;
 use futures::StreamExt;
 use futures::future::BoxFuture;
 use futures::stream::{BoxStream, SelectAll};
+use kube::api::ListParams;
 use kube::core::{ApiResource, DynamicObject, GroupVersionKind};
 use kube::runtime::WatchStreamExt;
 use kube::runtime::watcher::{self, Event, watcher};
@@ -123,6 +124,8 @@ impl WatchTask {
 
     async fn follow(&self, session: &Session) -> Result<Infallible, End> {
         let mut watched = self.watches(session);
+        // Those that have not brought anything since they failed, or at all.
+        let mut failing: Vec<(usize, Kind)> = self.all().collect();
         let mut away = false;
         loop {
             tokio::select! {
@@ -130,13 +133,16 @@ impl WatchTask {
                     // It is said before anything was asked.
                     Ok(event @ Event::Init) => self.tell(News::Event { scope, kind, event: event.into() }).await?,
                     Ok(event) => {
-                        if std::mem::take(&mut away) {
-                            tracing::info!("the API server answers again");
+                        if self.answers(&mut failing, (scope, kind)) {
+                            self.back(&mut away).await?;
                         }
                         self.tell(News::Event { scope, kind, event: event.into() }).await?;
                     }
                     Err(error) => {
                         self.errors.inc();
+                        if !failing.contains(&(scope, kind)) {
+                            failing.push((scope, kind));
+                        }
                         if !std::mem::replace(&mut away, true) {
                             tracing::warn!(kind = kind.as_str(), %error,
                                 "the API server can't be watched now; what is known stays, and it is tried again");
@@ -148,36 +154,60 @@ impl WatchTask {
                     }
                 },
                 () = tokio::time::sleep(AGAIN), if away => {
-                    let asked = tokio::time::timeout(AGAIN, session.client.apiserver_version()).await;
-                    if matches!(asked, Ok(Ok(_))) {
-                        away = false;
-                        tracing::info!("the API server answers again");
-                        self.tell(News::Back).await?;
+                    // A watch that goes on where it was says nothing: each is asked for what it is to bring.
+                    for of in failing.clone() {
+                        let api = self.api(session, of);
+                        let one = ListParams::default().limit(1);
+                        let asked = tokio::time::timeout(AGAIN, api.list(&one)).await;
+                        if matches!(asked, Ok(Ok(_))) && self.answers(&mut failing, of) {
+                            self.back(&mut away).await?;
+                        }
                     }
                 }
             }
         }
     }
 
-    /// A stream per kind and namespace.
-    fn watches(&self, session: &Session) -> SelectAll<BoxStream<'static, Watched>> {
+    /// Whether it was the last that did not answer.
+    fn answers(&self, failing: &mut Vec<(usize, Kind)>, of: (usize, Kind)) -> bool {
+        let before = failing.len();
+        failing.retain(|known| *known != of);
+        before > 0 && failing.is_empty()
+    }
+
+    async fn back(&self, away: &mut bool) -> Result<(), Unheard> {
+        if std::mem::take(away) {
+            tracing::info!("the API server answers again");
+        }
+        self.tell(News::Back).await
+    }
+
+    /// Every watch: of everything, or of each namespace.
+    fn all(&self) -> impl Iterator<Item = (usize, Kind)> {
+        (0..self.namespaces.len().max(1)).flat_map(|scope| Kind::ALL.map(|kind| (scope, kind)))
+    }
+
+    fn api(&self, session: &Session, (scope, kind): (usize, Kind)) -> Api<DynamicObject> {
         let version = session.mcs.rsplit('/').next().unwrap_or_default();
         let group = session.mcs.split('/').next().unwrap_or_default();
-        let resource = |kind: Kind| {
-            let (group, version, plural) = match kind {
-                Kind::Pod => ("", "v1", "pods"),
-                Kind::Service => ("", "v1", "services"),
-                Kind::EndpointSlice => ("discovery.k8s.io", "v1", "endpointslices"),
-                Kind::ServiceExport => (group, version, "serviceexports"),
-            };
-            ApiResource::from_gvk_with_plural(&GroupVersionKind::gvk(group, version, kind.as_str()), plural)
+        let (group, version, plural) = match kind {
+            Kind::Pod => ("", "v1", "pods"),
+            Kind::Service => ("", "v1", "services"),
+            Kind::EndpointSlice => ("discovery.k8s.io", "v1", "endpointslices"),
+            Kind::ServiceExport => (group, version, "serviceexports"),
         };
-        let stream = |scope: usize, namespace: Option<&String>, kind: Kind| {
-            let resource = resource(kind);
-            let api: Api<DynamicObject> = match namespace {
-                Some(namespace) => Api::namespaced_with(session.client.clone(), namespace, &resource),
-                None => Api::all_with(session.client.clone(), &resource),
-            };
+        let gvk = GroupVersionKind::gvk(group, version, kind.as_str());
+        let resource = ApiResource::from_gvk_with_plural(&gvk, plural);
+        match self.namespaces.get(scope) {
+            Some(namespace) => Api::namespaced_with(session.client.clone(), namespace, &resource),
+            None => Api::all_with(session.client.clone(), &resource),
+        }
+    }
+
+    /// A stream per kind and namespace.
+    fn watches(&self, session: &Session) -> SelectAll<BoxStream<'static, Watched>> {
+        let stream = |(scope, kind): (usize, Kind)| {
+            let api = self.api(session, (scope, kind));
             let config = watcher::Config::default().page_size(PAGE);
             // Those that have ended have given their addresses back.
             let config = match kind {
@@ -187,16 +217,7 @@ impl WatchTask {
             let events = watcher(api, config).default_backoff();
             events.map(move |event| (scope, kind, event)).boxed()
         };
-        let mut streams = SelectAll::new();
-        for kind in Kind::ALL {
-            if self.namespaces.is_empty() {
-                streams.push(stream(0, None, kind));
-            }
-            for (scope, namespace) in self.namespaces.iter().enumerate() {
-                streams.push(stream(scope, Some(namespace), kind));
-            }
-        }
-        streams
+        self.all().map(stream).collect()
     }
 }
 

@@ -284,7 +284,12 @@ impl Plan {
         let interfaces = self.exclude.interfaces.iter().map(String::as_str).chain(["lo"]);
         let interfaces: BTreeSet<_> = interfaces.map(|name| format!("\"{name}\"")).collect();
         rules.extend(among("iifname", interfaces.into_iter()));
-        rules.push("fib daddr type != local accept".to_owned());
+        // A datagram socket also receives what is sent to everybody.
+        let own = match protocol.as_str() {
+            "udp" => "{ local, broadcast, multicast }",
+            _ => "local",
+        };
+        rules.push(format!("fib daddr type != {own} accept"));
         for Allow { source, port } in allow {
             let source = source.map(|source| {
                 let family = if source.addr().is_ipv4() { "ip" } else { "ip6" };

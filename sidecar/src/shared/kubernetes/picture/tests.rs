@@ -70,12 +70,12 @@ fn served(picture: &Picture, name: &str) -> Vec<(String, u16, Vec<String>)> {
 #[test]
 fn a_service_is_served_by_the_accounts_of_its_pods_on_those_that_are_ready() {
     let mut tables = exported();
-    let picture = tables.picture(0, false);
+    let picture = tables.picture(0, false, &[]);
     assert_eq!(served(&picture, "web"), [("shop/web".to_owned(), 80, vec!["10.0.0.1:8080".to_owned()])]);
     assert_eq!(served(&picture, "web-next"), [("shop/web".to_owned(), 80, vec![])], "none is ready");
     assert_eq!(picture.accounts[&account("web")].sources, ["10.0.0.1".parse::<IpAddr>().unwrap()]);
     remove(&mut tables, Kind::ServiceExport, json!({ "metadata": named("export", "web") }));
-    let picture = tables.picture(0, false);
+    let picture = tables.picture(0, false, &[]);
     assert!(served(&picture, "web").is_empty(), "it is not exported any more");
     assert_eq!(picture.accounts.len(), 2, "its pods may call all the same");
 }
@@ -88,7 +88,7 @@ fn a_slice_leads_nowhere_but_to_the_pods_that_it_names() {
     let forged =
         [("169.254.169.254", "web-0", true), ("10.0.0.2", "web-0", true), ("10.0.0.9", "web-9", true)];
     put(&mut tables, Kind::EndpointSlice, slice("web", &forged, ports));
-    let picture = tables.picture(0, false);
+    let picture = tables.picture(0, false, &[]);
     assert_eq!((served(&picture, "web"), picture.nobodys), (vec![], 3));
 }
 
@@ -101,7 +101,7 @@ fn pods_with_a_sidecar_and_those_of_the_nodes_network_are_nobody_here() {
     let mut host = pod("agent-0", "agent", &["192.0.2.7"]);
     host["spec"]["hostNetwork"] = true.into();
     put(&mut tables, Kind::Pod, host);
-    let picture = tables.picture(0, false);
+    let picture = tables.picture(0, false, &[]);
     assert_eq!(picture.accounts.keys().map(|(_, name)| name.as_str()).collect::<Vec<_>>(), ["web-next"]);
     assert_eq!((picture.nobodys, picture.contested), (0, 0));
 }
@@ -110,7 +110,7 @@ fn pods_with_a_sidecar_and_those_of_the_nodes_network_are_nobody_here() {
 fn an_address_is_never_the_former_pods_once_another_may_have_it() {
     let mut tables = exported();
     let whose = |tables: &Tables, unix| {
-        let picture = tables.picture(unix, false);
+        let picture = tables.picture(unix, false, &[]);
         let of = |(account, of): (&Account, &AccountPicture)| {
             of.sources.contains(&"10.0.0.1".parse().unwrap()).then(|| account.1.clone())
         };
@@ -120,11 +120,14 @@ fn an_address_is_never_the_former_pods_once_another_may_have_it() {
     let mut ending = pod("web-0", "web", &["10.0.0.1"]);
     ending["metadata"]["deletionTimestamp"] = "1970-01-01T00:01:00Z".into();
     put(&mut tables, Kind::Pod, ending.clone());
-    assert_eq!((whose(&tables, 59), tables.picture(59, false).changes_unix), (vec!["web".into()], Some(60)));
+    assert_eq!(
+        (whose(&tables, 59), tables.picture(59, false, &[]).changes_unix),
+        (vec!["web".into()], Some(60))
+    );
     assert_eq!(whose(&tables, 60), Vec::<String>::new(), "its containers have been killed");
     put(&mut tables, Kind::Pod, pod("thief-0", "thief", &["10.0.0.1"]));
     assert_eq!(whose(&tables, 59), Vec::<String>::new(), "two claim it");
-    assert_eq!(tables.picture(59, false).contested, 1);
+    assert_eq!(tables.picture(59, false, &[]).contested, 1);
     assert_eq!(whose(&tables, 60), ["thief"]);
     ending["status"]["phase"] = "Succeeded".into();
     put(&mut tables, Kind::Pod, ending);
@@ -145,7 +148,8 @@ fn of_two_families_one_is_called_and_a_port_by_its_name() {
     put(&mut tables, Kind::EndpointSlice, slice("web", &[("10.0.0.1", "web-0", true)], numbers));
     put(&mut tables, Kind::ServiceExport, json!({ "metadata": named("export", "web") }));
     for (v6, at) in [(false, "10.0.0.1"), (true, "[fd00::1]")] {
-        let ports: Vec<_> = served(&tables.picture(0, v6), "web").into_iter().map(|(_, _, at)| at).collect();
+        let ports: Vec<_> =
+            served(&tables.picture(0, v6, &[]), "web").into_iter().map(|(_, _, at)| at).collect();
         assert_eq!(ports, [vec![format!("{at}:8")], vec![format!("{at}:9")]]);
     }
 }
@@ -169,8 +173,11 @@ fn numbers_lead_to_imports_and_nobody_takes_one_in_our_name() {
     put(&mut tables, Kind::Service, derived("web", "other-name", "2020-01-01T00:00:00Z", 20_007));
     put(&mut tables, Kind::Service, derived("forged", &own("forged"), "2026-01-02T00:00:00Z", 20_007));
     put(&mut tables, Kind::Service, derived("low", &own("low"), "2026-01-01T00:00:00Z", 443));
-    let numbered = tables.picture(0, false).numbered;
+    let numbered = tables.picture(0, false, &[]).numbered;
     assert_eq!(numbered, [Numbered { number: 20_007, service: "shop/web".parse().unwrap(), port: 80 }]);
+    // An older Service is given the number by hand.
+    put(&mut tables, Kind::Service, derived("old", &own("old"), "2020-01-01T00:00:00Z", 20_007));
+    assert_eq!(tables.picture(0, false, &numbered).numbered, numbered);
 }
 
 #[test]

@@ -135,7 +135,7 @@ fn nothing_outbound_means_no_outbound_chain() {
             "meta l4proto != udp accept",
             "udp dport != { 5353 } accept",
             "iifname { \"lo\" } accept",
-            "fib daddr type != local accept",
+            "fib daddr type != { local, broadcast, multicast } accept",
             "ip saddr 10.0.0.0/24 udp dport 9090 accept",
             "ip6 saddr fd00::1/128 accept",
             "udp dport 9100 accept",
