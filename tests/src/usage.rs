@@ -27,6 +27,11 @@ pub fn of(pid: u32) -> Option<Usage> {
     })
 }
 
+/// Memory that a process has made itself: without pages of its program's file, which come in as code first runs.
+pub fn anonymous_bytes(pid: u32) -> Option<u64> {
+    kilobytes(&std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok()?, "Anonymous:")
+}
+
 /// CPU time only; cheaper than [`of`], which walks every mapping.
 pub fn cpu(pid: u32) -> Option<Duration> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
@@ -89,6 +94,8 @@ mod tests {
         let pid = std::process::id();
         let usage = of(pid).unwrap();
         assert!(usage.rss_bytes > 100_000, "{usage:?}");
+        let own = anonymous_bytes(std::process::id()).unwrap();
+        assert!(own > 10_000 && own < usage.rss_bytes, "{own} of {usage:?}");
         assert!(usage.pss_bytes <= usage.rss_bytes, "{usage:?}");
         assert_eq!(start_time(pid), start_time(pid));
         assert!(start_time(pid).is_some());

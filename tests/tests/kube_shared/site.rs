@@ -131,9 +131,10 @@ impl Site {
         self.plane(cluster).api.apply(&account).map(drop)
     }
 
-    pub fn rss_bytes(&self, cluster: &str, host: u8) -> Result<u64> {
+    /// What a shared sidecar has made itself: what it costs beside its program.
+    pub fn memory_bytes(&self, cluster: &str, host: u8) -> Result<u64> {
         let process = self.mesh.process(&format!("{cluster}/shared-{host}"))?;
-        Ok(usage::of(process.pid()).context("it has ended")?.rss_bytes)
+        usage::anonymous_bytes(process.pid()).context("it has ended")
     }
 
     pub fn kill_pod(&self, cluster: &str, name: &str) -> Result<()> {
