@@ -94,7 +94,7 @@ mod tests {
         let pid = std::process::id();
         let usage = of(pid).unwrap();
         assert!(usage.rss_bytes > 100_000, "{usage:?}");
-        let own = anonymous_bytes(std::process::id()).unwrap();
+        let own = super::anonymous_bytes(std::process::id()).unwrap();
         assert!(own > 10_000 && own < usage.rss_bytes, "{own} of {usage:?}");
         assert!(usage.pss_bytes <= usage.rss_bytes, "{usage:?}");
         assert_eq!(start_time(pid), start_time(pid));
