@@ -171,9 +171,11 @@ pub struct SliceRow {
     pub import: Option<String>,
     /// The import, of one that leads from a derived `Service` to the shared sidecars.
     pub front: Option<String>,
+    /// Of a slice of this cluster's `Service`.
     pub ready: Vec<Endpoint>,
     /// Of a slice of this cluster's `Service`: pods by uid, and whether they are ready.
     pub pods: Vec<(Arc<str>, bool)>,
+    /// Of a slice of this cluster's `Service`.
     pub ports: Vec<Port>,
 }
 
@@ -196,10 +198,12 @@ impl Row for SliceRow {
             return None;
         }
         let list = |field| object.data.get(field).and_then(Value::as_array).into_iter().flatten();
+        // Of those that are written here the fingerprint says enough.
+        let most = if service.is_some() { MAX_ENDPOINTS } else { 0 };
         let ready = |endpoint: &&Value| endpoint.pointer("/conditions/ready") != Some(&Value::Bool(false));
         let mut endpoints: Vec<Endpoint> = list("endpoints")
             .filter(ready)
-            .take(MAX_ENDPOINTS)
+            .take(most)
             .filter_map(|endpoint| {
                 let address = endpoint.pointer("/addresses/0")?.as_str()?.parse().ok()?;
                 let hostname = endpoint.get("hostname").and_then(Value::as_str).map(str::to_owned);
@@ -212,12 +216,10 @@ impl Row for SliceRow {
             let uid = Some(text(pod, "uid")).filter(|uid| (1..=MAX_UID_BYTES).contains(&uid.len()))?;
             Some((Arc::from(uid), ready(&endpoint)))
         };
-        let mut pods: Vec<(Arc<str>, bool)> = match &service {
-            Some(_) => list("endpoints").take(MAX_ENDPOINTS).filter_map(pod).collect(),
-            None => Vec::new(),
-        };
+        let mut pods: Vec<(Arc<str>, bool)> = list("endpoints").take(most).filter_map(pod).collect();
         pods.sort_unstable();
-        let ports = list("ports").filter_map(|port| read_port(port, "port")).collect();
+        let ports = list("ports").filter(|_| service.is_some());
+        let ports = ports.filter_map(|port| read_port(port, "port")).collect();
         Some(Self { meta, service, import, front, ready: endpoints, pods, ports })
     }
     fn identity(&self) -> Identity<'_> {

@@ -80,7 +80,8 @@ impl World {
     }
 
     fn settled(&self) -> Result<Duration> {
-        self.mesh.eventually("nothing is left to write", SETTLED, |world| {
+        let limit = SETTLED + Duration::from_millis(100) * u32::try_from(self.of.services)?;
+        self.mesh.eventually("nothing is left to write", limit, |world| {
             for cluster in ["east", "west"] {
                 let waiting =
                     metric(&world.metrics(cluster, 1)?, "tombolo_federator_kubernetes_waiting_services", &[]);
