@@ -69,3 +69,24 @@ impl ImportedExports {
         self.0.is_empty()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::view::tests::{exported, port};
+
+    #[test]
+    fn a_copy_shares_every_record_but_those_that_change() {
+        let [web, db]: [ServiceKey; 2] = ["shop/web".parse().unwrap(), "shop/db".parse().unwrap()];
+        let mut exports = ImportedExports::default();
+        exports.insert(web.clone(), exported(1, 1, &[port("http", 80)]));
+        exports.insert(db.clone(), exported(1, 1, &[port("", 5432)]));
+        let before = exports.clone();
+        // Told again as it was.
+        exports.insert(web.clone(), exported(1, 1, &[port("http", 80)]));
+        exports.insert(db.clone(), exported(0, 1, &[port("", 5432)]));
+        let same = |service| Arc::ptr_eq(&before.shared()[service], &exports.shared()[service]);
+        assert!(same(&web) && !same(&db));
+        assert_eq!((before.get(&db).unwrap().healthy, exports.get(&db).unwrap().healthy), (1, 0));
+    }
+}

@@ -23,10 +23,12 @@ const SYSTEM: &str = "tombolo-system";
 const MIB: f64 = 1024.0 * 1024.0;
 /// A federator with 1000 services, 10,000 endpoints and 5000 pods may have so much.
 const MOST_BYTES: u64 = 120_000_000;
-/// Beyond what an empty one has. A tenth of it is what allocators keep for later whatever the size.
+/// Beyond what an empty one has: what allocators keep for later, whatever the size, and what a service with ten endpoints takes.
 const FIXED_BYTES: u64 = 16_000_000;
 const PER_SERVICE_BYTES: u64 = 60_000;
-/// Nothing is to be written any more.
+/// Without a write for so long nothing is under way.
+const QUIET: Duration = Duration::from_secs(3);
+/// What is left of writes is done by then, and a tenth of a second for each service.
 const SETTLED: Duration = Duration::from_secs(60);
 const EXPORTS: u32 = 50;
 const SOON: Duration = Duration::from_secs(20);
@@ -79,16 +81,31 @@ impl World {
         Ok(begun.elapsed())
     }
 
+    /// Until nothing is left to write, or being written: only leases are for a while.
     fn settled(&self) -> Result<Duration> {
         let limit = SETTLED + Duration::from_millis(100) * u32::try_from(self.of.services)?;
-        self.mesh.eventually("nothing is left to write", limit, |world| {
-            for cluster in ["east", "west"] {
-                let waiting =
-                    metric(&world.metrics(cluster, 1)?, "tombolo_federator_kubernetes_waiting_services", &[]);
-                ensure!(waiting == 0.0, "{cluster}: {waiting} services wait");
+        let begun = Instant::now();
+        loop {
+            let (before, waiting) = (self.written()?, self.waiting()?);
+            std::thread::sleep(QUIET);
+            if waiting == 0.0 && self.written()? == before {
+                return Ok(begun.elapsed());
             }
-            Ok(())
-        })
+            ensure!(begun.elapsed() < limit, "after {limit:?} {waiting} services wait");
+        }
+    }
+
+    fn written(&self) -> Result<usize> {
+        let of = |plane: &ControlPlane| -> Result<usize> {
+            let requests = plane.requests_of_federator()?;
+            Ok(requests.iter().filter(|request| request.starts_with("patch ")).count())
+        };
+        Ok(of(&self.east)? + of(&self.west)?)
+    }
+
+    fn waiting(&self) -> Result<f64> {
+        let name = "tombolo_federator_kubernetes_waiting_services";
+        Ok(self.gauge("east", name)? + self.gauge("west", name)?)
     }
 
     /// What one federator asks of its API server, and what CPU it takes, while nothing happens.
