@@ -26,7 +26,6 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::gauge::Gauge;
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
-use tombolo_model::protocol::Protocol;
 use tombolo_overlay::member::ServiceAccountToken;
 use tombolo_runtime::clock;
 use tombolo_runtime::tasks::TaskGroup;
@@ -186,7 +185,7 @@ impl KubernetesSource {
         let upstream = |listen: &IpAddr, numbered: &picture::Numbered| UpstreamConfig {
             service: numbered.service.clone(),
             port: numbered.port,
-            protocol: Protocol::Tcp,
+            protocol: numbered.protocol,
             listen: SocketAddr::new(*listen, numbered.number),
             warm: 0,
         };

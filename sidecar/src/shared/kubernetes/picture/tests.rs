@@ -174,7 +174,7 @@ fn numbers_lead_to_imports_and_nobody_takes_one_in_our_name() {
     put(&mut tables, Kind::Service, derived("forged", &own("forged"), "2026-01-02T00:00:00Z", 20_007));
     put(&mut tables, Kind::Service, derived("low", &own("low"), "2026-01-01T00:00:00Z", 443));
     let numbered = tables.picture(0, false, &[]).numbered;
-    assert_eq!(numbered, [Numbered { number: 20_007, service: "shop/web".parse().unwrap(), port: 80 }]);
+    assert_eq!(numbered, [Numbered { number: 20_007, service: "shop/web".parse().unwrap(), port: 80, protocol: Protocol::Tcp }]);
     // An older Service is given the number by hand.
     put(&mut tables, Kind::Service, derived("old", &own("old"), "2020-01-01T00:00:00Z", 20_007));
     assert_eq!(tables.picture(0, false, &numbered).numbered, numbered);
