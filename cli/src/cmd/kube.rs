@@ -5,7 +5,7 @@ use std::time::Duration;
 use clap::{Args, Subcommand};
 use serde_json::Value;
 use tombolo_federator::kubernetes::client::connect;
-use tombolo_federator::kubernetes::crds::{self, Installed};
+use tombolo_federator::kubernetes::crds;
 
 use super::federator;
 use crate::failure::{Exit, Failure};
