@@ -59,12 +59,11 @@ pub fn page(status: &ClusterStatus, wide: bool, now: OffsetDateTime) -> String {
     let is_gone = |endpoint: &&EndpointStatus| endpoint.services.is_empty() && !endpoint.healthy && !wide;
     let gone = endpoints.iter().filter(is_gone).count();
     let shown: Vec<&EndpointStatus> = endpoints.iter().filter(|endpoint| !is_gone(endpoint)).collect();
-    section("ENDPOINTS", endpoint_table(&shown, now), "none: start one with `tombolo sidecar`");
-    if gone > 0 {
-        page.push_str(&indented(&format!(
-            "and {gone} without services that have gone: --output wide shows them"
-        )));
-    }
+    let title = match gone {
+        0 => "ENDPOINTS".to_owned(),
+        _ => format!("ENDPOINTS ({gone} more without services have gone: --output wide)"),
+    };
+    section(&title, endpoint_table(&shown, now), "none: start one with `tombolo sidecar`");
     section("IDENTITIES", identity_table(identities, wide), "none");
     if !federations.is_empty() {
         section("FOREIGN TRUST DOMAINS", federation_table(federations), "none");
