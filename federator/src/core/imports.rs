@@ -68,7 +68,7 @@ impl Core {
         }
         let view = self.views.entry(peer.clone()).or_insert_with(|| View::new(QUOTA));
         let whole = matches!(update, Update::Snapshot { .. });
-        let (update, sent, deleted) = within_size(update);
+        let Taken { update, sent, deleted } = within_size(update);
         view.apply(epoch, update, moment.unix).map_err(|error: SyncError| {
             CoreError::Invalid(format!("{peer} sent an update that does not fit: {error}"))
         })?;
@@ -228,9 +228,16 @@ struct Sent {
     record: Option<v1::Record>,
 }
 
-/// An update without the records that are too large, as a [`View`] keeps it, every record that was sent, and the keys that
-/// are gone.
-fn within_size(update: Update<v1::Record>) -> (Update<Box<[u8]>>, BTreeMap<String, Sent>, Vec<String>) {
+/// An update as it is taken over.
+struct Taken {
+    /// Without the records that are too large, as a [`View`] keeps it.
+    update: Update<Box<[u8]>>,
+    /// Every record that was sent.
+    sent: BTreeMap<String, Sent>,
+    deleted: Vec<String>,
+}
+
+fn within_size(update: Update<v1::Record>) -> Taken {
     let mut sent = BTreeMap::new();
     let mut small = |records: Vec<(String, v1::Record)>| -> Vec<(String, Box<[u8]>)> {
         let fits = |(key, record): (String, v1::Record)| {
@@ -248,11 +255,11 @@ fn within_size(update: Update<v1::Record>) -> (Update<Box<[u8]>>, BTreeMap<Strin
     match update {
         Update::Snapshot { epoch, revision, records } => {
             let update = Update::Snapshot { epoch, revision, records: small(records) };
-            (update, sent, Vec::new())
+            Taken { update, sent, deleted: Vec::new() }
         }
         Update::Delta { revision, upserts, deletes } => {
             let update = Update::Delta { revision, upserts: small(upserts), deletes: deletes.clone() };
-            (update, sent, deletes)
+            Taken { update, sent, deleted: deletes }
         }
     }
 }

@@ -67,6 +67,8 @@ struct Server {
     written: Vec<String>,
     /// How often: what is made anew has a uid of its own.
     deleted: BTreeMap<(Kind, String), u64>,
+    /// As they were written last.
+    documents: BTreeMap<(Kind, String), Value>,
 }
 
 impl Server {
@@ -80,6 +82,7 @@ impl Server {
         self.version += 1;
         let name = document.pointer("/metadata/name").and_then(Value::as_str).unwrap().to_owned();
         document["metadata"]["resourceVersion"] = self.version.to_string().into();
+        self.documents.insert((kind, name.clone()), document.clone());
         let uid = format!("{}-{name}", kind.as_str());
         let again = self.deleted.get(&(kind, name)).map(|times| format!("-{times}")).unwrap_or_default();
         document["metadata"]["uid"] = format!("{uid}{again}").into();
