@@ -1,5 +1,5 @@
-//! HTTP requests at a fixed rate from inside a namespace, whatever their answers take (an open loop): every other one on
-//! a connection that is kept, the rest on new ones.
+//! HTTP requests at a fixed rate from inside a namespace, whatever their answers take (an open loop), on connections that are
+//! kept, on new ones, or on both by turns.
 //!
 //! A request is due at its moment, and its time counts from then, so that a stall shows in every request that it holds up.
 //! Nothing is tried again: whatever is not answered in full, with what was expected, inside [`PATIENCE`], has failed, and is
@@ -29,8 +29,12 @@ const PATIENCE: Duration = Duration::from_secs(10);
 const LATE: Duration = Duration::from_secs(1);
 /// Open at a time: what comes within eight seconds of 500 a second.
 const OPEN: usize = 4000;
-/// Failures of which the moment is kept.
-const KEPT_FAILURES: usize = 40;
+/// Failures of a reason of which the moments are kept.
+const SHOWN: usize = 12;
+/// An answer that took longer is a part of a stall.
+const SLOW: Duration = Duration::from_millis(300);
+/// Stalls that are told apart.
+const STALLS: usize = 40;
 /// An answer's head and its short body.
 const ANSWER_BYTES: usize = 8192;
 
@@ -42,6 +46,18 @@ pub struct Load {
     /// A part of the body of a right answer.
     pub expect: String,
     pub per_second: u32,
+    pub connections: Connections,
+}
+
+/// What the requests go by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Connections {
+    /// A new one each.
+    New,
+    /// Ones that are kept, as many as are needed.
+    Kept,
+    /// Every other one's is kept.
+    Both,
 }
 
 /// Requests of a kind.
@@ -50,7 +66,14 @@ pub struct Tally {
     /// From the moment that it was due, in the order of answers.
     times: Vec<Duration>,
     /// By reason.
-    pub failed: BTreeMap<String, u64>,
+    pub failed: BTreeMap<String, Failures>,
+}
+
+/// Of one reason: how many, and of the first ones when they were due and when they had failed, since the load began.
+#[derive(Clone, Debug, Default)]
+pub struct Failures {
+    pub count: u64,
+    pub first: Vec<(Duration, Duration)>,
 }
 
 /// What has come of a load.
@@ -66,8 +89,8 @@ pub struct Report {
     pub took: Duration,
     /// The longest time in which no request was answered.
     pub longest_silence: Duration,
-    /// When the first ones have failed since the load began, and why.
-    pub first_failures: Vec<(Duration, String)>,
+    /// When answers took long, since the load began: from the first such request's moment to the last one's answer.
+    pub stalls: Vec<(Duration, Duration)>,
 }
 
 /// A load that runs.
@@ -95,7 +118,7 @@ impl Tally {
     }
 
     pub fn failures(&self) -> u64 {
-        self.failed.values().sum()
+        self.failed.values().map(|of| of.count).sum()
     }
 
     /// The time that `share` (0 to 1) of the answers took at most.
@@ -149,11 +172,11 @@ impl std::fmt::Display for Report {
             self.new.answered(),
             self.new.failures(),
         )?;
-        for (reason, count) in self.kept.failed.iter().chain(&self.new.failed) {
-            write!(f, "\n  {count} x {reason}")?;
+        for (reason, Failures { count, first }) in self.kept.failed.iter().chain(&self.new.failed) {
+            write!(f, "\n  {count} x {reason}; due and failed after {first:.2?}")?;
         }
-        for (at, reason) in &self.first_failures {
-            write!(f, "\n  after {at:.2?}: {reason}")?;
+        for (from, to) in &self.stalls {
+            write!(f, "\n  slow from {from:.2?} to {to:.2?}")?;
         }
         Ok(())
     }
@@ -180,6 +203,11 @@ impl OpenLoad {
         self.state.failed.load(Ordering::Relaxed)
     }
 
+    /// Since it began.
+    pub fn elapsed(&self) -> Duration {
+        self.state.begun.elapsed()
+    }
+
     /// Sends no more, waits for what is open, and says what has come of it.
     pub fn finish(self) -> Result<Report> {
         self.state.stop.store(true, Ordering::Relaxed);
@@ -187,6 +215,16 @@ impl OpenLoad {
         let mut report = self.state.report.lock().unwrap_or_else(PoisonError::into_inner).0.clone();
         report.took = took;
         Ok(report)
+    }
+}
+
+/// Adds a slow answer to the stall that it is a part of. Pure.
+fn stalled(stalls: &mut Vec<(Duration, Duration)>, from: Duration, to: Duration) {
+    // Answers come in their own order; the one before is as old as the patience at most.
+    if let Some(last) = stalls.last_mut().filter(|last| from <= last.1) {
+        *last = (last.0.min(from), last.1.max(to));
+    } else if stalls.len() < STALLS {
+        stalls.push((from, to));
     }
 }
 
@@ -205,7 +243,12 @@ async fn pace(state: Arc<State>) -> Duration {
             state.report().0.not_sent += 1;
             continue;
         };
-        let (state, keep) = (Arc::clone(&state), number.is_multiple_of(2));
+        let keep = match state.load.connections {
+            Connections::New => false,
+            Connections::Kept => true,
+            Connections::Both => number.is_multiple_of(2),
+        };
+        let state = Arc::clone(&state);
         requests.spawn(async move {
             let outcome = tokio::time::timeout(PATIENCE, state.request(keep)).await;
             state.note(keep, due, outcome.unwrap_or_else(|_| Err(format!("no answer within {PATIENCE:?}"))));
@@ -234,16 +277,20 @@ impl State {
         match outcome {
             Ok(()) => {
                 tally.times.push(now - due);
+                if now - due > SLOW {
+                    stalled(&mut report.stalls, due - self.begun, now - self.begun);
+                }
                 report.longest_silence = report.longest_silence.max(now - *last);
                 *last = now;
             }
             Err(reason) => {
                 self.failed.fetch_add(1, Ordering::Relaxed);
                 let reason = format!("{}: {reason}", if keep { "kept" } else { "new" });
-                if report.first_failures.len() < KEPT_FAILURES {
-                    report.first_failures.push((now - self.begun, reason.clone()));
+                let of = tally.failed.entry(reason).or_default();
+                of.count += 1;
+                if of.first.len() < SHOWN {
+                    of.first.push((due - self.begun, now - self.begun));
                 }
-                *tally.failed.entry(reason).or_default() += 1;
             }
         }
     }
@@ -331,6 +378,16 @@ mod tests {
         assert!(of(format!("{head}\r\neast\n")).unwrap_err().contains("wrong body"));
         assert!(of("HTTP/1.1 502 Bad\r\n\r\n".to_owned()).unwrap_err().contains("502"));
         assert!(of("HTTP/1.1 200 OK\r\n\r\nwest".to_owned()).unwrap_err().contains("length"));
+    }
+
+    #[test]
+    fn slow_answers_at_the_same_time_are_one_stall() {
+        let mut stalls = Vec::new();
+        for (from, to) in [(10, 12), (11, 13), (9, 13), (20, 21)] {
+            stalled(&mut stalls, Duration::from_secs(from), Duration::from_secs(to));
+        }
+        let seconds = |(from, to): &(Duration, Duration)| (from.as_secs(), to.as_secs());
+        assert_eq!(stalls.iter().map(seconds).collect::<Vec<_>>(), [(9, 13), (20, 21)]);
     }
 
     #[test]

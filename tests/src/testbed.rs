@@ -258,7 +258,10 @@ impl Drop for Cluster {
         if std::env::var_os("TOMBOLO_KEEP").is_some() || std::thread::panicking() {
             let kept =
                 std::env::temp_dir().join(format!("tombolo-logs-{}-{}", self.name, std::process::id()));
+            let nodes = (1..=self.nodes.len()).map(|number| self.dir.join(format!("node-{number}")));
+            let pods = nodes.flat_map(|node| ["running", "ended"].map(|name| node.join(name)));
             let _ = Command::new("cp").arg("-r").arg(self.dir.join("logs")).arg(&kept).status();
+            let _ = Command::new("cp").arg("-r").args(pods).arg(&kept).status();
             eprintln!("logs kept in {}", kept.display());
         }
         for process in &mut self.processes {

@@ -74,12 +74,16 @@ fn uninstall(bed: &Testbed, at: &Cluster) -> Result<()> {
     Ok(())
 }
 
-/// A peer that was unlinked has no link any more, and no import of what the other one exports.
+/// Who was unlinked has no link any more, or one that says so until it is removed here too.
 fn forgotten(bed: &Testbed, at: &Cluster, peer: &str) -> Result<()> {
     eventually(&format!("{} has forgotten {peer}", at.name), shop::SOON, || {
         let status: Value = serde_json::from_str(&bed.operate(at, &["status", "-o", "json"], "")?)?;
         let links = status["links"].as_array().cloned().unwrap_or_default();
-        ensure!(links.iter().all(|link| link["peer"] != peer), "{links:?}");
+        let over = |link: &Value| {
+            link["state"] == "expired"
+                && link["reason"].as_str().is_some_and(|why| why.contains("has unlinked"))
+        };
+        ensure!(links.iter().filter(|link| link["peer"] == peer).all(over), "{links:?}");
         Ok(())
     })
 }

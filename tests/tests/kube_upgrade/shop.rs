@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 use tombolo_tests::kube::{MCS, Object, condition};
-use tombolo_tests::requests::{Load, OpenLoad};
+use tombolo_tests::requests::{Connections, Load, OpenLoad};
 use tombolo_tests::testbed::{Cluster, NAMESPACE, Testbed, eventually};
 
 pub const SHOP: &str = "shop";
@@ -85,7 +85,7 @@ pub fn open(bed: &Testbed) -> Result<()> {
     }
     let (east, west) = (bed.cluster("east")?, bed.cluster("west")?);
     serve(west, "web")?;
-    client(east, SHOP, "client", &json!({}))
+    ["client", "keeper"].iter().try_for_each(|name| client(east, SHOP, name, &json!({})))
 }
 
 /// The address of an imported service, once it is one that callers can use.
@@ -108,18 +108,14 @@ pub fn call(at: &Cluster, (namespace, pod): (&str, &str), url: &str, expect: &st
     })
 }
 
-/// Requests of the client pod in east to the service in west, through the derived Service.
-pub fn load(bed: &Testbed, per_second: u32) -> Result<OpenLoad> {
+/// Requests of a pod in east to the service in west, through the derived Service.
+pub fn load(bed: &Testbed, pod: &str, per_second: u32, connections: Connections) -> Result<OpenLoad> {
     let east = bed.cluster("east")?;
-    let address = imported(east, "web")?;
-    call(east, (SHOP, "client"), &format!("http://{address}/"), "west")?;
-    let load = Load {
-        address: format!("{address}:80").parse()?,
-        path: "/".into(),
-        expect: "west".into(),
-        per_second,
-    };
-    OpenLoad::start(&east.network_of(SHOP, "client", "client")?, load)
+    let ip = imported(east, "web")?;
+    call(east, (SHOP, pod), &format!("http://{ip}/"), "west")?;
+    let address = format!("{ip}:80").parse()?;
+    let load = Load { address, path: "/".into(), expect: "west".into(), per_second, connections };
+    OpenLoad::start(&east.network_of(SHOP, pod, "client")?, load)
 }
 
 /// After a failure: what the clusters look like.
