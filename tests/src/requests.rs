@@ -7,7 +7,9 @@
 //!
 //! Ends with [`OpenLoad::finish`], or with the value.
 
-use std::collections::{BTreeMap, VecDeque};
+mod report;
+
+use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -22,6 +24,7 @@ use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::Instant;
 
 use crate::netns::NamespaceHandle;
+pub use report::{Failures, Report, Tally};
 
 /// Longer than anything that a client would wait out.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -29,12 +32,6 @@ const PATIENCE: Duration = Duration::from_secs(10);
 const LATE: Duration = Duration::from_secs(1);
 /// Open at a time: what comes within eight seconds of 500 a second.
 const OPEN: usize = 4000;
-/// Failures of a reason of which the moments are kept.
-const SHOWN: usize = 12;
-/// An answer that took longer is a part of a stall.
-const SLOW: Duration = Duration::from_millis(300);
-/// Stalls that are told apart.
-const STALLS: usize = 40;
 /// An answer's head and its short body.
 const ANSWER_BYTES: usize = 8192;
 
@@ -60,39 +57,6 @@ pub enum Connections {
     Both,
 }
 
-/// Requests of a kind.
-#[derive(Clone, Debug, Default)]
-pub struct Tally {
-    /// From the moment that it was due, in the order of answers.
-    times: Vec<Duration>,
-    /// By reason.
-    pub failed: BTreeMap<String, Failures>,
-}
-
-/// Of one reason: how many, and of the first ones when they were due and when they had failed, since the load began.
-#[derive(Clone, Debug, Default)]
-pub struct Failures {
-    pub count: u64,
-    pub first: Vec<(Duration, Duration)>,
-}
-
-/// What has come of a load.
-#[derive(Clone, Debug, Default)]
-pub struct Report {
-    /// On connections that are kept, and on new ones.
-    pub kept: Tally,
-    pub new: Tally,
-    /// Connections that were made to be kept: one that breaks is made anew.
-    pub kept_connections: u64,
-    /// That this machine was too late for.
-    pub not_sent: u64,
-    pub took: Duration,
-    /// The longest time in which no request was answered.
-    pub longest_silence: Duration,
-    /// When answers took long, since the load began: from the first such request's moment to the last one's answer.
-    pub stalls: Vec<(Duration, Duration)>,
-}
-
 /// A load that runs.
 pub struct OpenLoad {
     // Its threads are inside the namespace: a connection is made where its task runs.
@@ -110,76 +74,6 @@ struct State {
     idle: Mutex<VecDeque<TcpStream>>,
     report: Mutex<(Report, Instant)>,
     failed: AtomicU64,
-}
-
-impl Tally {
-    pub fn answered(&self) -> u64 {
-        self.times.len() as u64
-    }
-
-    pub fn failures(&self) -> u64 {
-        self.failed.values().map(|of| of.count).sum()
-    }
-
-    /// The time that `share` (0 to 1) of the answers took at most.
-    pub fn percentile(&self, share: f64) -> Duration {
-        percentile(self.times.clone(), share)
-    }
-}
-
-fn percentile(mut times: Vec<Duration>, share: f64) -> Duration {
-    times.sort_unstable();
-    let last = times.len().saturating_sub(1);
-    times.get((last as f64 * share).round() as usize).copied().unwrap_or_default()
-}
-
-impl Report {
-    pub fn requests(&self) -> u64 {
-        [&self.kept, &self.new].into_iter().map(|tally| tally.answered() + tally.failures()).sum()
-    }
-
-    pub fn failures(&self) -> u64 {
-        self.kept.failures() + self.new.failures()
-    }
-
-    /// Requests per second.
-    pub fn rate(&self) -> f64 {
-        self.requests() as f64 / self.took.as_secs_f64().max(0.001)
-    }
-
-    pub fn percentile(&self, share: f64) -> Duration {
-        percentile([&self.kept.times[..], &self.new.times[..]].concat(), share)
-    }
-}
-
-impl std::fmt::Display for Report {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(
-            f,
-            "{} requests ({:.0}/s), {} failed, p50 {:.1?}, p99 {:.1?}, longest {:.1?}, longest without any answer {:.1?}, {} not sent; \
-             kept connections: {} answered by {}, {} failed; new ones: {} answered, {} failed",
-            self.requests(),
-            self.rate(),
-            self.failures(),
-            self.percentile(0.5),
-            self.percentile(0.99),
-            self.percentile(1.0),
-            self.longest_silence,
-            self.not_sent,
-            self.kept.answered(),
-            self.kept_connections,
-            self.kept.failures(),
-            self.new.answered(),
-            self.new.failures(),
-        )?;
-        for (reason, Failures { count, first }) in self.kept.failed.iter().chain(&self.new.failed) {
-            write!(f, "\n  {count} x {reason}; due and failed after {first:.2?}")?;
-        }
-        for (from, to) in &self.stalls {
-            write!(f, "\n  slow from {from:.2?} to {to:.2?}")?;
-        }
-        Ok(())
-    }
 }
 
 impl OpenLoad {
@@ -215,16 +109,6 @@ impl OpenLoad {
         let mut report = self.state.report.lock().unwrap_or_else(PoisonError::into_inner).0.clone();
         report.took = took;
         Ok(report)
-    }
-}
-
-/// Adds a slow answer to the stall that it is a part of. Pure.
-fn stalled(stalls: &mut Vec<(Duration, Duration)>, from: Duration, to: Duration) {
-    // Answers come in their own order; the one before is as old as the patience at most.
-    if let Some(last) = stalls.last_mut().filter(|last| from <= last.1) {
-        *last = (last.0.min(from), last.1.max(to));
-    } else if stalls.len() < STALLS {
-        stalls.push((from, to));
     }
 }
 
@@ -273,26 +157,13 @@ impl State {
         let now = Instant::now();
         let mut report = self.report();
         let (report, last) = &mut *report;
-        let tally = if keep { &mut report.kept } else { &mut report.new };
-        match outcome {
-            Ok(()) => {
-                tally.times.push(now - due);
-                if now - due > SLOW {
-                    stalled(&mut report.stalls, due - self.begun, now - self.begun);
-                }
-                report.longest_silence = report.longest_silence.max(now - *last);
-                *last = now;
-            }
-            Err(reason) => {
-                self.failed.fetch_add(1, Ordering::Relaxed);
-                let reason = format!("{}: {reason}", if keep { "kept" } else { "new" });
-                let of = tally.failed.entry(reason).or_default();
-                of.count += 1;
-                if of.first.len() < SHOWN {
-                    of.first.push((due - self.begun, now - self.begun));
-                }
-            }
+        if outcome.is_ok() {
+            report.longest_silence = report.longest_silence.max(now - *last);
+            *last = now;
+        } else {
+            self.failed.fetch_add(1, Ordering::Relaxed);
         }
+        report.note(keep, (due - self.begun, now - self.begun), outcome);
     }
 
     async fn request(&self, keep: bool) -> Result<(), String> {
@@ -378,23 +249,5 @@ mod tests {
         assert!(of(format!("{head}\r\neast\n")).unwrap_err().contains("wrong body"));
         assert!(of("HTTP/1.1 502 Bad\r\n\r\n".to_owned()).unwrap_err().contains("502"));
         assert!(of("HTTP/1.1 200 OK\r\n\r\nwest".to_owned()).unwrap_err().contains("length"));
-    }
-
-    #[test]
-    fn slow_answers_at_the_same_time_are_one_stall() {
-        let mut stalls = Vec::new();
-        for (from, to) in [(10, 12), (11, 13), (9, 13), (20, 21)] {
-            stalled(&mut stalls, Duration::from_secs(from), Duration::from_secs(to));
-        }
-        let seconds = |(from, to): &(Duration, Duration)| (from.as_secs(), to.as_secs());
-        assert_eq!(stalls.iter().map(seconds).collect::<Vec<_>>(), [(9, 13), (20, 21)]);
-    }
-
-    #[test]
-    fn percentiles_are_of_the_times_in_order() {
-        let times = |millis: &[u64]| millis.iter().copied().map(Duration::from_millis).collect::<Vec<_>>();
-        assert_eq!(percentile(times(&[3, 1, 2]), 0.5), Duration::from_millis(2));
-        assert_eq!(percentile(times(&[3, 1, 2]), 1.0), Duration::from_millis(3));
-        assert_eq!(percentile(Vec::new(), 0.5), Duration::ZERO);
     }
 }
