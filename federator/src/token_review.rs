@@ -117,7 +117,8 @@ pub fn claimed(token: &str) -> String {
     let name = |path: &str| -> Option<String> {
         let text = claims.as_ref()?.pointer(path)?.as_str()?;
         let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || matches!(b, b'-' | b'.');
-        (!text.is_empty() && text.len() <= MAX_HOLDER_BYTES && text.bytes().all(plain)).then(|| text.to_owned())
+        (!text.is_empty() && text.len() <= MAX_HOLDER_BYTES && text.bytes().all(plain))
+            .then(|| text.to_owned())
     };
     let namespace = name("/kubernetes.io/namespace");
     let (pod, account) = (name("/kubernetes.io/pod/name"), name("/kubernetes.io/serviceaccount/name"));

@@ -91,7 +91,8 @@ impl Places {
         }
     }
 
-    pub fn count(&self) -> usize {
+    #[cfg(test)]
+    fn count(&self) -> usize {
         self.held.len()
     }
 }

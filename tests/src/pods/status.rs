@@ -240,7 +240,13 @@ mod tests {
     }
 
     fn ended(code: i32) -> What {
-        What::Run(Run::Terminated(Ended { code, reason: "x", from: "t1".into(), to: "t2".into(), message: String::new() }))
+        What::Run(Run::Terminated(Ended {
+            code,
+            reason: "x",
+            from: "t1".into(),
+            to: "t2".into(),
+            message: String::new(),
+        }))
     }
 
     fn condition(status: &Value, name: &str) -> (String, String) {

@@ -217,12 +217,12 @@ pub fn strangers_get_clear_words_and_no_more(world: &mut World) -> Result<()> {
     greedy.wait()?;
     made?;
     let metrics = world.mesh.metrics("west", 1)?;
-    let ended = metric(
-        &metrics,
-        "tombolo_federator_inject_turned_away_connections_total",
-        &["result=\"ended\""],
+    let ended =
+        metric(&metrics, "tombolo_federator_inject_turned_away_connections_total", &["result=\"ended\""]);
+    println!(
+        "FIGURE beside {} connections of a greedy client a pod is made in {slowest:?} at most; {ended} of them ended",
+        said.trim()
     );
-    println!("FIGURE beside {} connections of a greedy client a pod is made in {slowest:?} at most; {ended} of them ended", said.trim());
     ensure!(said.trim() == "600" && ended >= 300.0, "{said}: {ended} ended: {metrics}");
     ensure!(slowest < Duration::from_secs(3), "{slowest:?}");
     Ok(())

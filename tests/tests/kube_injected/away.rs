@@ -35,10 +35,12 @@ fn refused(cluster: &Cluster, pod: &Value) -> Result<String> {
     }
 }
 
-pub fn without_a_federator_the_failure_policy_decides_and_nobody_else_is_held_up(world: &World) -> Result<()> {
+pub fn without_a_federator_the_failure_policy_decides_and_nobody_else_is_held_up(
+    world: &World,
+) -> Result<()> {
     let (east, west) = (world.east()?, world.west()?);
-    // Whatever somebody labels: the system's own namespace is never asked about.
-    west.kubectl(&["label", "namespace", NAMESPACE, "tombolo.dev/inject=enabled", "--overwrite"])?;
+    // Whatever somebody labels: what a federator needs to come back is never asked about.
+    west.kubectl(&["label", "namespace", NAMESPACE, "kube-system", "tombolo.dev/inject=enabled"])?;
     scale(west, 0)?;
     let federator = Object::new("v1", "Pod", NAMESPACE, "tombolo-federator-0");
     west.api.until(&federator, SOON, |found| {
@@ -69,6 +71,8 @@ pub fn without_a_federator_the_failure_policy_decides_and_nobody_else_is_held_up
     own = super::pods::restricted(own);
     let own = started(west, &own)?;
     ensure!(own["spec"].get("initContainers").is_none(), "the system's own pods get none: {own}");
+    west.kubectl(&["rollout", "restart", "-n", "kube-system", "deployment/coredns"])?;
+    west.rolled_out("kube-system", "deployment/coredns")?;
     for _ in 0..5 {
         ensure!(curl(east, CLIENT, WEB)?.contains(NGINX), "open connections need no federator");
     }
@@ -90,6 +94,6 @@ pub fn without_a_federator_the_failure_policy_decides_and_nobody_else_is_held_up
         west.api.create(&pod("shop", &name, "web", json!({}), json!({})))
     })?;
     ensure!(back["metadata"]["labels"]["tombolo.dev/injected"] == "true", "{back}");
-    west.kubectl(&["label", "namespace", NAMESPACE, "tombolo.dev/inject-"])?;
+    west.kubectl(&["label", "namespace", NAMESPACE, "kube-system", "tombolo.dev/inject-"])?;
     Ok(())
 }

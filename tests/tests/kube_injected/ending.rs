@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
+use tombolo_tests::kube::Object;
 use tombolo_tests::testbed::eventually;
 
 use super::inbound::SERVER;
@@ -112,7 +113,12 @@ while True: signal.pause()
     let (name, _) = pods.first().context("no pod")?;
     let answer = std::thread::scope(|scope| {
         let open = scope.spawn(|| {
-            east.exec(caller.0, caller.1, "main", &["curl", "-sS", "--max-time", "20", &format!("{url}/slow")])
+            east.exec(
+                caller.0,
+                caller.1,
+                "main",
+                &["curl", "-sS", "--max-time", "20", &format!("{url}/slow")],
+            )
         });
         std::thread::sleep(Duration::from_secs(1));
         west.kubectl(&["delete", "pod", "-n", "inj-ending", name])?;
@@ -125,5 +131,32 @@ while True: signal.pause()
         Ok(())
     })?;
     println!("     served a request of 6 s and called three times after SIGTERM");
+    Ok(())
+}
+
+/// Its very first call is answered, and its sidecar does not keep it from being over.
+pub fn a_job_calls_at_once_and_is_over(world: &World) -> Result<()> {
+    let east = world.east()?;
+    namespace(east, "inj-job", json!({ INJECT: "enabled" }), &["app"])?;
+    let run = json!({ "image": "curlimages/curl:8", "args": ["-sS", "--fail", "--max-time", "10", WEB] });
+    let mut template = pod("inj-job", "once", "app", json!({}), run);
+    template["spec"]["restartPolicy"] = json!("Never");
+    let template = json!({ "metadata": { "labels": { "app": "once" } }, "spec": template["spec"] });
+    for n in 0..3 {
+        let name = format!("once-{n}");
+        east.api.apply(&json!({
+            "apiVersion": "batch/v1", "kind": "Job", "metadata": { "name": name, "namespace": "inj-job" },
+            "spec": { "backoffLimit": 0, "template": template },
+        }))?;
+        let job = Object::new("batch/v1", "Job", "inj-job", &name);
+        let status = east.api.until(&job, SOON, |found| {
+            let status = found.context("the job is gone")?["status"].clone();
+            ensure!(status["succeeded"] == 1 || status["failed"] == 1, "it is not over: {status}");
+            Ok(status)
+        })?;
+        let what = format!("job/{name}");
+        let logs = east.kubectl(&["logs", "-n", "inj-job", &what, "--all-containers", "--tail=40"])?;
+        ensure!(status["succeeded"] == 1 && logs.contains(NGINX), "{status}: {logs}");
+    }
     Ok(())
 }

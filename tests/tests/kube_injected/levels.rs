@@ -20,7 +20,10 @@ fn plain(pod: &Value) -> Result<()> {
     let init = pod["spec"]["initContainers"].as_array().context("nothing is injected")?;
     let [sidecar] = init.as_slice() else { bail!("{init:?}") };
     let context = &sidecar["securityContext"];
-    ensure!(context["runAsNonRoot"] == true && context["capabilities"]["drop"] == json!(["ALL"]), "{context}");
+    ensure!(
+        context["runAsNonRoot"] == true && context["capabilities"]["drop"] == json!(["ALL"]),
+        "{context}"
+    );
     Ok(())
 }
 

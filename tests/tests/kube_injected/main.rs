@@ -46,6 +46,7 @@ const CASES: &[(&str, Case)] = &[
     ("strict", inbound::probes_and_scrapes_come_in_and_strangers_do_not),
     ("rollout", ending::a_rollout_under_requests_fails_none),
     ("ending", ending::a_sidecar_carries_its_application_to_the_end),
+    ("job", ending::a_job_calls_at_once_and_is_over),
     ("identity", identity::pods_join_by_their_service_account_whatever_they_mount),
     ("refused", identity::pods_that_are_not_let_in_say_why),
     ("away", away::without_a_federator_the_failure_policy_decides_and_nobody_else_is_held_up),

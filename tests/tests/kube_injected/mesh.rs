@@ -3,10 +3,12 @@
 use anyhow::{Context as _, Result, ensure};
 use serde_json::json;
 use tombolo_tests::kube::Object;
-use tombolo_tests::scenario::only;
+use tombolo_tests::scenario::{metric, only};
 use tombolo_tests::testbed::{NAMESPACE, eventually};
 
-use super::pods::{INJECT, addresses, answered, curl, exposition, imported, namespace, pod, serve, started, summed};
+use super::pods::{
+    INJECT, addresses, answered, curl, exposition, imported, namespace, pod, serve, started, summed,
+};
 use super::{SOON, World};
 
 pub const WEB: &str = "http://web.shop.svc.clusterset.local/";
@@ -27,7 +29,7 @@ pub fn a_captured_pod_calls_another_clusters_service_by_its_own_sidecar(world: &
     let nginx = json!({
         "image": "nginx:1.27", "ports": [{ "name": "http", "containerPort": 80 }],
         "readinessProbe": { "httpGet": { "path": "/", "port": "http" }, "periodSeconds": 1 },
-        "lifecycle": { "preStop": { "sleep": { "seconds": 4 } } },
+        "lifecycle": { "preStop": { "sleep": { "seconds": 5 } } },
     });
     let mut server = pod("shop", "web", "web", json!({}), nginx);
     server["spec"]["terminationGracePeriodSeconds"] = json!(30);
@@ -53,7 +55,8 @@ pub fn a_captured_pod_calls_another_clusters_service_by_its_own_sidecar(world: &
         "{derived}"
     );
     eventually("its name is answered with the ClusterSetIP", SOON, || {
-        let said = east.exec("shop", "client", "main", &["dig", "+short", "web.shop.svc.clusterset.local"])?;
+        let said =
+            east.exec("shop", "client", "main", &["dig", "+short", "web.shop.svc.clusterset.local"])?;
         ensure!(said.trim() == set, "{said:?} is not {set}");
         Ok(())
     })?;
@@ -64,11 +67,9 @@ pub fn a_captured_pod_calls_another_clusters_service_by_its_own_sidecar(world: &
         ensure!(curl(east, CLIENT, WEB)?.contains(NGINX));
     }
     let sidecar = exposition(east, client["status"]["podIP"].as_str().context("no address")?)?;
-    let captured =
-        tombolo_tests::scenario::metric(&sidecar, "tombolo_sidecar_captured_total", &["result=\"service\""]);
+    let captured = metric(&sidecar, "tombolo_sidecar_captured_total", &["result=\"service\""]);
     ensure!(captured >= 20.0, "{captured} of them were captured: {sidecar}");
-    let arrived =
-        summed(west, ("shop", "app=web"), "tombolo_sidecar_inbound_connections", &[])?;
+    let arrived = summed(west, ("shop", "app=web"), "tombolo_sidecar_inbound_connections", &[])?;
     ensure!(arrived >= 1.0, "no sidecar of the server's has a connection");
     let after = shared_calls(world)?;
     ensure!(before == after, "shared sidecars carried {} of these calls", after - before);
@@ -79,7 +80,9 @@ pub fn a_captured_pod_calls_another_clusters_service_by_its_own_sidecar(world: &
     answered(east, ("shop", "bare"), WEB, NGINX)?;
     let counted = shared_calls(world)? - after;
     ensure!(counted >= 1.0, "the shared sidecars count no calls at all");
-    println!("     21 calls by the pod's own sidecar, 0 by shared ones; {counted} by shared ones from the pod beside it");
+    println!(
+        "     21 calls by the pod's own sidecar, 0 by shared ones; {counted} by shared ones from the pod beside it"
+    );
     Ok(())
 }
 
@@ -88,18 +91,26 @@ pub fn the_server_sees_who_calls(world: &World) -> Result<()> {
     let other = ("shop", "other");
     answered(east, other, WEB, NGINX)?;
     world.bed.operate(west, &["apply", "-f", "-"], &only("client"))?;
-    let words = eventually("the other service account's pod is refused", SOON, || {
-        match curl(east, other, WEB) {
+    let words =
+        eventually("the other service account's pod is refused", SOON, || match curl(east, other, WEB) {
             Ok(answer) => anyhow::bail!("it is let in: {answer}"),
             Err(error) => Ok(error.to_string()),
-        }
-    })?;
+        })?;
     ensure!(curl(east, CLIENT, WEB)?.contains(NGINX), "the one that the policy names is let in");
     let access = |verdict: &str| -> Result<f64> {
-        summed(west, ("shop", "app=web"), "tombolo_sidecar_access_total", &[&format!("verdict=\"{verdict}\"")])
+        summed(
+            west,
+            ("shop", "app=web"),
+            "tombolo_sidecar_access_total",
+            &[&format!("verdict=\"{verdict}\"")],
+        )
     };
     let denied = access("denied")?;
-    ensure!(denied >= 1.0, "no server's sidecar has denied anybody: {:?}", addresses(west, "shop", "app=web")?);
+    ensure!(
+        denied >= 1.0,
+        "no server's sidecar has denied anybody: {:?}",
+        addresses(west, "shop", "app=web")?
+    );
     println!("     refused: {}", words.lines().last().unwrap_or_default());
     world.bed.operate(west, &["delete", "accesspolicy", "only", "-n", "shop", "--yes"], "")?;
     answered(east, other, WEB, NGINX)

@@ -21,9 +21,7 @@ pub fn namespace(cluster: &Cluster, name: &str, labels: Value, accounts: &[&str]
     cluster.api.apply(&json!({ "apiVersion": "v1", "kind": "Namespace", "metadata": metadata }))?;
     for account in accounts {
         let metadata = json!({ "name": account, "namespace": name });
-        cluster
-            .api
-            .apply(&json!({ "apiVersion": "v1", "kind": "ServiceAccount", "metadata": metadata }))?;
+        cluster.api.apply(&json!({ "apiVersion": "v1", "kind": "ServiceAccount", "metadata": metadata }))?;
     }
     Ok(())
 }

@@ -158,13 +158,14 @@ impl<'a> List<'a> {
             Some(at) => (upstream.protocol, Some(at), None),
             None => (upstream.protocol, None, Some((upstream.service.clone(), upstream.port))),
         };
-        let wanted = |(protocol, at, service): &(Protocol, Option<SocketAddr>, Option<(ServiceKey, u16)>)| {
-            match (at, service) {
+        let wanted =
+            |(protocol, at, service): &(Protocol, Option<SocketAddr>, Option<(ServiceKey, u16)>)| match (
+                at, service,
+            ) {
                 (Some(at), _) => format!("wants {protocol} at {at}"),
                 (None, Some((service, port))) => format!("is about {protocol} port {port} of {service}"),
                 (None, None) => String::new(),
-            }
-        };
+            };
         self.once(all.iter().map(key), wanted, "leave one of them out, or give it an address of its own")?;
         Ok(all)
     }

@@ -50,5 +50,8 @@ fn a_pod_that_is_not_let_in_is_found_with_the_reason_for_ten_minutes() {
         (finding.reason.as_str(), finding.about.as_str()),
         ("PodRefused", "pod shop/web-0 (service account web)")
     );
-    assert!(finding.message.contains("3 times") && finding.message.ends_with("is it expired?"), "{finding:?}");
+    assert!(
+        finding.message.contains("3 times") && finding.message.ends_with("is it expired?"),
+        "{finding:?}"
+    );
 }
