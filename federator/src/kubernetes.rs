@@ -155,7 +155,7 @@ impl KubernetesTask {
         };
         let inventory = async {
             match self.config.objects {
-                true => inventory.run().await,
+                true => inventory.run_on().await,
                 false => std::future::pending().await,
             }
         };

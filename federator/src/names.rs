@@ -112,12 +112,16 @@ fn policies_over_services(facts: &Facts) -> BTreeSet<ServiceKey> {
 /// The ready endpoints of a headless service that can be reached at their addresses.
 fn endpoints(facts: &Facts, service: &ServiceKey) -> Vec<v1::NamedEndpoint> {
     let cluster = facts.cluster.name.to_string();
-    let own = hosts(facts, service).into_iter().map(|host| v1::NamedEndpoint {
-        cluster: cluster.clone(),
-        hostname: host.hostname,
-        address: host.address,
-    });
-    let mut endpoints: Vec<_> = own.collect();
+    let own = |hostname, address| v1::NamedEndpoint { cluster: cluster.clone(), hostname, address };
+    let in_kubernetes =
+        exports::export_of(facts, service).is_some_and(|export| export.kubernetes().is_some());
+    let mut endpoints: Vec<_> = if in_kubernetes {
+        // As peers are told: its pods, by Kubernetes' names, and not whoever stands for them.
+        let pods = facts.kubernetes_hosts.get(service).into_iter().flat_map(|known| &known.hosts);
+        pods.map(|pod| own(pod.hostname.clone(), pod.address.to_string())).collect()
+    } else {
+        hosts(facts, service).into_iter().map(|host| own(host.hostname, host.address)).collect()
+    };
     for link in facts.live_links() {
         endpoints.extend(reachable(facts, &link.peer, service).map(|host| v1::NamedEndpoint {
             cluster: link.peer.to_string(),

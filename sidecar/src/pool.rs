@@ -122,6 +122,8 @@ struct State {
     last_failure: Option<&'static str>,
     /// Dials kept reaching endpoints that are connected already: no use in more until then.
     no_more_endpoints_until: Option<Instant>,
+    /// How often in a row they did.
+    futile: u32,
     last_used: Instant,
     closed: bool,
 }
@@ -179,6 +181,7 @@ impl Pool {
                 not_before: None,
                 last_failure: None,
                 no_more_endpoints_until: None,
+                futile: 0,
                 last_used: Instant::now(),
                 closed: false,
             }),
@@ -203,6 +206,7 @@ impl Pool {
         self.0.target.store(Arc::new(Target { dial: dial_target(&backend), backend, tls }));
         let mut state = self.lock();
         state.no_more_endpoints_until = None;
+        state.futile = 0;
         for pooled in &state.connections {
             let peer = pooled.connection().identity();
             if !peer.is_some_and(|peer| identities.contains(&peer.spiffe_id)) {

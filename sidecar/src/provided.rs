@@ -9,6 +9,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use arc_swap::ArcSwap;
+use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use tokio::time::Instant;
 use tombolo_model::names::ServiceKey;
@@ -28,17 +29,20 @@ const MOST_WEIGHT: u32 = 10_000;
 const PLAIN: &str = "pods without a sidecar";
 
 /// A service with where each of its ports is.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ProvidedService {
     pub service: ServiceKey,
     pub ports: Vec<ProvidedPort>,
+    /// Only the first of them is kept in files.
+    #[serde(skip)]
     pub standing: Standing,
 }
 
 /// Whose backends they are.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Standing {
     /// Of pods without a sidecar, whose readiness has been judged already: without any the service is not healthy.
+    #[default]
     Behind,
     /// Of the pod that this sidecar is in; `None`: not checked yet.
     Own(Option<Verdict>),
@@ -47,7 +51,7 @@ pub enum Standing {
 }
 
 /// A port as callers name it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ProvidedPort {
     pub name: String,
     pub port: u16,

@@ -5,7 +5,7 @@ use std::time::Duration;
 use clap::{Args, Subcommand};
 use serde_json::Value;
 use tombolo_federator::kubernetes::client::connect;
-use tombolo_federator::kubernetes::crds::{self, Installed};
+use tombolo_federator::kubernetes::crds;
 
 use super::federator;
 use crate::failure::{Exit, Failure};
@@ -55,12 +55,7 @@ pub async fn run(args: KubeArgs, patience: Duration) -> Result<Exit, Failure> {
         Failure::new(format_args!("the API server has not answered within {} s", patience.as_secs()))
     })?;
     for (name, what) in installed.map_err(Failure::new)? {
-        let said = match what {
-            Installed::Applied => "applied",
-            Installed::LeftNewer => "left as it is: a later version is installed",
-            Installed::LeftForeign => "left as it is: somebody else has installed it",
-        };
-        output::line(format!("customresourcedefinition/{name} {said}"))?;
+        output::line(format!("customresourcedefinition/{name} {what}"))?;
     }
     Ok(Exit::Done)
 }

@@ -242,7 +242,12 @@ pub fn run(args: TrustArgs, connect: Connect) -> Result<Exit, Failure> {
             csr::signed(&name, &csr::read(&file)?, out, existing, &place.resolve()?, &key)
         }
         Verb::Cluster { name, out, csr: None, known, place, key } => {
-            cluster(&name, out, known.existing(), &place.resolve()?, &key)
+            let out = cluster(&name, out, known.existing(), &place.resolve()?, &key)?;
+            eprintln!(
+                "next, where {name} runs: tombolo federator --cluster {name} --trust-dir {}",
+                out.display()
+            );
+            Ok(Exit::Done)
         }
         Verb::Csr(args) => csr::make(args),
         Verb::Sign(args) => csr::sign(args),
@@ -282,14 +287,14 @@ fn load(dir: &Path) -> Result<RootAuthority, Failure> {
     })
 }
 
-/// Signs a cluster.
+/// Signs a cluster: the directory with what it needs.
 pub fn cluster(
     name: &str,
     out: Option<PathBuf>,
     existing: Existing,
     dir: &Path,
     key: &KeyArgs,
-) -> Result<Exit, Failure> {
+) -> Result<PathBuf, Failure> {
     let name: ClusterName = name.parse().map_err(Failure::usage)?;
     rotate::refuse_while_under_way(dir)?;
     let mut root = key.open(dir)?;
@@ -305,8 +310,7 @@ pub fn cluster(
     })?;
     material.save(&out).map_err(Failure::new)?;
     output::line(format_args!("intermediate of {name} (tag {}) written to {}", material.tag, out.display()))?;
-    eprintln!("next, where {name} runs: tombolo federator --cluster {name} --trust-dir {}", out.display());
-    Ok(Exit::Done)
+    Ok(out)
 }
 
 fn show(dir: &Path, format: Format) -> Result<Exit, Failure> {

@@ -55,7 +55,15 @@ pub fn page(status: &ClusterStatus, wide: bool, now: OffsetDateTime) -> String {
     if !shifts.is_empty() {
         section("SHIFTS", shifts, "none");
     }
-    section("ENDPOINTS", endpoint_table(endpoints, now), "none: start one with `tombolo sidecar`");
+    // Callers that have gone serve nobody: what is issued to them ends by itself.
+    let is_gone = |endpoint: &&EndpointStatus| endpoint.services.is_empty() && !endpoint.healthy && !wide;
+    let gone = endpoints.iter().filter(is_gone).count();
+    let shown: Vec<&EndpointStatus> = endpoints.iter().filter(|endpoint| !is_gone(endpoint)).collect();
+    let title = match gone {
+        0 => "ENDPOINTS".to_owned(),
+        _ => format!("ENDPOINTS ({gone} more without services have gone: --output wide)"),
+    };
+    section(&title, endpoint_table(&shown, now), "none: start one with `tombolo sidecar`");
     section("IDENTITIES", identity_table(identities, wide), "none");
     if !federations.is_empty() {
         section("FOREIGN TRUST DOMAINS", federation_table(federations), "none");
@@ -219,7 +227,7 @@ fn shift_table(imports: &[ImportStatus], most: usize, now: OffsetDateTime) -> Ta
     table
 }
 
-fn endpoint_table(endpoints: &[EndpointStatus], now: OffsetDateTime) -> Table {
+fn endpoint_table(endpoints: &[&EndpointStatus], now: OffsetDateTime) -> Table {
     let mut table = table(&["id", "holder", "services", "healthy", "address", "last seen", "reason"]);
     for endpoint in endpoints {
         let EndpointStatus {

@@ -112,6 +112,8 @@ pub struct ProbeState {
     /// Probes of life that are overdue, all sent after the last ACKed one.
     overdue: u32,
     last_ack: Option<Instant>,
+    /// When the first probe was sent that was answered: what was lost before shows when the peer came, not how the path is.
+    answered_from: Option<Instant>,
     srtt: Option<Duration>,
     rttvar: Duration,
     latest_rtt: Option<Duration>,
@@ -141,6 +143,7 @@ impl ProbeState {
             newest_acked: None,
             overdue: 0,
             last_ack: None,
+            answered_from: None,
             srtt: None,
             rttvar: Duration::ZERO,
             latest_rtt: None,
@@ -206,6 +209,10 @@ impl ProbeState {
         let matches = self.outstanding.get(at).is_some_and(|o| o.sent_micros == ack.sent_micros);
         let Some(probe) = (if matches { self.outstanding.remove(at) } else { None }) else { return false };
         self.last_ack = Some(now);
+        if self.answered_from.is_none() {
+            self.answered_from = Some(probe.sent);
+            (self.losses, self.outcomes) = (0, 0);
+        }
         let rtt = now.saturating_duration_since(probe.sent);
         self.note_rtt(rtt);
         if probe.searches {
@@ -320,6 +327,7 @@ impl ProbeState {
         let allowance = self.allowance();
         let verdict = now >= self.no_verdict_before;
         let mut given_up = 0;
+        let answered_from = self.answered_from;
         self.outstanding.retain_mut(|probe| {
             let age = now.saturating_duration_since(probe.sent);
             if verdict && !probe.overdue && !probe.searches && age >= allowance {
@@ -327,7 +335,8 @@ impl ProbeState {
                 self.overdue = self.overdue.saturating_add(1);
             }
             let keep = age < GIVE_UP;
-            given_up += u32::from(!keep && !probe.searches);
+            let counts = !probe.searches && answered_from.is_none_or(|from| probe.sent >= from);
+            given_up += u32::from(!keep && counts);
             keep
         });
         (0..given_up).for_each(|_| self.note_outcome(true));

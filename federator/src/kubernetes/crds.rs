@@ -289,6 +289,16 @@ pub enum Installed {
     LeftForeign,
 }
 
+impl std::fmt::Display for Installed {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Applied => "applied",
+            Self::LeftNewer => "left as it is: a later version is installed",
+            Self::LeftForeign => "left as it is: somebody else has installed it",
+        })
+    }
+}
+
 /// Installs the definitions: by name, what became of each.
 pub async fn install(client: Client) -> Result<Vec<(String, Installed)>, kube::Error> {
     let gvk = GroupVersionKind::gvk("apiextensions.k8s.io", "v1", "CustomResourceDefinition");

@@ -210,7 +210,7 @@ pub fn numbered_ports(merged: &Merged) -> Vec<ServicePort> {
 }
 
 /// The slices that lead from a derived `Service` to the shared sidecars, by name: one per family of its addresses, without
-/// endpoints when none is ready. Their front carries TCP.
+/// endpoints when none is ready. Their front carries TCP and UDP.
 pub fn fronts(
     service: &ServiceKey,
     merged: &Merged,
@@ -220,8 +220,7 @@ pub fn fronts(
     shared: &BTreeSet<IpAddr>,
 ) -> BTreeMap<String, Value> {
     let carried = |(of, mut value): (&Port, Value)| {
-        let port = port_of(of).filter(|(protocol, _)| *protocol == Protocol::Tcp)?;
-        value["port"] = (*numbers.get(&port)?).into();
+        value["port"] = (*numbers.get(&port_of(of)?)?).into();
         Some(value)
     };
     let ports: Vec<Value> = service_ports(merged).into_iter().filter_map(carried).collect();

@@ -59,8 +59,20 @@ struct Served {
 type Watched = (Kind, Result<Event<DynamicObject>, watcher::Error>);
 
 impl InventoryTask {
-    /// Until the session ends.
-    pub async fn run(self) -> Result<Infallible, SessionEnd> {
+    /// Until the session ends. What fails here is tried again by itself: services do not wait for it.
+    pub async fn run_on(self) -> Result<Infallible, SessionEnd> {
+        loop {
+            match self.run().await {
+                Err(SessionEnd::Connect(error)) => {
+                    tracing::warn!(%error, "the cluster inventory is not kept now, and is tried again");
+                    tokio::time::sleep(AGAIN).await;
+                }
+                end => return end,
+            }
+        }
+    }
+
+    async fn run(&self) -> Result<Infallible, SessionEnd> {
         loop {
             let served = self.discover().await?;
             let found = served != Served::default();

@@ -13,7 +13,7 @@ use crate::metrics::DialLabels;
 const DISTINCT_TRIES: u32 = 4;
 /// After that, there are probably no more.
 const NO_MORE_FOR: Duration = Duration::from_secs(30);
-/// The same where each endpoint has a share: one that is not found has none.
+/// The same where each endpoint has a share: one that is not found has none. Twice as long each time in a row, up to that.
 const WEIGHTED_TRIES: u32 = 8;
 const NO_MORE_WEIGHTED_FOR: Duration = Duration::from_secs(2);
 /// The peer announces its endpoint half a round trip after the handshake; on a loaded machine a little later.
@@ -51,7 +51,7 @@ impl Pool {
                 Ok(connection) => {
                     self.0.context.metrics.handshake.observe(started.elapsed().as_secs_f64());
                     if !distinct || self.is_new_endpoint(&connection).await {
-                        self.adopt(connection);
+                        self.adopt(connection, distinct);
                         return;
                     }
                     self.count_dial("same_endpoint");
@@ -70,7 +70,10 @@ impl Pool {
                 }
             }
         }
-        self.lock().no_more_endpoints_until = Some(Instant::now() + pause);
+        let mut state = self.lock();
+        let pause = (pause * (1 << state.futile.min(4))).min(NO_MORE_FOR);
+        state.futile = state.futile.saturating_add(1);
+        state.no_more_endpoints_until = Some(Instant::now() + pause);
     }
 
     /// Whether no other live connection ends at the same endpoint. One that does not announce itself counts as new.
@@ -88,7 +91,7 @@ impl Pool {
         !live.map(|c| c.connection().peer_endpoint()).any(|known| known == Some(endpoint))
     }
 
-    fn adopt(&self, connection: PeerConnection) {
+    fn adopt(&self, connection: PeerConnection, distinct: bool) {
         let drops = self.0.context.metrics.udp.direction("outbound");
         let pooled = Arc::new(Pooled::new(connection, drops));
         let mut state = self.lock();
@@ -97,6 +100,9 @@ impl Pool {
             return;
         }
         state.backoff.worked();
+        if distinct {
+            state.futile = 0;
+        }
         state.not_before = None;
         state.last_failure = None;
         state.connections.push(Arc::clone(&pooled));

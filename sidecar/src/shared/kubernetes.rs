@@ -5,10 +5,11 @@
 //! ([`picture`], pure), and says the configuration anew when it has changed. A service account's sidecar runs while it serves
 //! something, or once one of its pods has called; it joins with a token that Kubernetes gives for that account ([`token`]).
 //!
-//! While the API server is away what is known stays, but not for ever: addresses may be others' by then. After
-//! [`KubernetesConfig::stale_after`] nobody is told apart any more, until it is back.
+//! While the API server is away what is known stays, also over a restart ([`remembered`]), but not for ever: addresses may be
+//! others' by then. After [`KubernetesConfig::stale_after`] nobody is told apart any more, until it is back.
 
 pub mod picture;
+mod remembered;
 pub mod rows;
 mod token;
 mod watching;
@@ -26,12 +27,12 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::gauge::Gauge;
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
-use tombolo_model::protocol::Protocol;
 use tombolo_overlay::member::ServiceAccountToken;
 use tombolo_runtime::clock;
 use tombolo_runtime::tasks::TaskGroup;
 
 use self::picture::{Account, AccountPicture, Picture, Tables};
+use self::remembered::Remembered;
 use self::token::AskedToken;
 pub use self::watching::{Connect, Session};
 use self::watching::{News, WatchTask};
@@ -87,9 +88,10 @@ pub struct KubernetesSource {
     news: mpsc::Receiver<News>,
     session: watch::Receiver<Option<Session>>,
     tables: Tables,
-    /// What each service account's sidecar is told.
+    remembered: Remembered,
     /// What numbers led to when it was last looked at.
     numbered: Vec<picture::Numbered>,
+    /// What each service account's sidecar is told.
     told: BTreeMap<Account, (watch::Sender<Services>, Provided)>,
     /// When the picture is to be looked at anew.
     due: Option<Instant>,
@@ -120,6 +122,7 @@ impl KubernetesSource {
         tasks.spawn("Kubernetes watches", task.run());
         let tables = Tables::new(config.namespaces.len());
         let mut source = Self {
+            remembered: Remembered::read(&config.state_dir),
             config,
             news,
             session,
@@ -143,7 +146,9 @@ impl KubernetesSource {
         let changed = match news {
             News::Event { scope, kind, event } => self.tables.apply(scope, kind, *event),
             News::Away => {
-                self.away.get_or_insert(now);
+                if self.away.is_none() {
+                    self.went_away(now);
+                }
                 false
             }
             News::Back => {
@@ -160,21 +165,42 @@ impl KubernetesSource {
         }
     }
 
+    fn went_away(&mut self, now: Instant) {
+        self.away = Some(now);
+        let former = self.remembered.former(clock::since_unix_epoch().as_secs());
+        // Nothing was received yet: what a former process knew holds for as long as it would have.
+        if let Some((_, heard)) = former.filter(|_| !self.tables.is_synced()) {
+            tracing::warn!(
+                heard_seconds_ago = heard.as_secs(),
+                "the API server is away: what was known before is used"
+            );
+            self.away = now.checked_sub(heard).or(self.away);
+            self.due = Some(now);
+        }
+    }
+
     /// When callers are told apart no longer, unless the API server is heard; `None`: it is, or they are not already.
     fn stale_at(&self) -> Option<Instant> {
         self.away.filter(|_| !self.stale).map(|since| since + self.config.stale_after)
     }
 
     fn configuration(&mut self) -> SharedConfig {
-        let incomplete = !self.tables.is_synced();
         let unix = clock::since_unix_epoch().as_secs();
         let v6 = self.config.sidecar.bind.is_ipv6();
-        let mut picture =
-            if incomplete { Picture::default() } else { self.tables.picture(unix, v6, &self.numbered) };
+        let now = Instant::now();
+        let former = self.remembered.former(unix).filter(|_| self.away.is_some());
+        let (mut picture, incomplete) = match (self.tables.is_synced(), former) {
+            (true, _) => {
+                let picture = self.tables.picture(unix, v6, &self.numbered);
+                self.remembered.know(&picture, now);
+                (picture, false)
+            }
+            (false, Some((former, _))) => (former.clone(), false),
+            (false, None) => (Picture::default(), true),
+        };
         if !incomplete {
             self.numbered.clone_from(&picture.numbered);
         }
-        let now = Instant::now();
         self.stale = self.away.is_some_and(|since| since + self.config.stale_after <= now);
         if self.stale {
             picture.accounts.values_mut().for_each(|account| account.sources.clear());
@@ -186,7 +212,7 @@ impl KubernetesSource {
         let upstream = |listen: &IpAddr, numbered: &picture::Numbered| UpstreamConfig {
             service: numbered.service.clone(),
             port: numbered.port,
-            protocol: Protocol::Tcp,
+            protocol: numbered.protocol,
             listen: SocketAddr::new(*listen, numbered.number),
             warm: 0,
         };
@@ -309,7 +335,11 @@ impl Source for KubernetesSource {
     async fn next(&mut self, _: &AtomicBool) -> Result<SharedConfig, String> {
         loop {
             let due = [self.due, self.stale_at()].into_iter().flatten().min();
+            let keep = self.remembered.due();
             tokio::select! {
+                () = tokio::time::sleep_until(keep.unwrap_or_else(Instant::now)), if keep.is_some() => {
+                    self.remembered.write(Instant::now(), clock::since_unix_epoch().as_secs(), self.away.is_none());
+                }
                 news = self.news.recv() => match news {
                     Some(news) => self.take(news),
                     None => std::future::pending().await,

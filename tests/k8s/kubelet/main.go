@@ -1,4 +1,4 @@
-// Kubelet is the part of a kubelet that kubectl talks to through the API server: exec, port-forward, logs. Whatever it runs, it
+// Kubelet is the part of a kubelet that kubectl talks to through the API server: exec, port-forward, attach, logs. Whatever it runs, it
 // runs by a program that enters the container; it starts, watches and reports nothing.
 package main
 
@@ -40,6 +40,7 @@ func main() {
 	node := &node{dir: *dir, enter: *enter}
 	routes := http.NewServeMux()
 	routes.HandleFunc("/exec/{namespace}/{pod}/{container}", node.exec)
+	routes.HandleFunc("/attach/{namespace}/{pod}/{container}", node.attach)
 	routes.HandleFunc("/portForward/{namespace}/{pod}", node.portForward)
 	routes.HandleFunc("GET /containerLogs/{namespace}/{pod}/{container}", node.logs)
 	log.Fatal(http.ListenAndServeTLS(*listen, *cert, *key, routes))
@@ -154,6 +155,46 @@ func (n *node) PortForward(ctx context.Context, pod, _ string, port int32, strea
 		_ = pipe.Close()
 	}()
 	return cmd.Run()
+}
+
+func (n *node) attach(w http.ResponseWriter, req *http.Request) {
+	options, err := remotecommand.NewOptions(req)
+	if err != nil {
+		http.Error(w, err.Error(), http.StatusBadRequest)
+		return
+	}
+	pod := req.PathValue("namespace") + "/" + req.PathValue("pod")
+	remotecommand.ServeAttach(w, req, n, pod, "", req.PathValue("container"), options, idle, creation,
+		remotecommand.SupportedStreamingProtocols)
+}
+
+// AttachContainer implements remotecommand.Attacher, for output alone: from the container's start to its end.
+func (n *node) AttachContainer(ctx context.Context, pod, _, container string, _ io.Reader, out, _ io.WriteCloser, _ bool,
+	_ <-chan remotecommand.TerminalSize) error {
+	if out == nil {
+		return nil
+	}
+	// Both end with names that the API server has admitted.
+	base := filepath.Join(n.dir, "running", strings.Replace(pod, "/", "_", 1), container)
+	file, err := os.Open(base + ".log")
+	if err != nil {
+		return err
+	}
+	defer file.Close()
+	for {
+		_, ended := os.Stat(base + ".json")
+		if _, err := io.Copy(out, file); err != nil {
+			return err
+		}
+		if ended != nil {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(100 * time.Millisecond):
+		}
+	}
 }
 
 // logs are one file a container, without the runs before the last one apart.

@@ -68,6 +68,20 @@ impl Testbed {
         Ok(String::from_utf8(output.stdout)?)
     }
 
+    /// Has each cluster tell the others its pods' addresses: what headless services and `EndpointSlice`s of imports need.
+    pub fn flatten(&self) -> Result<()> {
+        for cluster in &self.clusters {
+            for peer in self.clusters.iter().filter(|peer| peer.name != cluster.name) {
+                let link = serde_json::json!({
+                    "apiVersion": "tombolo.dev/v1alpha1", "kind": "ClusterLink", "metadata": { "name": peer.name },
+                    "spec": { "flat": true },
+                });
+                self.operate(cluster, &["apply", "-f", "-"], &link.to_string())?;
+            }
+        }
+        Ok(())
+    }
+
     /// Waits until every cluster hears every other one.
     pub fn linked(&self) -> Result<()> {
         for cluster in &self.clusters {

@@ -35,7 +35,7 @@ impl Programs {
         Ok(Self {
             kubernetes: kubernetes.parent().context("no directory")?.to_owned(),
             kube_proxy: tool("kube-proxy-1.37.2-1", "kube-proxy")?,
-            kubelet: tool("kubelet-1", "kubelet")?,
+            kubelet: tool("kubelet-2", "kubelet")?,
             coredns: tool("coredns-1.15.0", "coredns")?,
             kubectl: tool("kubectl-1.37.1-4.3.1-1", "kubectl")?,
             helm: tool("kubectl-1.37.1-4.3.1-1", "helm")?,

@@ -35,6 +35,9 @@ pub struct UpArgs {
     /// What answers for clusterset.local: CoreDNS itself, or nobody.
     #[arg(long, value_enum, default_value_t = Names::Coredns, conflicts_with = "bare")]
     names: Names,
+    /// Links that tell no pods' addresses: there are no EndpointSlices of other clusters then, nor names of their pods.
+    #[arg(long, conflicts_with = "bare")]
+    gateways_only: bool,
 }
 
 /// Who knows the names of the cluster set.
@@ -57,6 +60,9 @@ pub fn run(args: &UpArgs) -> Result<()> {
         let values: Vec<&str> = args.set.iter().map(String::as_str).collect();
         testbed.install(&values)?;
         testbed.linked()?;
+        if !args.gateways_only {
+            testbed.flatten()?;
+        }
         if args.names == Names::Coredns {
             testbed.clusters.iter().try_for_each(|cluster| cluster.set_dns(&Dns::Multicluster))?;
             testbed.clusters.iter().try_for_each(super::Cluster::dns_ready)?;

@@ -15,14 +15,6 @@ pub const CASES: &[(&str, Check)] = &[
     ("nothing answers for a cluster's part of a service, nor for what is not exported", no_more_than_that),
 ];
 
-/// Those that hold with the federator's own name server: it does not know the pods of Kubernetes' headless services, and
-/// gives a service the mesh's virtual address, which is not the import's.
-pub fn of_the_federator() -> Vec<(&'static str, Check)> {
-    let known =
-        |(name, _): &&(&str, Check)| !["22", "25", "26", "27"].iter().any(|number| name.starts_with(number));
-    CASES.iter().filter(known).copied().collect()
-}
-
 fn addresses(case: &Case<'_>) -> Result<()> {
     case.serve(case.east, "Deployment", &json!({}))?;
     case.export(case.east)?;

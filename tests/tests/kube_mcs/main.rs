@@ -14,6 +14,7 @@ use tombolo_tests::scenario::metric;
 
 mod case;
 mod practice;
+mod stale;
 mod standard;
 
 use case::{Case, MCS, SOON, namespace};
@@ -241,6 +242,9 @@ fn services_are_exported_and_imported_between_kubernetes_clusters_as_mcs_has_it(
         };
         run("the federator asks for nothing that it may not", outcome, start);
     }
+    let start = Instant::now();
+    let outcome = world.watches_that_are_stale();
+    run("what a watch has missed for good is read anew", outcome, start);
     let start = Instant::now();
     let outcome = world.api_servers_that_restart();
     run("API servers restart, with and without the federator", outcome, start);

@@ -232,6 +232,22 @@ fn an_api_server_may_be_away(site: &mut Site) -> Result<()> {
     for _ in 0..10 {
         ensure!(site.called_at("west", CART, to)?.contains("web of east"));
     }
+    // Also after they were started again meanwhile, each in its place.
+    for cluster in ["east", "west"] {
+        for host in SHARED {
+            site.mesh.process_mut(&format!("{cluster}/shared-{host}"))?.kill()?;
+            site.mesh.restart(&format!("{cluster}/shared-{host}"))?;
+        }
+    }
+    for cluster in ["east", "west"] {
+        for host in SHARED {
+            site.mesh.ready(cluster, host, &format!("shared-{host}"))?;
+        }
+    }
+    site.becomes("shared sidecars that are started without an API server serve", |site| {
+        ensure!(site.called_at("west", CART, to)?.contains("web of east"));
+        Ok(())
+    })?;
     for cluster in ["east", "west"] {
         site.mesh.restart(&format!("{cluster}/apiserver"))?;
         site.plane(cluster).ready(&site.mesh)?;

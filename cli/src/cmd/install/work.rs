@@ -80,8 +80,8 @@ impl Work {
         }
         let installed = crds::install(self.target.client.clone()).await;
         for (name, what) in installed.map_err(|e| kube_client::failed("definitions", &e))? {
-            if what == Installed::LeftNewer {
-                eprintln!("customresourcedefinition/{name} is left as it is: a later version is installed");
+            if what != Installed::Applied {
+                eprintln!("customresourcedefinition/{name} is {what}");
             }
         }
         for object in &self.objects {

@@ -53,6 +53,7 @@ pub struct WorkloadService {
     pub health_check: Option<HealthCheck>,
     /// Share of traffic within the cluster, relative to others; 100 when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 1000))]
     pub weight: Option<u32>,
 }
 

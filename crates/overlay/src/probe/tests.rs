@@ -146,6 +146,17 @@ fn a_hop_that_never_answered_is_not_alive_and_then_dead() {
 }
 
 #[test]
+fn what_was_asked_before_anybody_answered_is_no_loss() {
+    let mut hop = Hop::new(25 * MS);
+    hop.lose_every = 1;
+    hop.run(Duration::from_secs(20), true);
+    assert_eq!(hop.state.loss_per_mille(), 1000);
+    hop.lose_every = 0;
+    hop.run(Duration::from_secs(10), true);
+    assert_eq!(hop.state.loss_per_mille(), 0);
+}
+
+#[test]
 fn a_lost_probe_now_and_then_never_kills_and_shows_as_loss() {
     let mut hop = Hop::new(25 * MS);
     hop.lose_every = 10;

@@ -68,6 +68,17 @@ fn a_service_of_kubernetes_is_told_of_before_any_pod_has_joined_and_as_long_as_t
 }
 
 #[test]
+fn a_headless_service_of_kubernetes_resolves_to_its_pods() {
+    let (_world, mut east, _west) = linked();
+    let KubernetesService::Found(service) = found() else { unreachable!() };
+    let headless = KubernetesService::Found(ExportedService { headless: true, ..service });
+    east.kubernetes(exported(headless), true, at(1));
+    let records = crate::names::records(&east.core.facts);
+    let hosts: Vec<_> = records["shop/web"].endpoints.iter().map(|e| (&*e.hostname, &*e.address)).collect();
+    assert_eq!(hosts, [("web-0", "10.244.0.7")]);
+}
+
+#[test]
 fn over_a_flat_link_ready_endpoints_are_told() {
     let (_world, mut east, _west) = linked();
     let link = json!({

@@ -10,6 +10,7 @@ use std::net::IpAddr;
 
 use kube::core::DynamicObject;
 use kube::runtime::watcher::Event;
+use serde::{Deserialize, Serialize};
 use tombolo_kubernetes::table::{Place, Row, Table};
 use tombolo_kubernetes::words::FRONT_PORTS;
 use tombolo_model::names::ServiceKey;
@@ -60,7 +61,7 @@ pub struct Tables(Vec<Scope>);
 pub type Account = (String, String);
 
 /// What follows for one service account.
-#[derive(Clone, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct AccountPicture {
     /// Sorted.
     pub sources: Vec<IpAddr>,
@@ -68,11 +69,12 @@ pub struct AccountPicture {
 }
 
 /// What is called by a number.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Numbered {
     pub number: u16,
     pub service: ServiceKey,
     pub port: u16,
+    pub protocol: Protocol,
 }
 
 /// What follows of all of it.
@@ -240,13 +242,14 @@ impl Tables {
         let mut owners: BTreeMap<u16, (u64, Numbered)> = BTreeMap::new();
         for row in self.0.iter().flat_map(|scope| scope.services.iter().map(|(_, row)| row)) {
             let Some(service) = &row.import else { continue };
-            for port in row.ports.iter().filter(|port| port.protocol == Protocol::Tcp) {
+            for port in &row.ports {
                 let Some(number) = port.target.filter(|number| FRONT_PORTS.contains(number)) else {
                     continue;
                 };
-                let claim = Numbered { number, service: service.clone(), port: port.port };
+                let claim =
+                    Numbered { number, service: service.clone(), port: port.port, protocol: port.protocol };
                 let order = |created: u64, claim: &Numbered| {
-                    (!before.contains(claim), created, claim.service.clone(), claim.port)
+                    (!before.contains(claim), created, claim.service.clone(), claim.port, claim.protocol)
                 };
                 let older = owners.get(&number).is_some_and(|(created, known)| {
                     order(*created, known) <= order(row.created_unix, &claim)

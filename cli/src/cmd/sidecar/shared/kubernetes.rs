@@ -56,7 +56,7 @@ pub struct KubernetesArgs {
     /// Ports of those sockets, one each; NetworkPolicies have to let UDP through to them [default: 10000-10999]
     #[arg(long, env = "TOMBOLO_OVERLAY_PORTS", value_name = "FIRST-LAST", help_heading = "Kubernetes")]
     overlay_ports: Option<String>,
-    /// Where pods call, at the numbers of derived Services (TCP 20000-29999); may be repeated [default: every address]
+    /// Where pods call, at the numbers of derived Services (TCP and UDP 20000-29999); may be repeated [default: every address]
     #[arg(
         long,
         env = "TOMBOLO_FRONT",

@@ -65,7 +65,9 @@ fn ports_that_no_number_is_left_for_and_those_over_udp_are_left_out() {
     let ips = ["10.96.0.7".parse().unwrap(), "fd00:96::7".parse().unwrap()];
     let slices = desired::fronts(&web(), &merged, "uid", &ips, &numbers, &shared);
     let ports: Vec<_> = slices.values().map(|slice| slice["ports"].clone()).collect();
-    let expected = json!([{ "name": "a", "port": 20_001, "protocol": "TCP" }]);
+    let expected = json!([
+        { "name": "a", "port": 20_001, "protocol": "TCP" }, { "name": "c", "port": 20_002, "protocol": "UDP" },
+    ]);
     assert_eq!(ports, [expected.clone(), expected]);
     let count = |slice: &Value| slice["endpoints"].as_array().unwrap().len();
     assert_eq!(slices.values().map(count).collect::<Vec<_>>(), [1, 0], "one per family");

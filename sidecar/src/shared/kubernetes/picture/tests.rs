@@ -159,7 +159,7 @@ fn numbers_lead_to_imports_and_nobody_takes_one_in_our_name() {
     let mut tables = Tables::new(1);
     let derived = |import: &str, name: &str, created: &str, number: u16| {
         let ports = json!([
-            { "port": 80, "protocol": "TCP", "targetPort": number }, { "port": 53, "protocol": "UDP", "targetPort": number },
+            { "port": 80, "protocol": "TCP", "targetPort": number }, { "port": 53, "protocol": "UDP", "targetPort": number + 1 },
             { "port": 81, "protocol": "TCP" },
         ]);
         let mut service = service(name, ports);
@@ -174,7 +174,9 @@ fn numbers_lead_to_imports_and_nobody_takes_one_in_our_name() {
     put(&mut tables, Kind::Service, derived("forged", &own("forged"), "2026-01-02T00:00:00Z", 20_007));
     put(&mut tables, Kind::Service, derived("low", &own("low"), "2026-01-01T00:00:00Z", 443));
     let numbered = tables.picture(0, false, &[]).numbered;
-    assert_eq!(numbered, [Numbered { number: 20_007, service: "shop/web".parse().unwrap(), port: 80 }]);
+    let claim =
+        |number, port, protocol| Numbered { number, service: "shop/web".parse().unwrap(), port, protocol };
+    assert_eq!(numbered, [claim(20_007, 80, Protocol::Tcp), claim(20_008, 53, Protocol::Udp)]);
     // An older Service is given the number by hand.
     put(&mut tables, Kind::Service, derived("old", &own("old"), "2020-01-01T00:00:00Z", 20_007));
     assert_eq!(tables.picture(0, false, &numbered).numbered, numbered);
