@@ -63,9 +63,16 @@ pub(super) struct Webhook {
     pub metrics: Metrics,
 }
 
-/// Places, and what ends a connection that has lost its own.
+/// Everybody's connections.
 #[derive(Clone, Debug, Default)]
-struct Open(Arc<Mutex<(Places, BTreeMap<Place, oneshot::Sender<()>>)>>);
+struct Open(Arc<Mutex<Connections>>);
+
+/// Places, and what ends a connection that has lost its own.
+#[derive(Debug, Default)]
+struct Connections {
+    places: Places,
+    ends: BTreeMap<Place, oneshot::Sender<()>>,
+}
 
 /// A connection's place; whoever drops it leaves.
 #[derive(Debug)]
@@ -75,16 +82,14 @@ struct Seat {
 }
 
 impl Open {
-    fn with<T>(&self, work: impl FnOnce(&mut Places, &mut BTreeMap<Place, oneshot::Sender<()>>) -> T) -> T {
-        let mut open = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let (places, ends) = &mut *open;
-        work(places, ends)
+    fn with<T>(&self, work: impl FnOnce(&mut Connections) -> T) -> T {
+        work(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// A seat, and what comes when it is wanted by somebody else; `None`: there is none.
     fn take(&self, source: IpAddr, metrics: &Metrics) -> Option<(Seat, oneshot::Receiver<()>)> {
         let (end, ended) = oneshot::channel();
-        let taken = self.with(|places, ends| {
+        let taken = self.with(|Connections { places, ends }| {
             let (place, victim) = places.take(source)?;
             if let Some(victim) = victim.and_then(|victim| ends.remove(&victim)) {
                 metrics.turned_away("ended");
@@ -102,13 +107,13 @@ impl Open {
 
 impl Seat {
     fn answering(&self, answering: bool) {
-        self.open.with(|places, _| places.answering(self.place, answering));
+        self.open.with(|open| open.places.answering(self.place, answering));
     }
 }
 
 impl Drop for Seat {
     fn drop(&mut self) {
-        self.open.with(|places, ends| {
+        self.open.with(|Connections { places, ends }| {
             places.leave(self.place);
             ends.remove(&self.place);
         });
