@@ -3,6 +3,7 @@
 //! The core thread is the only writer; everybody else reads an `Arc<Facts>` that is replaced whole. What must survive a
 //! restart has a record type here and lies in the store; [`Registry`] and freshness are volatile.
 
+pub mod imported;
 pub mod pods;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -32,6 +33,7 @@ use crate::foreign::Federation;
 use crate::registry::Registry;
 use crate::rotation::Word;
 use crate::store::{Record, Table};
+use imported::ImportedExports;
 
 /// The `service` of control handles.
 pub const CONTROL: &str = "control";
@@ -562,7 +564,7 @@ pub struct PeerGateway {
 /// What a peer exports to us.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Import {
-    pub exports: BTreeMap<ServiceKey, ImportedExport>,
+    pub exports: ImportedExports,
     pub gateways: Vec<PeerGateway>,
     pub properties: BTreeMap<String, String>,
     /// Of the peer's own identities, by record key.
@@ -586,7 +588,7 @@ pub struct Import {
 impl Default for Import {
     fn default() -> Self {
         Self {
-            exports: BTreeMap::new(),
+            exports: ImportedExports::default(),
             gateways: Vec::new(),
             properties: BTreeMap::new(),
             revocations: BTreeMap::new(),

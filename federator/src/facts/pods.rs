@@ -69,7 +69,7 @@ pub struct Pods {
     /// By uid.
     pub of: BTreeMap<Arc<str>, Arc<BTreeMap<ServiceKey, SentToPod>>>,
     /// Whose pods are in `of`, by service.
-    groups: BTreeMap<ServiceKey, Vec<PodGroup>>,
+    groups: BTreeMap<ServiceKey, Arc<[PodGroup]>>,
     pub addresses: BTreeMap<ServiceKey, KubernetesAddresses>,
     /// By what their tokens say; nobody vouches for that.
     pub refused: BTreeMap<String, RefusedPod>,
@@ -78,7 +78,7 @@ pub struct Pods {
 impl Pods {
     /// Whether a service's pods are others than these.
     pub fn differ(&self, service: &ServiceKey, groups: &[PodGroup]) -> bool {
-        self.groups.get(service).map(Vec::as_slice).unwrap_or_default() != groups
+        self.groups.get(service).map(Arc::as_ref).unwrap_or_default() != groups
     }
 
     /// Notes what became of a pod's request to join, at `unix` seconds; true when that is news.
@@ -107,13 +107,13 @@ impl Pods {
 
     /// These are a service's pods from now on.
     pub fn set(&mut self, service: &ServiceKey, groups: Vec<PodGroup>) {
-        for group in self.groups.remove(service).unwrap_or_default() {
-            for (uid, _) in group.pods {
-                let Some(of) = self.of.get_mut(&uid) else { continue };
+        for group in self.groups.remove(service).iter().flat_map(|groups| groups.iter()) {
+            for (uid, _) in &group.pods {
+                let Some(of) = self.of.get_mut(uid) else { continue };
                 let of = Arc::make_mut(of);
                 of.remove(service);
                 if of.is_empty() {
-                    self.of.remove(&uid);
+                    self.of.remove(uid);
                 }
             }
         }
@@ -126,7 +126,7 @@ impl Pods {
             }
         }
         if !groups.is_empty() {
-            self.groups.insert(service.clone(), groups);
+            self.groups.insert(service.clone(), groups.into());
         }
     }
 }
