@@ -17,7 +17,7 @@ use anyhow::{Context as _, Result, ensure};
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
 use serde_json::{Value, json};
 
-pub use api::{Api, Object, condition, documents};
+pub use api::{Api, MCS, Object, condition, documents};
 pub use tools::{Tools, require_tools};
 
 use crate::capability::skipped;

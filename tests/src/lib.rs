@@ -23,6 +23,7 @@ pub mod netns;
 pub mod pods;
 pub mod postgres;
 pub mod process;
+pub mod requests;
 pub mod resolver;
 pub mod scenario;
 pub mod spiffe_probe;

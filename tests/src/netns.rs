@@ -11,6 +11,7 @@ mod wiring;
 use std::fs::File;
 use std::future::Future;
 use std::os::fd::AsFd as _;
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Once};
@@ -36,9 +37,32 @@ pub struct Namespace {
 pub struct NamespaceHandle(Arc<File>);
 
 impl NamespaceHandle {
+    /// Of a namespace by its file, e.g. `/proc/PID/ns/net`.
+    pub fn open(path: &Path) -> Result<Self> {
+        Ok(Self(Arc::new(File::open(path).with_context(|| format!("open {}", path.display()))?)))
+    }
+
     /// Moves the calling thread into the namespace for good. Give it a thread of its own.
     pub fn enter(&self) -> std::io::Result<()> {
         setns(self.0.as_fd(), CloneFlags::CLONE_NEWNET).map_err(std::io::Error::from)
+    }
+
+    /// A multi-thread runtime whose every thread (blocking ones too) is inside the namespace, for a whole role run
+    /// in-process. `Runtime::block_on` polls on the caller's thread: use `spawn` for whatever opens sockets.
+    pub fn runtime(&self, worker_threads: usize) -> Result<tokio::runtime::Runtime> {
+        let handle = self.clone();
+        tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(worker_threads)
+            .thread_name("in-netns")
+            .enable_all()
+            .on_thread_start(move || {
+                if let Err(error) = handle.enter() {
+                    // A worker outside the namespace would test the wrong network without a word.
+                    panic!("a runtime thread could not enter its namespace: {error}");
+                }
+            })
+            .build()
+            .context("build a runtime inside a namespace")
     }
 }
 
@@ -155,22 +179,9 @@ impl Namespace {
         })?
     }
 
-    /// A multi-thread runtime whose every thread (blocking ones too) is inside the namespace, for a whole role run
-    /// in-process. `Runtime::block_on` polls on the caller's thread: use `spawn` for whatever opens sockets.
+    /// As [`NamespaceHandle::runtime`].
     pub fn runtime(&self, worker_threads: usize) -> Result<tokio::runtime::Runtime> {
-        let handle = self.handle();
-        tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(worker_threads)
-            .thread_name("in-netns")
-            .enable_all()
-            .on_thread_start(move || {
-                if let Err(error) = handle.enter() {
-                    // A worker outside the namespace would test the wrong network without a word.
-                    panic!("a runtime thread could not enter its namespace: {error}");
-                }
-            })
-            .build()
-            .context("build a runtime inside a namespace")
+        self.handle.runtime(worker_threads)
     }
 }
 

@@ -18,6 +18,7 @@ mod programs;
 mod storage;
 pub mod up;
 
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -26,7 +27,8 @@ use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::json;
 
 use crate::kube::{Api, Object};
-use crate::netns::Namespace;
+use crate::netns::{Namespace, NamespaceHandle};
+use crate::pods::enter;
 use crate::process::{Process, ProcessSpec};
 use addresses::Addresses;
 use directory::Directory;
@@ -141,6 +143,24 @@ impl Cluster {
         self.kubectl(&[&args, command].concat())
     }
 
+    /// The process of a container that runs, as this machine knows it.
+    pub fn process_of(&self, namespace: &str, pod: &str, container: &str) -> Result<u32> {
+        let file = |number| {
+            let node = self.dir.join(format!("node-{number}"));
+            enter::directory(&node, namespace, pod).join(format!("{container}.json"))
+        };
+        let files = (1..=self.nodes.len()).map(file);
+        let text = files.map(fs::read).find_map(Result::ok);
+        let text = text.with_context(|| format!("{namespace}/{pod} {container} does not run"))?;
+        Ok(u32::try_from(serde_json::from_slice::<enter::Inside>(&text)?.pid)?)
+    }
+
+    /// A pod's network, by one of its containers that runs.
+    pub fn network_of(&self, namespace: &str, pod: &str, container: &str) -> Result<NamespaceHandle> {
+        let pid = self.process_of(namespace, pod, container)?;
+        NamespaceHandle::open(Path::new(&format!("/proc/{pid}/ns/net")))
+    }
+
     /// Waits until a Deployment's, StatefulSet's or DaemonSet's pods are all the ones it wants, and ready.
     pub fn rolled_out(&self, namespace: &str, what: &str) -> Result<()> {
         let args = ["rollout", "status", "-n", namespace, what, "--timeout=90s"];
@@ -220,6 +240,12 @@ impl Cluster {
         std::fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))
     }
 
+    /// With which the API server signs tokens of service accounts (PEM).
+    pub fn service_account_key(&self) -> Result<String> {
+        let path = self.dir.join("sa.key");
+        std::fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))
+    }
+
     /// For processes beside the pods, on the first node.
     pub fn spec(&self, name: &str, program: &Path) -> Result<ProcessSpec> {
         let node = self.nodes.first().context("no node")?;
@@ -238,7 +264,10 @@ impl Drop for Cluster {
         if std::env::var_os("TOMBOLO_KEEP").is_some() || std::thread::panicking() {
             let kept =
                 std::env::temp_dir().join(format!("tombolo-logs-{}-{}", self.name, std::process::id()));
+            let nodes = (1..=self.nodes.len()).map(|number| self.dir.join(format!("node-{number}")));
+            let pods = nodes.flat_map(|node| ["running", "ended"].map(|name| node.join(name)));
             let _ = Command::new("cp").arg("-r").arg(self.dir.join("logs")).arg(&kept).status();
+            let _ = Command::new("cp").arg("-r").args(pods).arg(&kept).status();
             eprintln!("logs kept in {}", kept.display());
         }
         for process in &mut self.processes {

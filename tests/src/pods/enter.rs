@@ -23,6 +23,11 @@ pub fn directory(node: &Path, namespace: &str, pod: &str) -> PathBuf {
     node.join("running").join(format!("{namespace}_{pod}"))
 }
 
+/// Where what a pod that is gone has said stays.
+pub fn ended(node: &Path, namespace: &str, pod: &str, when: &str) -> PathBuf {
+    node.join("ended").join(format!("{namespace}_{pod}_{when}"))
+}
+
 /// Runs the command line to its end there: its exit code. Called in a process of its own with one thread. An empty
 /// `container` is any of the pod's, and of that the network alone.
 pub fn enter(node: &Path, pod: &str, container: &str, command_line: &[String]) -> Result<i32> {

@@ -305,10 +305,13 @@ impl Task {
             handle.stop(deadline.saturating_duration_since(tokio::time::Instant::now())).await;
         }
         let sandbox = self.sandbox.take();
-        let dirs = [self.dir(&pod), enter::directory(&self.node.dir, &self.namespace, &self.name)];
+        let (own, running) = (self.dir(&pod), enter::directory(&self.node.dir, &self.namespace, &self.name));
+        // Its logs stay for as long as the testbed does: what a pod said before it was replaced explains failures.
+        let ended = enter::ended(&self.node.dir, &self.namespace, &self.name, &timestamp());
         let _ = tokio::task::spawn_blocking(move || {
             drop(sandbox);
-            dirs.iter().for_each(|dir| drop(fs::remove_dir_all(dir)));
+            let _ = fs::remove_dir_all(own);
+            let _ = fs::rename(running, ended);
         })
         .await;
         let preconditions = Preconditions { uid: pod.metadata.uid.clone(), resource_version: None };

@@ -67,6 +67,7 @@ pub fn start(
     let name = format!("{cluster}-{number}");
     let own = dir.join(format!("node-{number}"));
     fs::create_dir_all(own.join("host"))?;
+    fs::create_dir_all(own.join("ended"))?;
     let (logs, kubeconfig) = (dir.join("logs"), dir.join("admin.kubeconfig"));
     let (node_v4, node_v6) = addresses.node(number);
     let (pods_v4, pods_v6) = addresses.pods(number);

@@ -32,6 +32,7 @@ const CONTROLLERS: &[&str] = &[
     "disruption-controller",
     "pod-garbage-collector-controller",
     "persistentvolume-binder-controller",
+    "persistentvolumeclaim-protection-controller",
     "clusterrole-aggregation-controller",
 ];
 
