@@ -5,6 +5,7 @@
 //! [`tombolo_model::mcs`]'s business.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 use std::time::Duration;
 
 use tombolo_model::mcs::ServiceProperties;
@@ -27,7 +28,8 @@ pub struct Export<'a> {
 }
 
 impl<'a> Export<'a> {
-    fn read(stored: &'a StoredObject) -> Option<Self> {
+    /// `None`: it is none.
+    pub fn read(stored: &'a StoredObject) -> Option<Self> {
         let metadata = &stored.object.metadata;
         let namespace = metadata.namespace.as_deref()?.parse().ok()?;
         let service = ServiceKey::new(namespace, metadata.name.parse().ok()?);
@@ -84,11 +86,16 @@ pub fn exports(facts: &Facts) -> impl Iterator<Item = Export<'_>> {
     all_exports(facts).filter(Export::is_valid)
 }
 
-/// The export of one service, whether there is something to export or not.
-pub fn export_of<'a>(facts: &'a Facts, service: &ServiceKey) -> Option<Export<'a>> {
+/// The object that exports a service.
+pub fn stored<'a>(facts: &'a Facts, service: &ServiceKey) -> Option<&'a Arc<StoredObject>> {
     let key =
         ObjectKey { kind: KIND, namespace: service.namespace.to_string(), name: service.name.to_string() };
-    facts.objects.get(&key).and_then(|stored| Export::read(stored))
+    facts.objects.get(&key)
+}
+
+/// The export of one service, whether there is something to export or not.
+pub fn export_of<'a>(facts: &'a Facts, service: &ServiceKey) -> Option<Export<'a>> {
+    stored(facts, service).and_then(|stored| Export::read(stored))
 }
 
 /// Whether this cluster exports a service to a peer. Its own cluster needs no export to call it, but is named here only

@@ -3,12 +3,14 @@
 //! The core thread is the only writer; everybody else reads an `Arc<Facts>` that is replaced whole. What must survive a
 //! restart has a record type here and lies in the store; [`Registry`] and freshness are volatile.
 
+pub mod imported;
+mod leases;
+mod links;
 pub mod pods;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
-use std::time::Duration;
 
 use rustls::pki_types::CertificateDer;
 use serde::{Deserialize, Serialize};
@@ -16,18 +18,19 @@ use tombolo_identity::authority::adopt::Upstream;
 use tombolo_identity::bundle::{TrustBundle, fingerprint};
 use tombolo_identity::jwt::JwtAuthority;
 use tombolo_identity::{SpiffeId, TrustDomain};
-use tombolo_model::ids::{Block, ClusterTag, EndpointId, Epoch, Handle, Revision};
+use tombolo_model::ids::{Block, ClusterTag, EndpointId, Epoch, Handle};
 pub use tombolo_model::mcs::Port;
 use tombolo_model::mcs::ServiceProperties;
 use tombolo_model::names::{ClusterName, ServiceKey};
 use tombolo_model::ranges::AllowedRanges;
 use tombolo_model::resource::{ClusterLinkSpec, Object, ObjectKey, Spec};
-use tombolo_model::sync::Freshness;
 use tombolo_model::virtual_ranges::VirtualRanges;
 use tombolo_overlay::keys::{ClusterKey, HandleBinding, LinkKey};
-use tombolo_proto::v1;
 
-use crate::clones::Instance;
+pub use self::leases::{GatewayRecord, LeaseRecord, PodRecord, Role, ServedRecord};
+pub use self::links::{
+    ControlHandle, FirstContact, Import, ImportRecord, ImportedExport, Link, NamedEndpoint, PeerGateway,
+};
 use crate::foreign::Federation;
 use crate::registry::Registry;
 use crate::rotation::Word;
@@ -288,116 +291,6 @@ impl Record for MetaRecord {
     const TABLE: Table = Table::Meta;
 }
 
-/// What a lease is held for.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Role {
-    Federator,
-    Gateway,
-    Sidecar,
-    Vm,
-    /// Of a token: a joiner that registers at gateways.
-    Provisional,
-}
-
-impl Role {
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Federator => "federator",
-            Self::Gateway => "gateway",
-            Self::Sidecar => "sidecar",
-            Self::Vm => "vm",
-            Self::Provisional => "provisional",
-        }
-    }
-    /// By the path within the cluster: `/gateway/NAME`, `/ns/../sa/..`, `/vm/NAME`, `/federator`.
-    pub fn of(id: &SpiffeId) -> Option<Self> {
-        let parts: Vec<&str> = id.within_cluster()?.split('/').skip(1).collect();
-        match parts.as_slice() {
-            ["federator"] => Some(Self::Federator),
-            ["gateway", _] => Some(Self::Gateway),
-            ["ns", _, "sa", _] => Some(Self::Sidecar),
-            ["vm", _] => Some(Self::Vm),
-            _ => None,
-        }
-    }
-}
-
-/// A leased block, and what its holder last said, so that a restarted federator starts from it.
-#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
-pub struct LeaseRecord {
-    pub block: Block,
-    pub spiffe_id: String,
-    pub role: Role,
-    /// Unix seconds.
-    pub not_after: u64,
-    #[serde(default)]
-    pub adopted: bool,
-    #[serde(default)]
-    pub address: Option<SocketAddr>,
-    #[serde(default)]
-    pub registers: bool,
-    #[serde(default)]
-    pub ids: Vec<EndpointId>,
-    #[serde(default)]
-    pub services: Vec<ServedRecord>,
-    /// Of a machine: all that it has ever been allowed to serve.
-    #[serde(default)]
-    pub pinned: Vec<ServiceKey>,
-    /// Of a gateway: what it announced.
-    #[serde(default)]
-    pub gateway: Option<GatewayRecord>,
-    /// Its holder has joined anew: once this one's identity has ended it is not renewed any more.
-    #[serde(default)]
-    pub replaced: bool,
-    /// Its holder has left for good.
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub left: bool,
-    /// Of a machine: what its token said.
-    #[serde(default)]
-    pub group: String,
-    /// Of a pod that joined by its service account.
-    #[serde(default)]
-    pub pod: Option<PodRecord>,
-    /// Processes that came while the holder lived.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub clones: Vec<Instance>,
-}
-impl Record for LeaseRecord {
-    const TABLE: Table = Table::Leases;
-}
-
-/// The pod behind a lease.
-#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
-pub struct PodRecord {
-    /// Kubernetes gives it to no other pod.
-    pub uid: String,
-    pub name: String,
-    pub joined_unix: u64,
-}
-
-/// Where a gateway replica is.
-#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
-pub struct GatewayRecord {
-    pub name: String,
-    pub border: SocketAddr,
-    pub inner: SocketAddr,
-    #[serde(default)]
-    pub balanced: bool,
-    #[serde(default)]
-    pub zone: String,
-    pub start_number: u64,
-}
-
-/// A service that a lease holder serves.
-#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
-pub struct ServedRecord {
-    pub service: ServiceKey,
-    pub ports: Vec<Port>,
-    pub weight: u32,
-    pub healthy: bool,
-}
-
 /// An allotted handle.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct HandleRecord {
@@ -460,192 +353,6 @@ pub enum TokenPurpose {
     Link {
         peer: ClusterName,
     },
-}
-
-/// A linked cluster.
-#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
-pub struct Link {
-    pub peer: ClusterName,
-    pub tag: ClusterTag,
-    /// Hex, 32 bytes; held by both sides.
-    pub key: String,
-    /// The peer's federator, proven when the link was made.
-    pub federator_ids: Vec<SpiffeId>,
-    /// The handle by which we dial the peer's federators.
-    pub control: ControlHandle,
-    /// As told when the link was made; the peer's own record replaces them.
-    pub first_gateways: Vec<PeerGateway>,
-    pub properties: BTreeMap<String, String>,
-    pub created_unix: u64,
-    /// Loopback gateway addresses are believed: the link was made with such (a demo on one machine).
-    #[serde(default)]
-    pub loopback: bool,
-    /// A cluster of this name but with another tag showed up.
-    #[serde(default)]
-    pub recreated: Option<ClusterTag>,
-    /// The peer said that it has unlinked.
-    #[serde(default)]
-    pub ended_by_peer: bool,
-    /// It was made by objects on both sides, and lives as long as the one here links.
-    #[serde(default)]
-    pub by_object: bool,
-    /// The peer has asked for it, and has not shown yet that it got the answer.
-    #[serde(default)]
-    pub unconfirmed: bool,
-}
-impl Record for Link {
-    const TABLE: Table = Table::Links;
-}
-
-/// A cluster that a `ClusterLink` is to link.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct FirstContact {
-    pub peer: ClusterName,
-    pub tag: ClusterTag,
-    /// The object's, resolved.
-    pub gateways: Vec<SocketAddr>,
-    /// Why it is not linked yet; empty: it has not been tried.
-    pub last_error: String,
-}
-
-impl FirstContact {
-    /// How `caller` dials a federator of the other side.
-    pub fn binding(caller: &ClusterName, caller_tag: ClusterTag) -> HandleBinding {
-        HandleBinding {
-            handle: Handle::first_contact(caller_tag),
-            importer: caller.clone(),
-            service: FIRST_CONTACT.to_owned(),
-            export_uid: [0; 16],
-        }
-    }
-}
-
-impl Link {
-    pub fn link_key(&self) -> Option<LinkKey> {
-        hex::decode(&self.key).ok()?.try_into().ok().map(LinkKey::from_bytes)
-    }
-    /// Whether traffic may flow.
-    pub fn is_live(&self) -> bool {
-        !self.ended_by_peer
-    }
-}
-
-/// A control handle at the peer.
-#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
-pub struct ControlHandle {
-    pub handle: Handle,
-    pub export_uid: [u8; 16],
-}
-
-impl ControlHandle {
-    /// As the peer's gateways know it; `importer` is our own cluster.
-    pub fn binding(&self, importer: &ClusterName) -> HandleBinding {
-        HandleBinding {
-            handle: self.handle,
-            importer: importer.clone(),
-            service: CONTROL.to_owned(),
-            export_uid: self.export_uid,
-        }
-    }
-}
-
-/// A gateway of a peer.
-#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize)]
-pub struct PeerGateway {
-    pub name: String,
-    pub address: SocketAddr,
-    pub balanced: bool,
-    #[serde(default)]
-    pub zone: String,
-}
-
-/// What a peer exports to us.
-#[derive(Clone, PartialEq, Debug)]
-pub struct Import {
-    pub exports: BTreeMap<ServiceKey, ImportedExport>,
-    pub gateways: Vec<PeerGateway>,
-    pub properties: BTreeMap<String, String>,
-    /// Of the peer's own identities, by record key.
-    pub revocations: BTreeMap<String, v1::Revocation>,
-    /// How far our revocations are enforced there, by record key.
-    pub enforced: BTreeMap<String, v1::EnforcedRecord>,
-    /// Of the peer's cluster.
-    pub jwt_authorities: Vec<JwtAuthority>,
-    /// Of any cluster, by record key: how far it is with what the federation trusts.
-    pub words: BTreeMap<String, Arc<Word>>,
-    pub position: (Epoch, Revision),
-    /// Records that were refused, by key, with the reason.
-    pub rejected: BTreeMap<String, String>,
-    pub freshness: Freshness,
-    /// Since the Unix epoch; `None`: never.
-    pub heard: Option<Duration>,
-    pub connected: bool,
-    pub last_error: String,
-}
-
-impl Default for Import {
-    fn default() -> Self {
-        Self {
-            exports: BTreeMap::new(),
-            gateways: Vec::new(),
-            properties: BTreeMap::new(),
-            revocations: BTreeMap::new(),
-            enforced: BTreeMap::new(),
-            jwt_authorities: Vec::new(),
-            words: BTreeMap::new(),
-            position: (Epoch(0), Revision(0)),
-            rejected: BTreeMap::new(),
-            freshness: Freshness::Expired,
-            heard: None,
-            connected: false,
-            last_error: String::new(),
-        }
-    }
-}
-
-/// One service of one peer.
-#[derive(Clone, PartialEq, Debug)]
-pub struct ImportedExport {
-    pub export_uid: [u8; 16],
-    pub handle: Handle,
-    pub ports: Vec<Port>,
-    pub spiffe_ids: Vec<String>,
-    /// Of each endpoint of an identity, in the same order; none: all alike.
-    pub weights: Vec<u32>,
-    pub healthy: u32,
-    pub total: u32,
-    pub exported_at_unix_ms: i64,
-    /// Healthy endpoints and where they are, if the peer calls the link flat.
-    pub endpoints: Vec<(EndpointId, SocketAddr)>,
-    pub headless: bool,
-    /// Of a headless one or one of Kubernetes, if the peer calls the link flat: ready endpoints by host name.
-    pub named: Vec<NamedEndpoint>,
-    /// Where `named` listen, if it is one of Kubernetes.
-    pub named_ports: Vec<Port>,
-    pub labels: BTreeMap<String, String>,
-    pub annotations: BTreeMap<String, String>,
-    /// Of one of Kubernetes.
-    pub service: Option<ServiceProperties>,
-}
-
-/// A ready endpoint of a headless service of a peer.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct NamedEndpoint {
-    /// A DNS label, unique within the peer's cluster and the service.
-    pub hostname: String,
-    pub address: IpAddr,
-}
-
-/// The last state of a peer's records on disk: wire form, hex.
-#[derive(Serialize, Deserialize)]
-pub struct ImportRecord {
-    pub epoch: Epoch,
-    pub revision: Revision,
-    pub heard_unix: u64,
-    pub records: Vec<String>,
-}
-impl Record for ImportRecord {
-    const TABLE: Table = Table::Imports;
 }
 
 /// A failover decision of a sidecar.

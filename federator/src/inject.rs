@@ -9,6 +9,7 @@
 pub mod certificate;
 mod keeper;
 pub mod metrics;
+mod places;
 pub mod pod;
 pub mod review;
 mod serve;

@@ -107,6 +107,30 @@ impl ReviewError {
     }
 }
 
+/// What a token says of itself (its claims, RFC 7519 section 4, with those of Kubernetes), for people to find who shows it. Nobody
+/// has checked it: it decides nothing.
+pub fn claimed(token: &str) -> String {
+    use base64::Engine as _;
+    let claims = token.split('.').nth(1).filter(|_| token.len() <= MAX_TOKEN_BYTES);
+    let claims = claims.and_then(|part| base64::engine::general_purpose::URL_SAFE_NO_PAD.decode(part).ok());
+    let claims = claims.and_then(|bytes| serde_json::from_slice::<serde_json::Value>(&bytes).ok());
+    let name = |path: &str| -> Option<String> {
+        let text = claims.as_ref()?.pointer(path)?.as_str()?;
+        let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || matches!(b, b'-' | b'.');
+        (!text.is_empty() && text.len() <= MAX_HOLDER_BYTES && text.bytes().all(plain))
+            .then(|| text.to_owned())
+    };
+    let namespace = name("/kubernetes.io/namespace");
+    let (pod, account) = (name("/kubernetes.io/pod/name"), name("/kubernetes.io/serviceaccount/name"));
+    match (namespace, pod, account) {
+        (Some(namespace), Some(pod), Some(account)) => {
+            format!("pod {namespace}/{pod} (service account {account})")
+        }
+        (Some(namespace), None, Some(account)) => format!("service account {namespace}/{account}"),
+        _ => "a token that names no pod".to_owned(),
+    }
+}
+
 /// Asks about tokens.
 #[tonic::async_trait]
 pub trait TokenReviewer: Send + Sync {
@@ -262,5 +286,25 @@ mod tests {
             assert!(error.to_string().contains(said), "{error}");
         }
         assert_eq!(read(b"<html>", OURS).unwrap_err().kind(), "unavailable");
+    }
+
+    #[test]
+    fn a_token_is_called_by_what_it_says_of_itself_where_that_is_a_name() {
+        use base64::Engine as _;
+        let token = |claims: &Value| {
+            let part = base64::engine::general_purpose::URL_SAFE_NO_PAD.encode(claims.to_string());
+            claimed(&format!("e30.{part}.c2ln"))
+        };
+        let mut claims = json!({ "kubernetes.io": {
+            "namespace": "shop", "pod": { "name": "web-0", "uid": "1" }, "serviceaccount": { "name": "web" },
+        } });
+        assert_eq!(token(&claims), "pod shop/web-0 (service account web)");
+        claims["kubernetes.io"]["pod"]["name"] = "\u{1b}[2J".into();
+        assert_eq!(token(&claims), "service account shop/web");
+        claims["kubernetes.io"]["pod"] = Value::Null;
+        assert_eq!(token(&claims), "service account shop/web");
+        for none in ["", "a.b", "noise", "a.e30.c", &"x.".repeat(MAX_TOKEN_BYTES)] {
+            assert_eq!(claimed(none), "a token that names no pod");
+        }
     }
 }

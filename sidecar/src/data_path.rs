@@ -28,7 +28,7 @@ use crate::capture::wanted::Wanted;
 use crate::capture::{CapturedContext, CapturedTask, PlainContext, PlainTask};
 use crate::config::{LocalPort, ServiceConfig, SidecarConfig};
 use crate::failover::{Router, Routes, ShiftLog};
-use crate::inbound::{InboundContext, InboundTask, LocalTarget};
+use crate::inbound::{InboundContext, InboundTask, Leaving, LocalTarget};
 use crate::listening::{Listening, UpstreamListener};
 use crate::metrics::Metrics;
 use crate::outbound::{OutboundContext, UpstreamPort, UpstreamTask};
@@ -198,7 +198,10 @@ fn targets(
         let flows = metrics.udp.service("inbound", &name);
         let metrics = metrics.service("inbound", &name);
         let service = service.service.clone();
-        (Arc::from(name), Arc::new(LocalTarget { service, ports, metrics, flows }))
+        (
+            Arc::from(name),
+            Arc::new(LocalTarget { service, ports, metrics, flows, leaving: Leaving::default() }),
+        )
     };
     services.iter().map(target).collect()
 }

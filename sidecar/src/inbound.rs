@@ -5,7 +5,7 @@
 //! access policies when it is opened, and held against them as long as it is open: a change that no longer admits it
 //! resets it. When a snapshot takes the handle away, makes it mean something else, or its policies admit the caller to no
 //! port, the connection is closed. When the caller's identity has ended, new streams are refused with a promise that lets
-//! the caller send them elsewhere, and open ones may end. Tasks: one accepting, one per connection, one per stream; all
+//! the caller send them elsewhere, and open ones may end; likewise while Kubernetes does not count on the pod. Tasks: one accepting, one per connection, one per stream; all
 //! end with the task group or when the drain is forced.
 //!
 //! A caller that is denied from the start keeps its connection and is refused stream by stream: closing it would have
@@ -40,6 +40,9 @@ use crate::udp::metrics::FlowMetrics;
 
 mod caller;
 mod flow;
+mod leaving;
+
+pub use leaving::Leaving;
 
 use self::caller::{Caller, identity};
 
@@ -79,6 +82,7 @@ pub struct LocalTarget {
     pub ports: HashMap<(Protocol, u16), Destination>,
     pub metrics: ServiceMetrics,
     pub flows: FlowMetrics,
+    pub leaving: Leaving,
 }
 
 /// What every inbound stream needs of the process.
@@ -331,7 +335,7 @@ async fn carry(
         codes::name(VarInt::from_u32(code))
     };
     // Refused before its header is awaited: a draining process holds nothing for new callers.
-    if shared.context.drain.is_draining() {
+    if shared.context.drain.is_draining() || target.leaving.sends_away(tokio::time::Instant::now()) {
         return refuse(stream, codes::DRAINING);
     }
     if caller.connection.expired() {

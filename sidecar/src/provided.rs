@@ -11,13 +11,14 @@ use std::sync::Arc;
 use arc_swap::ArcSwap;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
+use tokio::time::Instant;
 use tombolo_model::names::ServiceKey;
 use tombolo_model::protocol::Protocol;
 use tombolo_proto::v1;
 
 use crate::agentless::{Alive, Destination};
 use crate::health::Verdict;
-use crate::inbound::LocalTarget;
+use crate::inbound::{Leaving, LocalTarget};
 use crate::metrics::Metrics;
 
 /// Of one backend, in a service's weight: as a sidecar of its own would have.
@@ -45,6 +46,8 @@ pub enum Standing {
     Behind,
     /// Of the pod that this sidecar is in; `None`: not checked yet.
     Own(Option<Verdict>),
+    /// The same, and Kubernetes does not count on it: its callers are sent elsewhere.
+    Leaving(Verdict),
 }
 
 /// A port as callers name it.
@@ -75,7 +78,7 @@ impl ProvidedService {
         let count = u32::try_from(self.backends()).unwrap_or(u32::MAX).max(1);
         let plain = match self.standing {
             Standing::Behind => vec![PLAIN.to_owned()],
-            Standing::Own(_) => Vec::new(),
+            Standing::Own(_) | Standing::Leaving(_) => Vec::new(),
         };
         v1::LocalService {
             service: self.service.to_string(),
@@ -89,6 +92,7 @@ impl ProvidedService {
     pub(crate) fn verdict(&self) -> Option<Verdict> {
         match (&self.standing, self.backends()) {
             (Standing::Own(verdict), _) => verdict.clone(),
+            (Standing::Leaving(verdict), _) => Some(verdict.clone()),
             (Standing::Behind, 0) => Some(Verdict { healthy: false, reason: "no pod is ready".to_owned() }),
             (Standing::Behind, count) => {
                 Some(Verdict { healthy: true, reason: format!("{count} pods are ready") })
@@ -183,8 +187,10 @@ fn update(
         let target = same.cloned().unwrap_or_else(|| {
             let flows = metrics.udp.service("inbound", &name);
             let metrics = metrics.service("inbound", &name);
-            Arc::new(LocalTarget { service: service.service.clone(), ports, metrics, flows })
+            let leaving = Leaving::default();
+            Arc::new(LocalTarget { service: service.service.clone(), ports, metrics, flows, leaving })
         });
+        target.leaving.set(matches!(service.standing, Standing::Leaving(_)), Instant::now());
         table.insert(name, target);
     }
     // Whoever still holds a port that is gone is told that nobody is behind it.

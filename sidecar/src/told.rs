@@ -3,7 +3,8 @@
 //!
 //! [`ToldTask`] compares what is told with what is served ([`step`](Told::step) decides) and starts and ends health checks. A
 //! service counts as healthy while its own check passes and Kubernetes calls the pod ready: one that is ending is taken out
-//! of rotation when Kubernetes says so, before its application stops to accept. What is told no more is served for the drain
+//! of rotation when Kubernetes says so, before its application stops to accept; callers that hold connections are sent elsewhere a
+//! second later. What is told no more is served for the drain
 //! time longer, unhealthy. A federator that says nothing changes nothing. What the settings name is theirs.
 
 use std::collections::BTreeMap;
@@ -233,7 +234,7 @@ impl ToldTask {
     }
 }
 
-fn provided(config: &ServiceConfig, verdict: Option<Verdict>) -> ProvidedService {
+fn provided(config: &ServiceConfig, standing: Standing) -> ProvidedService {
     let port = |port: &LocalPort| ProvidedPort {
         name: port.name.clone(),
         port: port.port,
@@ -244,17 +245,17 @@ fn provided(config: &ServiceConfig, verdict: Option<Verdict>) -> ProvidedService
     ProvidedService {
         service: config.service.clone(),
         ports: config.ports.iter().map(port).collect(),
-        standing: Standing::Own(verdict),
+        standing,
     }
 }
 
 /// What its own check says, while Kubernetes counts on the pod.
-fn judged(own: Option<Verdict>, ready: bool) -> Option<Verdict> {
+fn judged(own: Option<Verdict>, ready: bool) -> Standing {
     if ready {
-        return own;
+        return Standing::Own(own);
     }
     let reason = "Kubernetes does not count on this pod: it is not ready, or ending".to_owned();
-    Some(Verdict { healthy: false, reason })
+    Standing::Leaving(Verdict { healthy: false, reason })
 }
 
 /// Until the check has ended.
@@ -329,10 +330,10 @@ mod tests {
     #[test]
     fn a_pod_that_kubernetes_does_not_count_on_is_unhealthy_whatever_its_check_says() {
         let own = Some(Verdict { healthy: true, reason: String::new() });
-        assert_eq!(judged(own.clone(), true), own);
-        assert_eq!(judged(None, true), None, "not checked yet");
+        assert_eq!(judged(own.clone(), true), Standing::Own(own.clone()));
+        assert_eq!(judged(None, true), Standing::Own(None), "not checked yet");
         for own in [own, None] {
-            let verdict = judged(own, false).unwrap();
+            let Standing::Leaving(verdict) = judged(own, false) else { panic!("it is counted on") };
             assert!(!verdict.healthy && verdict.reason.contains("Kubernetes"));
         }
     }

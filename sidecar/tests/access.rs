@@ -90,6 +90,7 @@ impl World {
             ]),
             flows: world.metrics.udp.service("inbound", SERVICE),
             metrics: world.metrics.service("inbound", SERVICE),
+            leaving: tombolo_sidecar::inbound::Leaving::default(),
         };
         let limits = InboundLimits::default();
         let context = InboundContext {

@@ -1,10 +1,12 @@
 //! Real Kubernetes control planes (etcd, kube-apiserver, kube-controller-manager; built by `tests/setup.sh`), one in each
 //! cluster's namespace of a [`Mesh`], and a federator that works with it as a service account of least privilege.
 //!
-//! No kubelet: what pods would be is written by the tests as `EndpointSlice`s. Everything lies in the mesh's directory and
+//! No kubelet: what pods would be is written by the tests as `EndpointSlice`s, or pretended by kwok
+//! ([`ControlPlane::crowd`]). Everything lies in the mesh's directory and
 //! ends with it; [`ControlPlane::stop`] ends it in order, because an API server whose etcd went first hangs.
 
 mod api;
+mod crowd;
 mod tools;
 
 use std::net::SocketAddr;
@@ -105,10 +107,12 @@ impl ControlPlane {
             &text(&kubeconfig),
             "--leader-elect=false",
             "--use-service-account-credentials=false",
+            "--kube-api-qps=1000",
+            "--kube-api-burst=1000",
             &format!("--service-account-private-key-file={}", text(&plane.dir.join("sa.key"))),
             &format!("--root-ca-file={}", text(&plane.dir.join("ca.crt"))),
             &format!("--bind-address={}", address.ip()),
-            "--controllers=namespace-controller,garbage-collector-controller,serviceaccount-controller,endpoints-controller,endpointslice-controller",
+            "--controllers=namespace-controller,garbage-collector-controller,serviceaccount-controller,deployment-controller,replicaset-controller,endpointslice-controller",
         ]);
         mesh.spawn(&format!("{cluster}/controller-manager"), spec)?;
         Ok(plane)

@@ -240,6 +240,12 @@ impl Cluster {
         std::fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))
     }
 
+    /// With which the API server signs tokens of service accounts (PEM).
+    pub fn service_account_key(&self) -> Result<String> {
+        let path = self.dir.join("sa.key");
+        std::fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))
+    }
+
     /// For processes beside the pods, on the first node.
     pub fn spec(&self, name: &str, program: &Path) -> Result<ProcessSpec> {
         let node = self.nodes.first().context("no node")?;

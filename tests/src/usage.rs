@@ -32,6 +32,26 @@ pub fn anonymous_bytes(pid: u32) -> Option<u64> {
     kilobytes(&std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok()?, "Anonymous:")
 }
 
+/// Resident memory of a process, as the kernel counts it.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Memory {
+    pub rss_bytes: u64,
+    /// What it has made itself: RSS without its program's file.
+    pub anonymous_bytes: u64,
+    /// The most that RSS has been since the start.
+    pub peak_bytes: u64,
+}
+
+/// `None` when the process is gone.
+pub fn memory(pid: u32) -> Option<Memory> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    Some(Memory {
+        rss_bytes: kilobytes(&status, "VmRSS:")?,
+        anonymous_bytes: kilobytes(&status, "RssAnon:")?,
+        peak_bytes: kilobytes(&status, "VmHWM:")?,
+    })
+}
+
 /// CPU time only; cheaper than [`of`], which walks every mapping.
 pub fn cpu(pid: u32) -> Option<Duration> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
@@ -97,6 +117,8 @@ mod tests {
         let own = super::anonymous_bytes(std::process::id()).unwrap();
         assert!(own > 10_000 && own < usage.rss_bytes, "{own} of {usage:?}");
         assert!(usage.pss_bytes <= usage.rss_bytes, "{usage:?}");
+        let memory = super::memory(pid).unwrap();
+        assert!(memory.anonymous_bytes > 10_000 && memory.peak_bytes >= memory.anonymous_bytes, "{memory:?}");
         assert_eq!(start_time(pid), start_time(pid));
         assert!(start_time(pid).is_some());
     }

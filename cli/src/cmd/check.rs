@@ -13,9 +13,9 @@ use crate::output::{self, printable};
 /// Look for what needs attention, and say what to do about it
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Looks at CAs that end within 30 days (critical within one), at a store that can't be written, and at pods that hear no gateway:
-NetworkPolicies have to let UDP out to ports 7441, 7442 and 7443, and in to 7442. Ends with 3 when something was found, so
-that it fits into a cron job.
+Looks at CAs that end within 30 days (critical within one), at a store that can't be written, at pods that hear no gateway
+(NetworkPolicies have to let UDP out to ports 7441, 7442 and 7443, and in to 7442), and at pods that were not let in within the
+last ten minutes. Ends with 3 when something was found, so that it fits into a cron job.
 
 Examples:
   tombolo check

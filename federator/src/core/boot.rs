@@ -295,7 +295,9 @@ fn imports(
                     import.position = (saved.epoch, saved.revision);
                     import.heard = Some(Duration::from_secs(saved.heard_unix));
                     import.freshness = Freshness::Stale;
-                    view.restore(saved.epoch, saved.revision, records);
+                    let records =
+                        records.into_iter().map(|(key, record)| (key, super::imports::kept(&record)));
+                    view.restore(saved.epoch, saved.revision, records.collect());
                 }
                 None => {
                     tracing::warn!(%peer, "the saved records of a peer do not read; they are asked for anew");

@@ -16,8 +16,18 @@ use crate::import;
 use crate::rotation;
 use crate::store::{Table, Transaction};
 
-/// One peer's records.
-pub type View = PeerView<v1::Record>;
+/// One peer's records, encoded: they are read when they come, and kept for what is to be read again later and for the store.
+pub type View = PeerView<Box<[u8]>>;
+
+/// A record as a [`View`] keeps it.
+pub fn kept(record: &v1::Record) -> Box<[u8]> {
+    record.encode_to_vec().into_boxed_slice()
+}
+
+/// A record that a [`View`] has kept. `None`: it does not read, which what [`kept`] has made always does.
+pub fn read(kept: &[u8]) -> Option<v1::Record> {
+    v1::Record::decode(kept).ok()
+}
 
 /// What one peer may fill: 10,000 exports of a kilobyte are 10 MB.
 pub const QUOTA: Quota = Quota { records: 10_000 };
@@ -63,8 +73,8 @@ impl Core {
             CoreError::Invalid(format!("{peer} sent an update that does not fit: {error}"))
         })?;
         // First of all: the roots that it brings are those that the other records are judged by.
-        let offered =
-            sent.keys().find(|key| Self::is_trust(key)).and_then(|key| Self::trust_in(view.get(key)));
+        let offered = sent.iter().find(|(key, _)| Self::is_trust(key) && view.get(key).is_some());
+        let offered = offered.and_then(|(_, sent)| Self::trust_in(sent.record.as_ref()));
         let refused = offered.and_then(|bytes| self.offered_trust(peer, &bytes, moment));
         let scope = import::PeerScope::of(&self.facts, peer, moment.unix);
         let view = self.views.entry(peer.clone()).or_insert_with(|| View::new(QUOTA));
@@ -74,7 +84,7 @@ impl Core {
         if whole {
             // Absence is removal; what is there but bad leaves the good one that was there before.
             import.rejected.clear();
-            import.exports.retain(|service, _| sent.contains_key(&import::export_key(service)));
+            import.exports.retain(|service| sent.contains_key(&import::export_key(service)));
             if !sent.contains_key(import::PROPERTIES) {
                 import.properties.clear();
             }
@@ -83,13 +93,13 @@ impl Core {
             }
         }
         deleted.iter().filter(|key| view.get(key).is_none()).for_each(|key| import::remove(import, key));
-        for (key, bytes) in sent {
-            match view.get(&key) {
-                _ if bytes > MAX_RECORD_BYTES => {
+        for (key, Sent { bytes, record }) in sent {
+            match (record, view.get(&key)) {
+                (None, _) => {
                     import::refuse(import, &key, format!("{bytes} bytes, at most {MAX_RECORD_BYTES}"));
                 }
-                Some(record) => import::put(import, &scope, record),
-                None => {
+                (Some(record), Some(_)) => import::put(import, &scope, &record),
+                (Some(_), None) => {
                     import::refuse(
                         import,
                         &key,
@@ -169,7 +179,7 @@ impl Core {
                 epoch,
                 revision,
                 heard_unix: import.heard.map_or(0, |heard| heard.as_secs()),
-                records: import::to_saved(view.records().map(|(_, record)| record)),
+                records: import::to_saved(view.records().map(|(_, record)| &**record)),
             };
             transaction = transaction.put(peer.as_str(), &record);
         }
@@ -211,16 +221,29 @@ fn types(import: &Import, services: &[ServiceKey]) -> Vec<Option<bool>> {
     services.iter().map(|service| Some(import.exports.get(service)?.headless)).collect()
 }
 
-/// An update without the records that are too large, the size of each that was sent, and the keys that are gone.
-fn within_size(update: Update<v1::Record>) -> (Update<v1::Record>, BTreeMap<String, usize>, Vec<String>) {
+/// A record of an update.
+struct Sent {
+    bytes: usize,
+    /// `None`: it is too large.
+    record: Option<v1::Record>,
+}
+
+/// An update without the records that are too large, as a [`View`] keeps it, every record that was sent, and the keys that
+/// are gone.
+fn within_size(update: Update<v1::Record>) -> (Update<Box<[u8]>>, BTreeMap<String, Sent>, Vec<String>) {
     let mut sent = BTreeMap::new();
-    let mut small = |records: Vec<(String, v1::Record)>| -> Vec<(String, v1::Record)> {
-        let fits = |(key, record): &(String, v1::Record)| {
+    let mut small = |records: Vec<(String, v1::Record)>| -> Vec<(String, Box<[u8]>)> {
+        let fits = |(key, record): (String, v1::Record)| {
             let bytes = record.encoded_len();
-            sent.insert(key.clone(), bytes);
-            bytes <= MAX_RECORD_BYTES
+            if bytes > MAX_RECORD_BYTES {
+                sent.insert(key, Sent { bytes, record: None });
+                return None;
+            }
+            let kept = kept(&record);
+            sent.insert(key.clone(), Sent { bytes, record: Some(record) });
+            Some((key, kept))
         };
-        records.into_iter().filter(fits).collect()
+        records.into_iter().filter_map(fits).collect()
     };
     match update {
         Update::Snapshot { epoch, revision, records } => {

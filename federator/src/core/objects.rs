@@ -227,7 +227,8 @@ impl Core {
         };
         let import = Arc::make_mut(import);
         import.gateways.retain(|gateway| scope.ranges.allows(gateway.address));
-        view.records().for_each(|(_, record)| import::put(import, &scope, record));
+        let records = view.records().filter_map(|(_, kept)| super::imports::read(kept));
+        records.for_each(|record| import::put(import, &scope, &record));
     }
 }
 

@@ -121,6 +121,19 @@ impl Core {
         joined
     }
 
+    /// Remembers for operators what became of a pod's request. `claimed`: what its token says of itself.
+    pub fn pod_asked(&mut self, claimed: &str, refused: Option<&CoreError>, moment: Moment) {
+        // This side's own state is nothing that a pod could mend.
+        if matches!(refused, Some(CoreError::Gone | CoreError::Store(_))) {
+            return;
+        }
+        if refused.is_none() && self.facts.pods.refused.is_empty() {
+            return;
+        }
+        let refused = refused.map(ToString::to_string);
+        self.dirty |= Arc::make_mut(&mut self.facts.pods).asked(claimed, refused, moment.unix.as_secs());
+    }
+
     fn pod_id(&self, pod: &PodIdentity, role: Role) -> Result<SpiffeId, CoreError> {
         let (domain, cluster) = (&self.facts.cluster.trust_domain, &self.facts.cluster.name);
         let id = match role {

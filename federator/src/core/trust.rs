@@ -287,7 +287,8 @@ impl Core {
                 continue;
             };
             let words = view.records().filter(|(key, _)| is_progress_key(key));
-            words.for_each(|(_, record)| import::put(Arc::make_mut(import), &scope, record));
+            let words = words.filter_map(|(_, kept)| super::imports::read(kept));
+            words.for_each(|record| import::put(Arc::make_mut(import), &scope, &record));
         }
     }
 

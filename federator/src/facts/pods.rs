@@ -43,6 +43,24 @@ pub struct KubernetesAddresses {
     pub local: Vec<IpAddr>,
 }
 
+/// A pod that was not let in, as its token calls it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct RefusedPod {
+    pub reason: String,
+    /// Since it was first refused, and not let in meanwhile.
+    pub times: u32,
+    /// Unix seconds.
+    pub last: u64,
+}
+
+/// Of these at most: a mistake is made in a template, and all its pods make it.
+const MAX_REFUSED: usize = 100;
+/// A container that fails is started anew after five minutes at most (kubelet's back-off): one that says nothing for longer is
+/// gone, or mended.
+pub const REFUSED_FOR_SECONDS: u64 = 600;
+/// What is known is published anew only so often while nothing but the count changes, seconds.
+const REFUSED_AGAIN: u64 = 30;
+
 /// Everything of it.
 #[derive(Clone, PartialEq, Debug, Default)]
 pub struct Pods {
@@ -51,25 +69,51 @@ pub struct Pods {
     /// By uid.
     pub of: BTreeMap<Arc<str>, Arc<BTreeMap<ServiceKey, SentToPod>>>,
     /// Whose pods are in `of`, by service.
-    groups: BTreeMap<ServiceKey, Vec<PodGroup>>,
+    groups: BTreeMap<ServiceKey, Arc<[PodGroup]>>,
     pub addresses: BTreeMap<ServiceKey, KubernetesAddresses>,
+    /// By what their tokens say; nobody vouches for that.
+    pub refused: BTreeMap<String, RefusedPod>,
 }
 
 impl Pods {
     /// Whether a service's pods are others than these.
     pub fn differ(&self, service: &ServiceKey, groups: &[PodGroup]) -> bool {
-        self.groups.get(service).map(Vec::as_slice).unwrap_or_default() != groups
+        self.groups.get(service).map(Arc::as_ref).unwrap_or_default() != groups
+    }
+
+    /// Notes what became of a pod's request to join, at `unix` seconds; true when that is news.
+    pub fn asked(&mut self, pod: &str, refused: Option<String>, unix: u64) -> bool {
+        let before = self.refused.len();
+        self.refused.retain(|_, known| known.last + REFUSED_FOR_SECONDS > unix);
+        let gone = before != self.refused.len();
+        let Some(reason) = refused else { return self.refused.remove(pod).is_some() || gone };
+        if let Some(known) = self.refused.get_mut(pod) {
+            let news = known.reason != reason || known.last + REFUSED_AGAIN <= unix;
+            known.times = known.times.saturating_add(1);
+            if news {
+                (known.reason, known.last) = (reason, unix);
+            }
+            return news || gone;
+        }
+        if self.refused.len() >= MAX_REFUSED {
+            let oldest = self.refused.iter().min_by_key(|(_, known)| known.last);
+            if let Some(oldest) = oldest.map(|(pod, _)| pod.clone()) {
+                self.refused.remove(&oldest);
+            }
+        }
+        self.refused.insert(pod.to_owned(), RefusedPod { reason, times: 1, last: unix });
+        true
     }
 
     /// These are a service's pods from now on.
     pub fn set(&mut self, service: &ServiceKey, groups: Vec<PodGroup>) {
-        for group in self.groups.remove(service).unwrap_or_default() {
-            for (uid, _) in group.pods {
-                let Some(of) = self.of.get_mut(&uid) else { continue };
+        for group in self.groups.remove(service).iter().flat_map(|groups| groups.iter()) {
+            for (uid, _) in &group.pods {
+                let Some(of) = self.of.get_mut(uid) else { continue };
                 let of = Arc::make_mut(of);
                 of.remove(service);
                 if of.is_empty() {
-                    self.of.remove(&uid);
+                    self.of.remove(uid);
                 }
             }
         }
@@ -82,7 +126,7 @@ impl Pods {
             }
         }
         if !groups.is_empty() {
-            self.groups.insert(service.clone(), groups);
+            self.groups.insert(service.clone(), groups.into());
         }
     }
 }
@@ -132,5 +176,20 @@ mod tests {
         pods.set(&web, Vec::new());
         pods.set(&admin, Vec::new());
         assert_eq!(pods, Pods::default(), "nothing is left of what has gone");
+    }
+
+    #[test]
+    fn a_refused_pod_is_known_until_it_is_let_in_or_silent_for_long_and_only_some_are() {
+        let mut pods = Pods::default();
+        let why = |text: &str| Some(text.to_owned());
+        assert!(pods.asked("a", why("no"), 100));
+        assert!(!pods.asked("a", why("no"), 101), "the same again is no news");
+        assert!(pods.asked("a", why("never"), 102) && pods.asked("a", why("never"), 132));
+        assert_eq!(pods.refused["a"], RefusedPod { reason: "never".into(), times: 4, last: 132 });
+        assert!(pods.asked("a", None, 133) && !pods.asked("a", None, 134));
+        (0..200).for_each(|n| drop(pods.asked(&format!("p{n}"), why("no"), 200 + n)));
+        assert_eq!(pods.refused.len(), MAX_REFUSED);
+        assert!(!pods.refused.contains_key("p0") && pods.refused.contains_key("p199"));
+        assert!(pods.asked("b", None, 399 + REFUSED_FOR_SECONDS) && pods.refused.is_empty());
     }
 }

@@ -15,6 +15,7 @@ struct Labels {
 #[derive(Clone, Debug, Default)]
 pub struct Metrics {
     reviews: Family<Labels, Counter>,
+    turned_away: Family<Labels, Counter>,
     /// When the certificate that is shown ends, Unix seconds.
     pub(super) certificate_ends: Gauge,
     pub(super) rotations: Counter,
@@ -28,6 +29,11 @@ impl Metrics {
             "reviews",
             "Pods that the API server asked about, by outcome",
             metrics.reviews.clone(),
+        );
+        registry.register(
+            "turned_away_connections",
+            "Connections that ended or were refused because others had or wanted the places, by which",
+            metrics.turned_away.clone(),
         );
         registry.register(
             "certificate_not_after_seconds",
@@ -45,5 +51,10 @@ impl Metrics {
     /// `result`: `injected`, `unchanged`, `refused`, `other`, `bad_request`, `failed`.
     pub(super) fn reviewed(&self, result: &'static str) {
         self.reviews.get_or_create_owned(&Labels { result }).inc();
+    }
+
+    /// `result`: `ended` for the sake of another, `refused`.
+    pub(super) fn turned_away(&self, result: &'static str) {
+        self.turned_away.get_or_create_owned(&Labels { result }).inc();
     }
 }

@@ -20,7 +20,7 @@ pub const CAPTURE: &str = "tombolo-capture";
 const STATE_VOLUME: &str = "tombolo-state";
 const JOIN_VOLUME: &str = "tombolo-join";
 /// First address of upstreams that name none; nobody else's by chance.
-const ALIASES: [u8; 3] = [127, 116, 98];
+pub(super) const ALIASES: [u8; 3] = [127, 116, 98];
 /// Kubernetes takes no shorter life; the kubelet replaces the token long before its end.
 const TOKEN_SECONDS: u32 = 3600;
 /// Key, certificates, last configuration and names are a few megabytes at most.

@@ -1,15 +1,19 @@
-//! HTTPS for the API server: so many connections, each request of bounded size and time.
+//! HTTPS for the API server: so many connections ([`Places`]), each handshake and request of bounded size and time.
 //!
-//! Whoever reaches the port may ask: an answer holds nothing that a pod may not know, and a request changes nothing here.
+//! Whoever reaches the port may ask: an answer holds nothing that a pod may not know, and a request changes nothing here. Nobody
+//! waits for what somebody else sends: connections are accepted at once, bodies are collected side by side, and only large ones
+//! take turns.
 
+use std::collections::BTreeMap;
 use std::convert::Infallible;
-use std::sync::Arc;
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use arc_swap::ArcSwapOption;
 use bytes::Bytes;
 use http::{Method, Request, Response, StatusCode, header};
-use http_body_util::{BodyExt, Full, Limited};
+use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -17,12 +21,13 @@ use k8s_openapi::api::core::v1::Namespace;
 use kube::core::PartialObjectMeta;
 use kube::{Api, Client};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, SemaphorePermit, oneshot};
 use tokio_rustls::TlsAcceptor;
 use tombolo_proto::v1;
 use tombolo_runtime::tasks::TaskGroup;
 
 use super::metrics::Metrics;
+use super::places::{Place, Places};
 use super::pod::Given;
 use super::review::{self, Asked, Decision, Unread, decide};
 use super::settings::InjectSettings;
@@ -31,16 +36,17 @@ use crate::core::{Core, CoreHandle, Moment};
 use crate::token_review::audience;
 
 const PATH: &str = "/inject";
-/// API servers keep a few connections each, some 10 of the largest clusters' a few dozens.
-const MAX_CONNECTIONS: usize = 256;
 /// The API server takes no object of more than 3 MB; a request holds one, and what is around it.
 const MAX_BODY_BYTES: usize = 4 * 1024 * 1024;
-/// Bodies that are held at a time, so that strangers can't fill the memory: read, 4 MB of JSON may be 100. A pod's takes a
-/// millisecond.
-const AT_ONCE: usize = 2;
-/// A body that comes more slowly holds up others.
+/// Pods have a few kilobytes, with what is around them. As many as there are connections are 32 MB.
+const SMALL_BODY_BYTES: usize = 128 * 1024;
+/// Larger bodies that are held at a time, so that strangers can't fill the memory: read, 4 MB of JSON may be 100. A pod's takes
+/// a millisecond.
+const LARGE_AT_ONCE: usize = 2;
+/// The rest of a large body that comes more slowly holds up others of that size.
 const BODY: Duration = Duration::from_secs(1);
-const HANDSHAKE: Duration = Duration::from_secs(5);
+/// Two round trips and a signature.
+const HANDSHAKE: Duration = Duration::from_secs(3);
 /// The API server gives up by itself after the configuration's 5 s.
 const LONGEST: Duration = Duration::from_secs(5);
 /// Go's clients close an idle connection after 90 s: the server must not be faster, or a request would meet the close.
@@ -57,6 +63,63 @@ pub(super) struct Webhook {
     pub metrics: Metrics,
 }
 
+/// Everybody's connections.
+#[derive(Clone, Debug, Default)]
+struct Open(Arc<Mutex<Connections>>);
+
+/// Places, and what ends a connection that has lost its own.
+#[derive(Debug, Default)]
+struct Connections {
+    places: Places,
+    ends: BTreeMap<Place, oneshot::Sender<()>>,
+}
+
+/// A connection's place; whoever drops it leaves.
+#[derive(Debug)]
+struct Seat {
+    open: Open,
+    place: Place,
+}
+
+impl Open {
+    fn with<T>(&self, work: impl FnOnce(&mut Connections) -> T) -> T {
+        work(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// A seat, and what comes when it is wanted by somebody else; `None`: there is none.
+    fn take(&self, source: IpAddr, metrics: &Metrics) -> Option<(Seat, oneshot::Receiver<()>)> {
+        let (end, ended) = oneshot::channel();
+        let taken = self.with(|Connections { places, ends }| {
+            let (place, victim) = places.take(source)?;
+            if let Some(victim) = victim.and_then(|victim| ends.remove(&victim)) {
+                metrics.turned_away("ended");
+                let _ = victim.send(());
+            }
+            ends.insert(place, end);
+            Some(place)
+        });
+        if taken.is_none() {
+            metrics.turned_away("refused");
+        }
+        taken.map(|place| (Seat { open: self.clone(), place }, ended))
+    }
+}
+
+impl Seat {
+    fn answering(&self, answering: bool) {
+        self.open.with(|open| open.places.answering(self.place, answering));
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        self.open.with(|Connections { places, ends }| {
+            places.leave(self.place);
+            ends.remove(&self.place);
+        });
+    }
+}
+
 /// Until the group ends.
 pub(super) async fn accept(
     listener: TcpListener,
@@ -65,18 +128,21 @@ pub(super) async fn accept(
     tasks: TaskGroup,
 ) {
     let acceptor = TlsAcceptor::from(tls);
-    let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-    let bodies = Arc::new(Semaphore::new(AT_ONCE));
+    let open = Open::default();
+    let large = Arc::new(Semaphore::new(LARGE_AT_ONCE));
     loop {
-        // Never closed; further connections wait in the kernel.
-        let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
         match listener.accept().await {
             Ok((stream, from)) => {
-                let (acceptor, webhook, bodies) =
-                    (acceptor.clone(), Arc::clone(&webhook), Arc::clone(&bodies));
+                let Some((seat, ended)) = open.take(from.ip(), &webhook.metrics) else { continue };
+                let (acceptor, webhook, large) = (acceptor.clone(), Arc::clone(&webhook), Arc::clone(&large));
                 tasks.spawn("injection webhook connection", async move {
-                    let _place = place;
-                    if let Err(error) = serve(stream, acceptor, webhook, bodies).await {
+                    let served = async {
+                        tokio::select! {
+                            served = serve(stream, acceptor, webhook, large, Arc::new(seat)) => served,
+                            _ = ended => Err("others want its place".to_owned()),
+                        }
+                    };
+                    if let Err(error) = served.await {
                         tracing::debug!(%from, error, "a connection to the injection webhook ended badly");
                     }
                 });
@@ -93,19 +159,22 @@ async fn serve(
     stream: TcpStream,
     acceptor: TlsAcceptor,
     webhook: Arc<Webhook>,
-    bodies: Arc<Semaphore>,
+    large: Arc<Semaphore>,
+    seat: Arc<Seat>,
 ) -> Result<(), String> {
     let _ = stream.set_nodelay(true);
     let handshake = tokio::time::timeout(HANDSHAKE, acceptor.accept(stream));
     let stream = handshake.await.map_err(|e| e.to_string())?.map_err(|e| e.to_string())?;
     let service = service_fn(move |request: Request<Incoming>| {
-        let (webhook, bodies) = (Arc::clone(&webhook), Arc::clone(&bodies));
+        let (webhook, large, seat) = (Arc::clone(&webhook), Arc::clone(&large), Arc::clone(&seat));
         async move {
-            let answered = tokio::time::timeout(LONGEST, webhook.answer(request, &bodies));
-            Ok::<_, Infallible>(answered.await.unwrap_or_else(|_| {
+            let answered = tokio::time::timeout(LONGEST, webhook.answer(request, &large, &seat));
+            let answer = answered.await.unwrap_or_else(|_| {
                 webhook.metrics.reviewed("failed");
                 said(StatusCode::SERVICE_UNAVAILABLE, "not answered in time")
-            }))
+            });
+            seat.answering(false);
+            Ok::<_, Infallible>(answer)
         }
     });
     let served = hyper::server::conn::http1::Builder::new()
@@ -113,6 +182,32 @@ async fn serve(
         .header_read_timeout(IDLE)
         .serve_connection(TokioIo::new(stream), service);
     served.await.map_err(|e| e.to_string())
+}
+
+/// A body: whole, with its turn if it is a large one, or why not. What it has when it turns out to be large waits with it.
+async fn collect<'a>(
+    mut body: Incoming,
+    large: &'a Semaphore,
+) -> Result<(Vec<u8>, Option<SemaphorePermit<'a>>), (StatusCode, String)> {
+    let mut bytes = Vec::new();
+    let mut turn = None;
+    let late = |_| (StatusCode::REQUEST_TIMEOUT, "the body did not come within a second".to_owned());
+    let mut deadline = tokio::time::Instant::now() + BODY;
+    loop {
+        let frame = tokio::time::timeout_at(deadline, body.frame()).await.map_err(late)?;
+        let Some(frame) = frame else { return Ok((bytes, turn)) };
+        let frame = frame.map_err(|e| (StatusCode::BAD_REQUEST, format!("the body can't be read: {e}")))?;
+        let data = frame.data_ref().map(|data| data.as_ref()).unwrap_or_default();
+        if bytes.len() + data.len() > MAX_BODY_BYTES {
+            let text = format!("the body has more than {MAX_BODY_BYTES} bytes");
+            return Err((StatusCode::PAYLOAD_TOO_LARGE, text));
+        }
+        if turn.is_none() && bytes.len() + data.len() > SMALL_BODY_BYTES {
+            turn = large.acquire().await.ok();
+            deadline = tokio::time::Instant::now() + BODY;
+        }
+        bytes.extend_from_slice(data);
+    }
 }
 
 fn said(status: StatusCode, text: &str) -> Response<Full<Bytes>> {
@@ -127,7 +222,12 @@ fn respond(status: StatusCode, kind: &'static str, body: String) -> Response<Ful
 }
 
 impl Webhook {
-    async fn answer(&self, request: Request<Incoming>, bodies: &Semaphore) -> Response<Full<Bytes>> {
+    async fn answer(
+        &self,
+        request: Request<Incoming>,
+        large: &Semaphore,
+        seat: &Seat,
+    ) -> Response<Full<Bytes>> {
         let bad = |status, text: &str| {
             self.metrics.reviewed("bad_request");
             said(status, text)
@@ -138,19 +238,12 @@ impl Webhook {
         if request.method() != Method::POST {
             return bad(StatusCode::METHOD_NOT_ALLOWED, "POST an AdmissionReview");
         }
-        let Ok(held) = bodies.acquire().await else {
-            return bad(StatusCode::SERVICE_UNAVAILABLE, "ending");
+        let (body, turn) = match collect(request.into_body(), large).await {
+            Ok(body) => body,
+            Err((status, text)) => return bad(status, &text),
         };
-        let collected = Limited::new(request.into_body(), MAX_BODY_BYTES).collect();
-        let body = match tokio::time::timeout(BODY, collected).await {
-            Ok(Ok(body)) => body.to_bytes(),
-            Err(_) => return bad(StatusCode::REQUEST_TIMEOUT, "the body did not come within a second"),
-            Ok(Err(error)) => {
-                let text =
-                    format!("the body can't be read, or has more than {MAX_BODY_BYTES} bytes: {error}");
-                return bad(StatusCode::PAYLOAD_TOO_LARGE, &text);
-            }
-        };
+        // From here on it is a question that is whole: others wait for its answer.
+        seat.answering(true);
         let asked = match review::read(&body) {
             Ok(asked) => asked,
             Err(unread) => {
@@ -163,7 +256,7 @@ impl Webhook {
                 return respond(StatusCode::OK, "application/json", answer.to_string());
             }
         };
-        drop((body, held));
+        drop((body, turn));
         match self.review(&asked).await {
             Ok(decision) => {
                 self.metrics.reviewed(decision.kind());

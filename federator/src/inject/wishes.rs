@@ -246,6 +246,8 @@ pub fn wanted(pod: &Value, namespace: &str, labels: &NamespaceLabels) -> Result<
         );
         None
     };
+    let upstreams = list(UPSTREAMS).upstreams()?;
+    warnings.extend(in_the_way(pod, &upstreams));
     let amounts = |key: &'static str| {
         let value = annotation(key).unwrap_or_default();
         value
@@ -254,7 +256,7 @@ pub fn wanted(pod: &Value, namespace: &str, labels: &NamespaceLabels) -> Result<
     };
     Ok(Wanted::Yes(Box::new(Wishes {
         serve: list(SERVE).served(namespace)?,
-        upstreams: list(UPSTREAMS).upstreams()?,
+        upstreams,
         capture,
         requests: amounts(REQUESTS)?,
         limits: amounts(LIMITS)?,
@@ -262,6 +264,29 @@ pub fn wanted(pod: &Value, namespace: &str, labels: &NamespaceLabels) -> Result<
         drain: annotation(DRAIN).map(drain).transpose()?,
         warnings,
     })))
+}
+
+/// Upstreams at ports that the pod's own containers declare: the sidecar listens there first, on a loopback address, and the
+/// kernel refuses whoever wants the port on all addresses after it.
+fn in_the_way<'a>(pod: &'a Value, upstreams: &'a [Upstream]) -> impl Iterator<Item = String> + 'a {
+    let containers = pod.pointer("/spec/containers").and_then(Value::as_array).into_iter().flatten();
+    let ports = containers.flat_map(|of| of.get("ports").and_then(Value::as_array).into_iter().flatten());
+    let declared: BTreeSet<(u64, Protocol)> = ports
+        .filter_map(|port| {
+            let protocol = port.get("protocol").and_then(Value::as_str).unwrap_or_default();
+            Some((port.get("containerPort")?.as_u64()?, Protocol::parse(protocol)?))
+        })
+        .collect();
+    upstreams.iter().filter_map(move |upstream| {
+        let at = upstream.listen.map_or(upstream.port, |at| at.port());
+        let Upstream { service, port, protocol, .. } = upstream;
+        declared.contains(&(at.into(), *protocol)).then(|| {
+            format!(
+                "{UPSTREAMS}: the sidecar listens at {protocol} port {at} for {service}:{port}, and a container declares that port: it can't listen there on 0.0.0.0; choose another, such as {service}:{port}=127.0.0.1:{}",
+                if at < 50_000 { at.saturating_add(10_000) } else { at.saturating_sub(10_000) }
+            )
+        })
+    })
 }
 
 fn annotation_error(key: &str, value: &str, reason: impl fmt::Display) -> WishError {

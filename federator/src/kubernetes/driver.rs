@@ -5,6 +5,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::pin::Pin;
 use std::time::Duration;
 
+use futures::future::OptionFuture;
 use futures::stream::{BoxStream, FuturesUnordered, SelectAll};
 use futures::{FutureExt, StreamExt};
 use kube::core::DynamicObject;
@@ -23,10 +24,12 @@ use super::queue::Queue;
 use super::tables::{Kind, Tables};
 use super::trouble::{Trouble, unauthenticated};
 use super::write::{Failure, Outcome, Writer};
-use crate::core::kubernetes::KubernetesChanges;
-use crate::core::{Core, CoreGone, CoreHandle, Moment};
+use crate::core::{CoreGone, CoreHandle, Moment};
 use crate::view::kubernetes::{Changed, Inputs, Services};
 use crate::view::rfc3339_seconds;
+use handing::Handing;
+
+mod handing;
 
 /// Services that are written at the same time: a few milliseconds each, and an API server's fair share.
 const AT_ONCE: usize = 16;
@@ -106,6 +109,8 @@ impl Driver {
         let mut facts = self.core.watch();
         facts.mark_changed();
         let mut writing: Writing = FuturesUnordered::new();
+        // The core may be busy: what comes meanwhile is handed over together.
+        let mut handing: Option<Handing> = None;
         let mut looked = Instant::now();
         let mut news = false;
         loop {
@@ -130,6 +135,12 @@ impl Driver {
                     self.look_at_facts();
                 }
                 Some(outcome) = writing.next(), if !writing.is_empty() => self.done(outcome)?,
+                handed = OptionFuture::from(handing.as_mut()), if handing.is_some() => {
+                    handing = None;
+                    if let Some(handed) = handed {
+                        self.handed_over(handed)?;
+                    }
+                }
                 changed = self.leading.changed() => {
                     changed.map_err(|_| SessionEnd::Lease)?;
                     if self.leading.borrow().is_some() {
@@ -139,7 +150,9 @@ impl Driver {
                 }
                 () = tokio::time::sleep_until(next.unwrap_or_else(Instant::now)), if next.is_some() => {}
             }
-            self.hand_over().await?;
+            if handing.is_none() {
+                handing = self.hand_over();
+            }
             self.write(&mut writing);
             self.metrics.leads.set(self.leads().into());
             self.metrics.waiting.set(i64::try_from(self.queue.waiting()).unwrap_or(i64::MAX));
@@ -229,46 +242,6 @@ impl Driver {
             self.look_at(services.exported().filter(inside));
             self.look_at(self.tables.known().into_iter().filter(inside));
         }
-    }
-
-    /// Tells the core which exports there are, once all are known, and then what changes.
-    async fn hand_over(&mut self) -> Result<(), SessionEnd> {
-        if !self.tables.is_synced() {
-            return Ok(());
-        }
-        if !self.told {
-            // What was deleted before this session is in no event of it.
-            self.addresses.extend(self.core.facts().pods.addresses.keys().cloned());
-        }
-        if !self.addresses.is_empty() {
-            let services = std::mem::take(&mut self.addresses).into_iter();
-            let addresses =
-                services.map(|service| (service.clone(), self.tables.addresses(&service))).collect();
-            self.core.call(move |core, _| core.set_kubernetes_addresses(addresses)).await?;
-        }
-        if self.told && self.exports.is_empty() {
-            return Ok(());
-        }
-        let complete = !self.told;
-        if complete {
-            self.exports.extend(self.tables.exported());
-        }
-        let services = std::mem::take(&mut self.exports);
-        let changes: KubernetesChanges =
-            services.iter().map(|service| (service.clone(), self.tables.export(service))).collect();
-        let handed = move |core: &mut Core, moment| core.set_kubernetes_exports(changes, complete, moment);
-        match self.core.call(handed).await? {
-            Ok(()) => self.told = true,
-            Err(error) => {
-                tracing::warn!(%error, "exports of Kubernetes can't be stored now");
-                self.exports = services;
-                tokio::time::sleep(Duration::from_secs(1)).await;
-            }
-        }
-        if complete {
-            self.everything();
-        }
-        Ok(())
     }
 
     /// Starts writing what is due.

@@ -13,7 +13,7 @@ use tombolo_model::resource::Condition;
 use tombolo_model::resource::service_export::ServiceType;
 
 use super::labels::derived_name;
-use super::rows::{ImportRow, Meta, ServiceRow, SliceRow};
+use super::rows::{ImportRow, Meta, Packed, ServiceRow, SliceRow};
 use super::tables::{Kind, Tables};
 use super::targets::ServicePort;
 use super::{desired, status};
@@ -86,9 +86,9 @@ pub fn plan(service: &ServiceKey, shown: &ShownService, tables: &Tables, with: &
 }
 
 /// Whether an object has to be applied: it is not what was written last, or somebody has changed it.
-fn differs(meta: &Meta, found: &Value, document: &Value) -> bool {
+fn differs(meta: &Meta, found: &Packed, document: &Value) -> bool {
     meta.applied != desired::applied(document)
-        || !status::holds(found, document.get("spec").unwrap_or(&Value::Null))
+        || !status::holds(&found.value(), document.get("spec").unwrap_or(&Value::Null))
 }
 
 fn plan_import(
@@ -115,14 +115,15 @@ fn plan_import(
     };
     // Its addresses stay while its `Service` is made anew.
     let waiting = wanted.merged.kind == ServiceType::ClusterSetIp && own.is_none();
-    if differs(&row.meta, &row.spec, &document) && !(waiting && row.spec.get("ips").is_some()) {
+    if differs(&row.meta, &row.spec, &document) && !(waiting && row.addressed) {
         plan.writes.push(Write::Apply { kind: Kind::ServiceImport, name, document, force: true });
     }
     let uid = row.meta.uid.as_str();
-    let found = own.map(|row| &row.spec);
+    let found = own.map(|row| row.spec.value());
     let none = BTreeMap::new();
     let numbers = with.front.map_or(&none, |front| front.numbers);
-    match (desired::derived(service, &wanted.merged, found, uid, with.api_version, numbers), derived) {
+    match (desired::derived(service, &wanted.merged, found.as_ref(), uid, with.api_version, numbers), derived)
+    {
         (Some(_), Some(row)) if own.is_none() && !row.meta.deleting => {
             plan.obstacle = Some(format!(
                 "a Service {}/{} is there that somebody else keeps: {service} gets no address",
@@ -186,7 +187,7 @@ fn import_ready(
 ) -> Option<Condition> {
     let clusters: Vec<&str> = wanted.clusters.iter().map(ClusterName::as_str).collect();
     let headless = wanted.merged.kind == ServiceType::Headless;
-    let addressed = headless || row.spec.get("ips").is_some();
+    let addressed = headless || row.addressed;
     let pending = |text: String| Some(Condition::new("Ready", false, "Pending", text));
     if let Some(text) = plan.obstacle.as_deref().or(with.refusal) {
         let family = text.contains("ipFamilies") || text.contains("ipFamilyPolicy");
@@ -223,12 +224,13 @@ fn plan_import_status(
     ready: Condition,
     with: &Surroundings<'_>,
 ) {
-    let before = row.status.get("conditions").and_then(Value::as_array).cloned().unwrap_or_default();
+    let found = row.status.value();
+    let before = found.get("conditions").and_then(Value::as_array).cloned().unwrap_or_default();
     let clusters: Vec<Value> =
         wanted.clusters.iter().map(|cluster| json!({ "cluster": cluster.as_str() })).collect();
     let conditions = status::conditions(&[ready], &before, 0, with.now);
     let status = json!({ "clusters": clusters, "conditions": conditions });
-    if status::holds(&row.status, &status) {
+    if status::holds(&found, &status) {
         return;
     }
     plan.writes.push(Write::Status {
@@ -276,17 +278,15 @@ fn plan_export(
             *ready = Condition::new("Ready", false, "Failed", text);
         }
     }
-    let conditions = status::conditions(&wanted, &row.conditions, row.generation, with.now);
-    let before = Value::from(row.conditions.clone());
+    let before = row.conditions.list();
+    let conditions = status::conditions(&wanted, &before, row.generation, with.now);
     // Those of other controllers are theirs, and come in any order.
-    let has = |condition: &Value| {
-        before.as_array().into_iter().flatten().any(|found| status::holds(found, condition))
-    };
+    let has = |condition: &Value| before.iter().any(|found| status::holds(found, condition));
     if conditions.iter().all(has) {
         return;
     }
     let changed = wanted.into_iter().zip(&conditions).filter(|(_, value)| {
-        let was = row.conditions.iter().find(|before| before.get("type") == value.get("type"));
+        let was = before.iter().find(|before| before.get("type") == value.get("type"));
         was.is_none_or(|was| {
             was.get("status") != value.get("status") || was.get("reason") != value.get("reason")
         })

@@ -16,6 +16,9 @@ use tombolo_model::resource::{Object, ObjectMeta, ServiceExportSpec, Spec};
 use super::labels::{APPLIED, IMPORT, LOCAL_SERVICE, MANAGED_BY, SERVICE_NAME, SOURCE_CLUSTER, TOMBOLO};
 use super::targets::ServicePort;
 use crate::facts::{ExportedService, KubernetesService};
+pub use packed::Packed;
+
+mod packed;
 
 /// Of one slice: Kubernetes' own limit.
 const MAX_ENDPOINTS: usize = 1000;
@@ -84,19 +87,21 @@ pub struct ServiceRow {
     /// Of a derived one: the import's name.
     pub import: Option<String>,
     /// Of a derived one, as it is.
-    pub spec: Value,
+    pub spec: Packed,
     pub created_unix: u64,
 }
 
 impl ServiceRow {
     /// Of a derived one: the numbers that its ports have at the shared sidecars.
-    pub fn targets(&self) -> impl Iterator<Item = (ServicePort, u16)> {
-        let ports = self.spec.get("ports").and_then(Value::as_array).into_iter().flatten();
-        ports.filter_map(|port| {
+    pub fn targets(&self) -> Vec<(ServicePort, u16)> {
+        let spec = self.spec.value();
+        let ports = spec.get("ports").and_then(Value::as_array).into_iter().flatten();
+        let target = |port: &Value| {
             let number = |field| u16::try_from(port.get(field)?.as_u64()?).ok();
             let protocol = Protocol::parse(text(port, "protocol"))?;
             Some(((protocol, number("port")?), number("targetPort")?))
-        })
+        };
+        ports.filter_map(target).collect()
     }
 }
 
@@ -107,7 +112,7 @@ impl Row for ServiceRow {
         let ips = spec.get("clusterIPs").and_then(Value::as_array).into_iter().flatten();
         let cluster_ips = ips.filter_map(|ip| ip.as_str()?.parse().ok()).collect();
         let import = annotation(&object, IMPORT).map(str::to_owned).filter(|_| meta.ours);
-        let kept = if import.is_some() { spec.clone() } else { Value::Null };
+        let kept = if import.is_some() { Packed::of(spec) } else { Packed::default() };
         let created_unix = created_unix(&object);
         Some(Self { meta, service: service(spec), cluster_ips, import, spec: kept, created_unix })
     }
@@ -171,9 +176,11 @@ pub struct SliceRow {
     pub import: Option<String>,
     /// The import, of one that leads from a derived `Service` to the shared sidecars.
     pub front: Option<String>,
+    /// Of a slice of this cluster's `Service`.
     pub ready: Vec<Endpoint>,
     /// Of a slice of this cluster's `Service`: pods by uid, and whether they are ready.
     pub pods: Vec<(Arc<str>, bool)>,
+    /// Of a slice of this cluster's `Service`.
     pub ports: Vec<Port>,
 }
 
@@ -196,10 +203,12 @@ impl Row for SliceRow {
             return None;
         }
         let list = |field| object.data.get(field).and_then(Value::as_array).into_iter().flatten();
+        // Of those that are written here the fingerprint says enough.
+        let most = if service.is_some() { MAX_ENDPOINTS } else { 0 };
         let ready = |endpoint: &&Value| endpoint.pointer("/conditions/ready") != Some(&Value::Bool(false));
         let mut endpoints: Vec<Endpoint> = list("endpoints")
             .filter(ready)
-            .take(MAX_ENDPOINTS)
+            .take(most)
             .filter_map(|endpoint| {
                 let address = endpoint.pointer("/addresses/0")?.as_str()?.parse().ok()?;
                 let hostname = endpoint.get("hostname").and_then(Value::as_str).map(str::to_owned);
@@ -212,12 +221,10 @@ impl Row for SliceRow {
             let uid = Some(text(pod, "uid")).filter(|uid| (1..=MAX_UID_BYTES).contains(&uid.len()))?;
             Some((Arc::from(uid), ready(&endpoint)))
         };
-        let mut pods: Vec<(Arc<str>, bool)> = match &service {
-            Some(_) => list("endpoints").take(MAX_ENDPOINTS).filter_map(pod).collect(),
-            None => Vec::new(),
-        };
+        let mut pods: Vec<(Arc<str>, bool)> = list("endpoints").take(most).filter_map(pod).collect();
         pods.sort_unstable();
-        let ports = list("ports").filter_map(|port| read_port(port, "port")).collect();
+        let ports = list("ports").filter(|_| service.is_some());
+        let ports = ports.filter_map(|port| read_port(port, "port")).collect();
         Some(Self { meta, service, import, front, ready: endpoints, pods, ports })
     }
     fn identity(&self) -> Identity<'_> {
@@ -232,7 +239,8 @@ pub struct ExportRow {
     pub object: Object,
     pub created_unix: u64,
     pub generation: u64,
-    pub conditions: Vec<Value>,
+    /// A list.
+    pub conditions: Packed,
 }
 
 impl Row for ExportRow {
@@ -268,28 +276,28 @@ impl Row for ExportRow {
     }
 }
 
-fn conditions(data: &Value) -> Vec<Value> {
-    data.pointer("/status/conditions").and_then(Value::as_array).cloned().unwrap_or_default()
+fn conditions(data: &Value) -> Packed {
+    data.pointer("/status/conditions").map(Packed::of).unwrap_or_default()
 }
 
 /// A `ServiceImport`, ours or not.
 #[derive(Clone, PartialEq, Debug)]
 pub struct ImportRow {
     pub meta: Meta,
-    /// Null for one that is not ours.
-    pub spec: Value,
-    pub status: Value,
+    /// Nothing for one that is not ours.
+    pub spec: Packed,
+    pub status: Packed,
+    /// It has `spec.ips`.
+    pub addressed: bool,
 }
 
 impl Row for ImportRow {
     fn read(object: DynamicObject) -> Option<Self> {
         let meta = Meta::of(&object);
-        let part = |field: &str| match meta.ours {
-            true => object.data.get(field).cloned().unwrap_or_default(),
-            false => Value::Null,
-        };
-        let (spec, status) = (part("spec"), part("status"));
-        Some(Self { meta, spec, status })
+        let part = |field: &str| object.data.get(field).filter(|_| meta.ours);
+        let packed = |field: &str| part(field).map(Packed::of).unwrap_or_default();
+        let addressed = part("spec").is_some_and(|spec| spec.get("ips").is_some());
+        Some(Self { spec: packed("spec"), status: packed("status"), addressed, meta })
     }
     fn identity(&self) -> Identity<'_> {
         self.meta.identity()

@@ -24,7 +24,7 @@ use tonic::{Request, Response, Status};
 use super::caller;
 use crate::core::{CoreError, CoreHandle};
 use crate::facts::Facts;
-use crate::records;
+use crate::records::{self, Told};
 
 /// Its readers call us stale after three missed ones.
 const HEARTBEAT: Duration = Duration::from_secs(1);
@@ -37,21 +37,29 @@ pub const UNLINKED: &str = "unlinked";
 
 /// The record logs of all linked peers.
 #[derive(Default)]
-pub struct Logs(Mutex<HashMap<ClusterName, RecordLog<v1::Record>>>);
+pub struct Logs(Mutex<HashMap<ClusterName, PeerLog>>);
+
+struct PeerLog {
+    /// Of the facts that it was brought up to; `None`: of none yet.
+    facts: Option<u64>,
+    log: RecordLog<Told>,
+}
 
 impl Logs {
     /// Brings a peer's log up to the facts; what a reader at `position` lacks.
-    fn since(
-        &self,
-        facts: &Facts,
-        peer: &ClusterName,
-        position: (Epoch, Revision),
-    ) -> Option<Update<v1::Record>> {
+    fn since(&self, facts: &Facts, peer: &ClusterName, position: (Epoch, Revision)) -> Option<Update<Told>> {
         let mut logs = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         logs.retain(|peer, _| facts.links.contains_key(peer));
-        let fresh = || RecordLog::new(facts.cluster.epoch, Revision(facts.revision));
-        let log = logs.entry(peer.clone()).or_insert_with(fresh);
-        log.replace(records::records(facts, peer));
+        let fresh = || {
+            let log = RecordLog::new(facts.cluster.epoch, Revision(facts.revision));
+            PeerLog { facts: None, log }
+        };
+        let PeerLog { facts: known, log } = logs.entry(peer.clone()).or_insert_with(fresh);
+        // Heartbeats ask every second, and another stream of the peer may have newer facts.
+        if known.is_none_or(|known| known < facts.revision) {
+            log.replace(records::told(facts, peer));
+            *known = Some(facts.revision);
+        }
         log.since(position.0, position.1)
     }
 }
@@ -169,14 +177,14 @@ async fn watch_task(
     }
 }
 
-fn to_wire(epoch: Epoch, update: Update<v1::Record>) -> ((Epoch, Revision), Event) {
+fn to_wire(epoch: Epoch, update: Update<Told>) -> ((Epoch, Revision), Event) {
     match update {
         Update::Snapshot { epoch, revision, records } => {
-            let records = records.into_iter().map(|(_, record)| record).collect();
+            let records = records.iter().map(|(key, told)| told.record(key)).collect();
             ((epoch, revision), Event::Snapshot(v1::SnapshotEvent { records }))
         }
         Update::Delta { revision, upserts, deletes } => {
-            let upserts = upserts.into_iter().map(|(_, record)| record).collect();
+            let upserts = upserts.iter().map(|(key, told)| told.record(key)).collect();
             ((epoch, revision), Event::Delta(v1::DeltaEvent { upserts, deletes }))
         }
     }

@@ -21,7 +21,7 @@ use crate::core::{Core, CoreError, CoreHandle, Moment};
 use crate::facts::Role;
 use crate::linking;
 use crate::metrics::Metrics;
-use crate::token_review::{TokenReviewer, audience};
+use crate::token_review::{TokenReviewer, audience, claimed};
 
 /// A rollout of a thousand pods joins within 20 s.
 const PER_SECOND: f64 = 50.0;
@@ -105,12 +105,15 @@ impl Join for JoinService {
         let token = Zeroizing::new(service_account_token);
         let expected = audience(&self.svid.load().spiffe_id.trust_domain());
         let reviewed = self.reviewer.review(&token, &expected).await.and_then(|pod| pod.held_by(&holder));
+        let claimed = claimed(&token);
         if let Err(error) = &reviewed {
-            tracing::warn!(%error, kind = error.kind(), "a pod is not let in");
+            tracing::warn!(%error, kind = error.kind(), pod = claimed, "a pod is not let in");
         }
         let join = move |core: &mut Core, moment| {
             core.turned_away(Action::Join, turned_away, moment);
-            core.join_pod(reviewed, role, &csr_der, moment)
+            let joined = core.join_pod(reviewed, role, &csr_der, moment);
+            core.pod_asked(&claimed, joined.as_ref().err(), moment);
+            joined
         };
         let joined = self.core.attempt(join).await;
         self.metrics.issued("join_pod", &joined);

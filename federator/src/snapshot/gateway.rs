@@ -234,7 +234,7 @@ fn peer_gateways(facts: &Facts, link: &Link) -> Vec<v1::GatewayReplica> {
 fn outbound(facts: &Facts, link: &Link) -> Vec<v1::HandleBinding> {
     let own = &facts.cluster.name;
     let control = link.control.binding(own).to_wire();
-    let exports = facts.imports.get(&link.peer).into_iter().flat_map(|import| &import.exports);
+    let exports = facts.imports.get(&link.peer).into_iter().flat_map(|import| import.exports.iter());
     let services = exports.map(|(service, export)| {
         HandleBinding {
             handle: export.handle,

@@ -166,7 +166,7 @@ impl Inputs {
             let of = |inputs: &Self| Arc::clone(inputs.imports.get(peer).unwrap_or(&none));
             let (then, now) = (of(before), of(self));
             if !Arc::ptr_eq(&then, &now) {
-                differing(&then.exports, &now.exports, &mut changed, PartialEq::eq);
+                differing(then.exports.shared(), now.exports.shared(), &mut changed, Arc::ptr_eq);
             }
         }
         Changed::Only(changed)

@@ -50,7 +50,11 @@ pub fn document(view: &View<'_>) -> ClusterStatus {
         endpoints: facts.registry.members.values().map(|member| endpoint(view, member)).collect(),
         identities: identities(view),
         federations: conditions::federation::all(view),
-        findings: authorities::findings(facts, view.unix).into_iter().chain(pods::findings(view)).collect(),
+        findings: authorities::findings(facts, view.unix)
+            .into_iter()
+            .chain(pods::findings(view))
+            .chain(pods::refused(view))
+            .collect(),
     }
 }
 

@@ -89,6 +89,7 @@ impl Container {
                         reason,
                         from: since,
                         to: timestamp(),
+                        message: self.last_words(code),
                     })))
                     .await;
                     Some(code)
@@ -116,6 +117,18 @@ impl Container {
                 _ = self.stop.wait_for(Option::is_some) => return,
             }
         }
+    }
+
+    /// Its termination message: as the kubelet has it, the last 80 lines or 2048 bytes of a failed one's log.
+    fn last_words(&self, code: i32) -> String {
+        if code == 0 || !self.plan.message_from_logs {
+            return String::new();
+        }
+        let log = std::fs::read(&self.files[1]).unwrap_or_default();
+        let end = log.get(log.len().saturating_sub(2048)..).unwrap_or_default();
+        let text = String::from_utf8_lossy(end);
+        let lines: Vec<&str> = text.lines().collect();
+        lines.get(lines.len().saturating_sub(80)..).unwrap_or_default().join("\n")
     }
 
     /// One run: its exit code, and why it ended.

@@ -127,8 +127,6 @@ impl Network {
         let sandbox = Sandbox { namespace, network: Arc::clone(self), number, v4, v6, ports: ports.to_vec() };
         let inside = &sandbox.namespace;
         inside.sysctl("net.ipv6.conf.default.accept_dad", "0")?;
-        // As container runtimes have it: a user without rights may listen on port 53.
-        inside.sysctl("net.ipv4.ip_unprivileged_port_start", "0")?;
         for (key, value) in sysctls {
             inside.sysctl(key, value)?;
         }

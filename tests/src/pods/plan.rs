@@ -96,6 +96,8 @@ pub struct ContainerPlan {
     pub post_start: Option<Action>,
     pub pre_stop: Option<Action>,
     pub restart: Restart,
+    /// The end of its log is its termination message when it fails (`FallbackToLogsOnError`).
+    pub message_from_logs: bool,
     /// An init container that goes on beside the main ones.
     pub sidecar: bool,
 }
@@ -201,6 +203,7 @@ fn container(
         post_start: hook(post_start)?,
         pre_stop: hook(pre_stop)?,
         restart,
+        message_from_logs: of.termination_message_policy.as_deref() == Some("FallbackToLogsOnError"),
         sidecar,
         image,
     })

@@ -22,6 +22,8 @@ pub struct Ended {
     pub reason: &'static str,
     pub from: String,
     pub to: String,
+    /// What it said last, where its status is to have that.
+    pub message: String,
 }
 
 /// What has happened to a container.
@@ -96,6 +98,7 @@ impl Container {
 fn terminated(ended: &Ended) -> Value {
     json!({ "terminated": {
         "exitCode": ended.code, "reason": ended.reason, "startedAt": ended.from, "finishedAt": ended.to,
+        "message": ended.message,
     } })
 }
 
@@ -237,7 +240,13 @@ mod tests {
     }
 
     fn ended(code: i32) -> What {
-        What::Run(Run::Terminated(Ended { code, reason: "x", from: "t1".into(), to: "t2".into() }))
+        What::Run(Run::Terminated(Ended {
+            code,
+            reason: "x",
+            from: "t1".into(),
+            to: "t2".into(),
+            message: String::new(),
+        }))
     }
 
     fn condition(status: &Value, name: &str) -> (String, String) {

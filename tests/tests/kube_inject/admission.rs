@@ -1,5 +1,7 @@
 //! What the API server makes of pods.
 
+use std::process::{Command, Stdio};
+
 use tombolo_tests::captured::run;
 
 use super::*;
@@ -137,6 +139,35 @@ pub fn what_a_pod_asks_for_wrongly_is_named(world: &mut World) -> Result<()> {
     Ok(())
 }
 
+/// 600 connections, opened anew as they end, until its end.
+const GREEDY: &str = "
+import socket, ssl, sys, threading, time
+to = (sys.argv[1], int(sys.argv[2]))
+context = ssl.create_default_context()
+context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+head = b'POST /inject HTTP/1.1\\r\\nHost: x\\r\\nContent-Type: application/json\\r\\nContent-Length: 2000000\\r\\n\\r\\n'
+begun = [0]
+def hold(kind):
+    first = True
+    while True:
+        try:
+            s = socket.create_connection(to, 5)
+            if kind > 0: s = context.wrap_socket(s)
+            if kind > 1: s.sendall(head + b'{' + b' ' * 1000)
+        except OSError: s = None
+        if first: begun[0] += 1
+        first = False
+        try:
+            if s: s.settimeout(60); s.recv(1)
+        except OSError: pass
+        time.sleep(1)
+threading.stack_size(128 << 10)
+for n in range(600): threading.Thread(target=hold, args=(n % 3,), daemon=True).start()
+while begun[0] < 600: time.sleep(0.05)
+print(begun[0], flush=True)
+sys.stdin.read()
+";
+
 /// Whoever reaches the port may ask; what is no question is told so, and costs nobody else anything.
 pub fn strangers_get_clear_words_and_no_more(world: &mut World) -> Result<()> {
     let west = world.mesh.cluster("west")?;
@@ -162,13 +193,38 @@ pub fn strangers_get_clear_words_and_no_more(world: &mut World) -> Result<()> {
     }
     let large = post(&inject, &"x".repeat(5 * 1024 * 1024))?;
     ensure!(large.ends_with("413") || large.ends_with("000"), "{large}");
-    // Connections that say nothing.
-    let mut silent = Vec::new();
-    for _ in 0..100 {
-        silent.push(west.namespace.run(|| std::net::TcpStream::connect(west.address(1, 9443)))??);
-    }
-    let made = world.create(&pod("restricted", "beside-silence", json!({}), json!({})))?;
-    ensure!(sidecar(&made).is_some(), "{made}");
+    // More connections than there are places, from the address that the API server calls from: some say nothing, some have
+    // shaken hands and ask nothing, some send a request whose body never ends.
+    let to = west.address(1, 9443);
+    let [host, port] = [to.ip().to_string(), to.port().to_string()];
+    let mut greedy = west.namespace.run(|| {
+        let mut command = Command::new("python3");
+        command.args(["-c", GREEDY, &host, &port]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()
+    })??;
+    let out = greedy.stdout.take().context("no output")?;
+    let mut said = String::new();
+    std::io::BufRead::read_line(&mut std::io::BufReader::new(out), &mut said)?;
+    let mut slowest = Duration::ZERO;
+    let made = (0..10).try_for_each(|n| {
+        let start = Instant::now();
+        let made = world.create(&pod("restricted", &format!("beside-{n}"), json!({}), json!({})))?;
+        slowest = slowest.max(start.elapsed());
+        ensure!(sidecar(&made).is_some(), "{made}");
+        std::thread::sleep(Duration::from_millis(300));
+        Ok(())
+    });
+    greedy.kill()?;
+    greedy.wait()?;
+    made?;
+    let metrics = world.mesh.metrics("west", 1)?;
+    let ended =
+        metric(&metrics, "tombolo_federator_inject_turned_away_connections_total", &["result=\"ended\""]);
+    println!(
+        "FIGURE beside {} connections of a greedy client a pod is made in {slowest:?} at most; {ended} of them ended",
+        said.trim()
+    );
+    ensure!(said.trim() == "600" && ended >= 300.0, "{said}: {ended} ended: {metrics}");
+    ensure!(slowest < Duration::from_secs(3), "{slowest:?}");
     Ok(())
 }
 

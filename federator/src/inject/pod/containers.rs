@@ -127,6 +127,8 @@ pub(super) fn sidecar(wishes: &Wishes, given: &Given<'_>, ports: &Ports) -> Resu
             "requests": resources(&wishes.requests, &given.settings.requests),
             "limits": resources(&wishes.limits, &given.settings.limits),
         },
+        // Why it has ended is in the pod's status, where `kubectl describe pod` shows it.
+        "terminationMessagePolicy": "FallbackToLogsOnError",
         // Others start once it has its identity and configuration; two minutes without a federator are another try.
         "startupProbe": { "httpGet": probe, "periodSeconds": 1, "failureThreshold": 120 },
         "readinessProbe": { "httpGet": probe, "periodSeconds": 5, "failureThreshold": 3 },
@@ -202,6 +204,7 @@ pub(super) fn capture(
         "name": super::CAPTURE,
         "image": given.settings.capture_image,
         "args": args.0,
+        "terminationMessagePolicy": "FallbackToLogsOnError",
         "env": env,
         "resources": {
             "requests": given.settings.requests.to_value(), "limits": given.settings.limits.to_value(),

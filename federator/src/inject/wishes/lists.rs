@@ -1,6 +1,12 @@
-//! Annotations that are lists, separated by commas.
+//! Annotations that are lists, separated by commas. Entries that a sidecar would not start with together are refused, too.
+
+use std::net::IpAddr;
 
 use super::*;
+use crate::inject::pod::ALIASES;
+
+/// Where a sidecar that captures listens on loopback addresses (`--capture-listen`, `--inbound-listen`).
+const OWN_PORTS: [u16; 2] = [7447, 7448];
 
 /// A service that the pod serves beside those that Kubernetes says.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -55,6 +61,24 @@ impl<'a> List<'a> {
         self.entries.iter().map(|entry| read(entry).ok_or_else(|| wrong(entry))).collect()
     }
 
+    /// `keys` are of the entries, in order: no two may be the same. `wanted` says what the second one would need again.
+    fn once<K: Ord>(
+        &self,
+        keys: impl Iterator<Item = K>,
+        wanted: impl Fn(&K) -> String,
+        remedy: &str,
+    ) -> Result<(), WishError> {
+        let mut seen: BTreeMap<K, &str> = BTreeMap::new();
+        for (key, entry) in keys.zip(self.entries.iter().copied()) {
+            if let Some(first) = seen.get(&key) {
+                let reason = format!("{}, which {first:?} before it has already: {remedy}", wanted(&key));
+                return Err(annotation_error(self.key, entry, reason));
+            }
+            seen.insert(key, entry);
+        }
+        Ok(())
+    }
+
     pub fn ports(&self) -> Result<BTreeSet<u16>, WishError> {
         Ok(self.each(port, "a port in 1..=65535")?.into_iter().collect())
     }
@@ -89,7 +113,14 @@ impl<'a> List<'a> {
                 let reason = format!("is of another namespace: pods of {namespace} serve its services");
                 Err(annotation_error(self.key, entry, reason))
             }
-            None => Ok(all),
+            None => {
+                let key = |served: &Served| (served.service.clone(), served.port, served.protocol);
+                let wanted = |(service, port, protocol): &(ServiceKey, u16, Protocol)| {
+                    format!("is about {protocol} port {port} of {service}")
+                };
+                self.once(all.iter().map(key), wanted, "leave one of them out")?;
+                Ok(all)
+            }
         }
     }
 
@@ -106,7 +137,37 @@ impl<'a> List<'a> {
             };
             Some(Upstream { service, port, protocol, listen })
         };
-        self.each(read, "NAMESPACE/NAME:PORT, with =127.0.0.1:PORT where it is to be called there")
+        let all =
+            self.each(read, "NAMESPACE/NAME:PORT, with =127.0.0.1:PORT where it is to be called there")?;
+        for (entry, upstream) in self.entries.iter().zip(&all) {
+            let Some(at) = upstream.listen else { continue };
+            let ours = |ip: IpAddr| matches!(ip, IpAddr::V4(v4) if v4.octets().starts_with(&ALIASES));
+            if ours(at.ip()) {
+                let [a, b, c] = ALIASES;
+                let reason = format!(
+                    "is in {a}.{b}.{c}.0/24, where upstreams without an address are: leave the address out, or use 127.0.0.1"
+                );
+                return Err(annotation_error(self.key, entry, reason));
+            }
+            if upstream.protocol == Protocol::Tcp && OWN_PORTS.contains(&at.port()) {
+                let reason = format!("has port {}, where the sidecar itself listens: use another", at.port());
+                return Err(annotation_error(self.key, entry, reason));
+            }
+        }
+        let key = |upstream: &Upstream| match upstream.listen {
+            Some(at) => (upstream.protocol, Some(at), None),
+            None => (upstream.protocol, None, Some((upstream.service.clone(), upstream.port))),
+        };
+        let wanted =
+            |(protocol, at, service): &(Protocol, Option<SocketAddr>, Option<(ServiceKey, u16)>)| match (
+                at, service,
+            ) {
+                (Some(at), _) => format!("wants {protocol} at {at}"),
+                (None, Some((service, port))) => format!("is about {protocol} port {port} of {service}"),
+                (None, None) => String::new(),
+            };
+        self.once(all.iter().map(key), wanted, "leave one of them out, or give it an address of its own")?;
+        Ok(all)
     }
 }
 

@@ -132,3 +132,47 @@ fn what_is_wrong_is_named_with_its_annotation_and_value() {
     let unused = read(json!({ EXCLUDE_OUTBOUND_PORTS: "25" }), &explicit).unwrap();
     assert!(unused.warnings[0].contains(EXCLUDE_OUTBOUND_PORTS));
 }
+
+#[test]
+fn entries_that_a_sidecar_would_not_start_with_together_are_refused_by_name() {
+    let refused = [
+        (UPSTREAMS, "shop/web:80,bank/db:1,shop/web:80", "\"shop/web:80\" is about TCP port 80 of shop/web"),
+        (
+            UPSTREAMS,
+            "shop/web:80=127.0.0.1:9080,bank/db:1=127.0.0.1:9080",
+            "\"bank/db:1=127.0.0.1:9080\" wants TCP at 127.0.0.1:9080, which \"shop/web:80=127.0.0.1:9080\"",
+        ),
+        (UPSTREAMS, "shop/dns:53/udp, shop/dns:53/udp", "leave one of them out"),
+        (UPSTREAMS, "shop/web:80=127.116.98.7:80", "use 127.0.0.1"),
+        (UPSTREAMS, "shop/web:80=127.0.0.1:7448", "the sidecar itself listens"),
+        (SERVE, "web:80=8080,shop/web:80=http", "\"shop/web:80=http\" is about TCP port 80 of shop/web"),
+    ];
+    for (key, value, said) in refused {
+        let error = read(json!({ key: value }), &enabled()).unwrap_err();
+        assert!(error.contains(&format!("metadata.annotations[{key}]")) && error.contains(said), "{error}");
+    }
+    for (key, value) in [
+        (UPSTREAMS, "shop/web:80,shop/web:81,shop/web:80=127.0.0.1:9080,shop/web:80/udp"),
+        (UPSTREAMS, "shop/a:80=127.0.0.1:9080,shop/b:53/udp=127.0.0.1:9080,shop/c:80=127.0.0.2:9080"),
+        (SERVE, "web:80=8080,web:81=8080,web:80/udp=8080,admin:80=8080"),
+    ] {
+        read(json!({ key: value }), &enabled()).unwrap();
+    }
+}
+
+#[test]
+fn an_upstream_at_a_port_that_the_pod_declares_is_a_warning_with_another_port() {
+    let warnings = |upstreams: &str| {
+        let mut pod = pod(json!({ UPSTREAMS: upstreams }));
+        pod["spec"]["containers"][0]["ports"] =
+            json!([{ "containerPort": 80 }, { "containerPort": 53, "protocol": "UDP" }]);
+        match wanted(&pod, "shop", &enabled()) {
+            Ok(Wanted::Yes(wishes)) => wishes.warnings,
+            other => panic!("{other:?}"),
+        }
+    };
+    let [warning] = &warnings("shop/web:80,shop/web:53")[..] else { panic!() };
+    assert!(warning.contains("TCP port 80") && warning.contains("shop/web:80=127.0.0.1:10080"), "{warning}");
+    assert_eq!(warnings("shop/dns:53/udp").len(), 1);
+    assert_eq!(warnings("shop/web:80=127.0.0.1:8080"), Vec::<String>::new());
+}

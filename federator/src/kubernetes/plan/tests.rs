@@ -97,7 +97,7 @@ impl Server {
                 }
                 if kind == Kind::ServiceImport {
                     document["status"] =
-                        self.tables.import_row(&web()).map(|row| row.status.clone()).unwrap_or_default();
+                        self.tables.import_row(&web()).map(|row| row.status.value()).unwrap_or_default();
                 }
                 self.put(kind, document);
             }
@@ -109,7 +109,8 @@ impl Server {
                     "labels": { super::super::labels::MANAGED_BY: "tombolo" },
                     "annotations": { super::super::labels::APPLIED: row.meta.applied },
                 });
-                let whole = json!({ "metadata": metadata, "spec": row.spec, "status": document["status"] });
+                let whole =
+                    json!({ "metadata": metadata, "spec": row.spec.value(), "status": document["status"] });
                 self.put(kind, whole);
             }
             Write::Delete { kind, name, uid } => {
@@ -168,10 +169,10 @@ fn an_import_gets_an_address_and_slices_and_is_taken_away_whole() {
         "one slice per family; loopback and link-local addresses are nobody's"
     );
     let row = server.tables.import_row(&web()).unwrap();
-    assert_eq!(row.spec["ips"], json!(["10.96.0.7"]));
-    assert_eq!(row.spec["ipFamilies"], json!(["IPv4"]));
-    assert_eq!(row.status["clusters"], json!([{ "cluster": "east" }, { "cluster": "west" }]));
-    assert_eq!(row.status["conditions"][0]["reason"], "Ready");
+    assert_eq!(row.spec.value()["ips"], json!(["10.96.0.7"]));
+    assert_eq!(row.spec.value()["ipFamilies"], json!(["IPv4"]));
+    assert_eq!(row.status.value()["clusters"], json!([{ "cluster": "east" }, { "cluster": "west" }]));
+    assert_eq!(row.status.value()["conditions"][0]["reason"], "Ready");
     assert_eq!(server.settle(&wanted), Vec::<String>::new(), "settled is settled");
     assert_eq!(
         server.settle(&ShownService::default()),
@@ -218,7 +219,7 @@ fn a_headless_import_has_no_address_and_one_that_becomes_headless_loses_it() {
         ["apply ServiceImport", "delete Service", "status ServiceImport"].to_vec()[..2].to_vec()
     );
     let row = server.tables.import_row(&web()).unwrap();
-    assert_eq!((row.spec.get("ips"), &row.spec["type"]), (None, &json!("Headless")));
+    assert_eq!((row.addressed, &row.spec.value()["type"]), (false, &json!("Headless")));
 }
 
 #[test]
@@ -246,9 +247,10 @@ fn what_somebody_else_keeps_is_not_touched_and_said() {
     );
     server.settle(&shown(ServiceType::ClusterSetIp));
     let row = server.tables.import_row(&web()).unwrap();
-    assert_eq!(row.spec.get("ips"), None);
-    assert_eq!(row.status["conditions"][0]["status"], "False");
-    let message = row.status["conditions"][0]["message"].as_str().unwrap();
+    assert!(!row.addressed);
+    assert_eq!(row.status.value()["conditions"][0]["status"], "False");
+    let status = row.status.value();
+    let message = status["conditions"][0]["message"].as_str().unwrap();
     assert!(message.contains("somebody else keeps"), "{message}");
 }
 
@@ -264,11 +266,11 @@ fn what_others_change_is_put_right_and_what_they_add_is_left() {
         let annotations = json!({ super::super::labels::APPLIED: row.meta.applied });
         let metadata =
             json!({ "name": "web", "namespace": "shop", "labels": labels, "annotations": annotations });
-        json!({ "metadata": metadata, "spec": spec, "status": row.status })
+        json!({ "metadata": metadata, "spec": spec, "status": row.status.value() })
     };
-    server.put(Kind::ServiceImport, whole(row.spec.clone(), json!({ "theirs": "x" })));
+    server.put(Kind::ServiceImport, whole(row.spec.value(), json!({ "theirs": "x" })));
     assert_eq!(server.settle(&wanted), Vec::<String>::new());
-    let mut spec = row.spec.clone();
+    let mut spec = row.spec.value();
     spec["ports"][0]["port"] = 81.into();
     server.put(Kind::ServiceImport, whole(spec, json!({})));
     assert_eq!(server.settle(&wanted), ["apply ServiceImport"]);

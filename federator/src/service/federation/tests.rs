@@ -186,3 +186,32 @@ async fn only_the_federators_of_the_linked_cluster_may_watch_and_only_for_it() {
         assert_says(status.message(), &[words]);
     }
 }
+
+#[test]
+fn a_stream_with_older_facts_takes_nothing_back_from_another() {
+    let (_world, mut east, _) = linked();
+    east.serving("web", &["shop/web"], at(1));
+    let peer = name("west");
+    let older = east.core.facts.clone();
+    let logs = Logs::default();
+    let keys = |update: Option<Update<Told>>| match update {
+        Some(Update::Snapshot { records, .. }) => {
+            records.into_iter().map(|(key, _)| key).filter(|key| key.starts_with("export/")).collect()
+        }
+        other => panic!("{other:?}"),
+    };
+    let nothing = (Epoch(0), Revision(0));
+    let newer = {
+        let core = east.core.start().unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        let applied = core.attempt(|core, now| core.apply(export("shop/web", "west"), false, now));
+        runtime.block_on(applied).unwrap();
+        // Published after the answer.
+        let mut facts = core.watch();
+        runtime.block_on(facts.wait_for(|facts| facts.revision > older.revision)).unwrap().clone()
+    };
+    let told: Vec<String> = keys(logs.since(&newer, &peer, nothing));
+    assert_eq!(told, ["export/shop/web"]);
+    let told: Vec<String> = keys(logs.since(&older, &peer, nothing));
+    assert_eq!(told, ["export/shop/web"], "what is newer stays");
+}

@@ -143,9 +143,7 @@ fn exporters_that_disagree_on_ports_or_type_are_named() {
         (
             "agreeing",
             |f| {
-                drop(
-                    f.import("west").exports.insert(service("shop/web"), exported(1, 1, &[port("http", 80)])),
-                )
+                f.import("west").exports.insert(service("shop/web"), exported(1, 1, &[port("http", 80)]));
             },
             "False NoConflicts",
             &[],
@@ -153,7 +151,7 @@ fn exporters_that_disagree_on_ports_or_type_are_named() {
         (
             "a younger export",
             |f| {
-                drop(f.import("west").exports.insert(service("shop/web"), exported(1, 1, &[port("web", 81)])))
+                f.import("west").exports.insert(service("shop/web"), exported(1, 1, &[port("web", 81)]));
             },
             "True PortConflict",
             &["oldest export, in east (http 80/TCP)", "1/2 clusters disagree: west has web 81/TCP"],

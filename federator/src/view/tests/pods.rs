@@ -1,4 +1,4 @@
-//! Pods that a NetworkPolicy cuts off.
+//! Pods that a NetworkPolicy cuts off, or that are not let in.
 
 use tombolo_model::ids::Block;
 
@@ -33,4 +33,25 @@ fn a_pod_that_hears_no_gateway_is_found_and_the_ports_to_let_through_are_named()
     for said in ["7441", "7442", "7443", "NetworkPolicies of namespace shop"] {
         assert!(finding.remedy.contains(said), "{said}: {}", finding.remedy);
     }
+}
+
+#[test]
+fn a_pod_that_is_not_let_in_is_found_with_the_reason_for_ten_minutes() {
+    let mut facts = east();
+    let pods = Arc::make_mut(&mut facts.pods);
+    pods.asked("pod shop/old-0 (service account web)", Some("long ago".into()), UNIX - 601);
+    pods.refused.insert(
+        "pod shop/web-0 (service account web)".into(),
+        crate::facts::pods::RefusedPod { reason: "is it expired?".into(), times: 3, last: UNIX - 60 },
+    );
+    let findings = shown(&facts).findings;
+    let [finding] = findings.as_slice() else { panic!("{findings:?}") };
+    assert_eq!(
+        (finding.reason.as_str(), finding.about.as_str()),
+        ("PodRefused", "pod shop/web-0 (service account web)")
+    );
+    assert!(
+        finding.message.contains("3 times") && finding.message.ends_with("is it expired?"),
+        "{finding:?}"
+    );
 }

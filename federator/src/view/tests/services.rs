@@ -59,7 +59,7 @@ fn an_import_is_ready_while_anybody_serves_it() {
         ),
         (
             "none healthy",
-            |f| drop(f.import("west").exports.insert(service("shop/web"), exported(0, 3, &[]))),
+            |f| f.import("west").exports.insert(service("shop/web"), exported(0, 3, &[])),
             "False Pending",
             &["no endpoint is healthy (west 0/3)"],
         ),

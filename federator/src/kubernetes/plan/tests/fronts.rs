@@ -16,7 +16,7 @@ fn a_derived_service_leads_to_the_shared_sidecars_that_are_ready() {
     let front = |addresses| Some(Front { numbers: &numbers, addresses });
     server.settle_with(&wanted, front(&some));
     let derived = server.tables.derived_row(&web()).unwrap();
-    assert_eq!(derived.targets().collect::<Vec<_>>(), [((Protocol::Tcp, 80), 20_007)]);
+    assert_eq!(derived.targets(), [((Protocol::Tcp, 80), 20_007)]);
     let addresses = |server: &Server| {
         let slices = server.tables.fronts_of_import(&web());
         let row = slices.get(format!("{}-ipv4", derived_name(&web())).as_str()).copied().cloned();
@@ -32,7 +32,7 @@ fn a_derived_service_leads_to_the_shared_sidecars_that_are_ready() {
     assert_eq!(written, ["apply EndpointSlice", "status ServiceImport"]);
     assert_eq!(addresses(&server), Some((vec![], 20_007)));
     let condition =
-        |server: &Server| server.tables.import_row(&web()).unwrap().status["conditions"][0].clone();
+        |server: &Server| server.tables.import_row(&web()).unwrap().status.value()["conditions"][0].clone();
     assert_eq!(condition(&server)["status"], "False");
     assert!(condition(&server)["message"].as_str().unwrap().contains("no shared sidecar is ready"));
     // Neither do slices outlive the service, nor the flag.
