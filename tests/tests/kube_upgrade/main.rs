@@ -14,8 +14,10 @@ use anyhow::{Result, bail};
 use tombolo_tests::capability::{require_netns, require_programs};
 use tombolo_tests::testbed::{Layout, Programs, Testbed};
 
+type Part = fn(&Testbed) -> Result<()>;
+
 /// One after the other; what an earlier one has made is the later one's ground.
-const PARTS: &[(&str, fn(&Testbed) -> Result<()>)] = &[
+const PARTS: &[(&str, Part)] = &[
     ("an upgrade of federators and gateways fails no request", rollout::of_the_control_plane),
     ("a rollout of shared sidecars fails no new connection", rollout::of_shared_sidecars),
     ("an uninstall leaves nothing", left::after_uninstalling),
