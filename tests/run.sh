@@ -24,7 +24,7 @@ cargo test --workspace --no-run --quiet
 export RUST_TEST_THREADS=1
 # Those that measure stalls, or what is left of the machine under a flood, have it for themselves. The others wait more than they
 # work and go two at a time; one binary's tests always follow one another.
-alone="congestion_quinn wire testbed kube_connectivity kube_injected kube_scale kube_upgrade mesh_failures mesh_rotation mesh_revocation mesh_hostile_gateway mesh_bad_luck mesh_bad_packets mesh_udp"
+alone="congestion_quinn wire testbed kube_connectivity kube_upgrade mesh_failures mesh_rotation mesh_revocation mesh_hostile_gateway mesh_bad_luck mesh_bad_packets mesh_udp"
 targets=$(for file in ./*/tests/*.rs crates/*/tests/*.rs tests/*/tests/*.rs {.,crates,tests}/*/tests/*/main.rs; do
     [ ! -e "$file" ] || echo "$file"
 done | sed -E 's#/main\.rs$##; s#.*/##; s#\.rs$##' | sort -u)

@@ -39,6 +39,7 @@ use kube::runtime::events::{Recorder, Reporter};
 use kube::runtime::watcher::{self, watcher};
 use tokio::sync::watch;
 use tokio::time::Instant;
+use tombolo_kubernetes::pauses::Pauses;
 use tombolo_model::names::ServiceKey;
 use tombolo_runtime::tasks::TaskGroup;
 
@@ -213,7 +214,7 @@ fn hostname() -> String {
 fn watches(client: &Client, resources: &Resources) -> SelectAll<BoxStream<'static, Watched>> {
     let stream = |kind: Kind| {
         let config = watcher::Config::default();
-        let events = watcher(resources.all(client, kind), config).default_backoff();
+        let events = watcher(resources.all(client, kind), config).backoff(Pauses::default());
         events.map(move |event| (kind, event)).boxed()
     };
     futures::stream::select_all(Kind::ALL.map(stream))

@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::link::Shape;
 use crate::mesh::{Layout, Mesh, binary, http_get};
@@ -30,6 +30,14 @@ spec:
   failback: {{ whenHealthyAbove: 80%, for: 2s }}
 "
     )
+}
+
+/// What a side of a link says so that endpoints' addresses cross it.
+pub fn flat_link(peer: &str) -> Value {
+    json!({
+        "apiVersion": "tombolo.dev/v1alpha1", "kind": "ClusterLink", "metadata": { "name": peer },
+        "spec": { "flat": true },
+    })
 }
 
 /// An export of `shop/<service>` to every linked cluster.
@@ -247,6 +255,14 @@ pub fn metric(exposition: &str, name: &str, labels: &[&str]) -> f64 {
 }
 
 impl Mesh {
+    /// Makes the link of two clusters flat on both sides.
+    pub fn flatten(&self, a: &str, b: &str) -> Result<()> {
+        for (cluster, peer) in [(a, b), (b, a)] {
+            self.apply(cluster, &flat_link(peer).to_string())?;
+        }
+        Ok(())
+    }
+
     /// `/metrics` of the process on a host of a cluster.
     pub fn metrics(&self, cluster: &str, host: u8) -> Result<String> {
         let cluster = self.cluster(cluster)?;

@@ -24,6 +24,7 @@ use rustls::server::{ClientHello, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
 use serde_json::{Value, json};
 use tombolo_identity::tls;
+use tombolo_kubernetes::pauses::Pauses;
 use tombolo_runtime::clock;
 
 use super::certificate::{Generation, ROTATED, Step, Stored};
@@ -108,9 +109,9 @@ impl Keeper {
         self.client.store(Some(Arc::new(client.clone())));
         let secrets: Api<Secret> = Api::namespaced(client.clone(), &self.namespace);
         let configurations: Api<MutatingWebhookConfiguration> = Api::all(client);
-        let mut watched_secret = watch_object(secrets.clone(), WEBHOOK).default_backoff().boxed();
+        let mut watched_secret = watch_object(secrets.clone(), WEBHOOK).backoff(Pauses::default()).boxed();
         let mut watched_configuration =
-            watch_object(configurations.clone(), CONFIGURATION).default_backoff().boxed();
+            watch_object(configurations.clone(), CONFIGURATION).backoff(Pauses::default()).boxed();
         // `None`: not heard of yet.
         let mut secret: Option<Option<Secret>> = None;
         let mut configuration: Option<Option<MutatingWebhookConfiguration>> = None;

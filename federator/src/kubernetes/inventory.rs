@@ -22,6 +22,7 @@ use kube::{Api, Client};
 use serde_json::Value;
 use tokio::sync::watch;
 use tokio::time::Instant;
+use tombolo_kubernetes::pauses::Pauses;
 use tombolo_runtime::clock;
 
 use super::client::{ConnectError, LONGEST, served_groups};
@@ -146,7 +147,7 @@ impl InventoryTask {
         let kinds = [(Kind::Property, &served.properties), (Kind::Profile, &served.profiles)];
         let stream = |(kind, version): (Kind, &Option<String>)| -> Option<BoxStream<'static, Watched>> {
             let events = watcher(self.api(kind, version.as_ref()?), watcher::Config::default());
-            Some(events.default_backoff().map(move |event| (kind, event)).boxed())
+            Some(events.backoff(Pauses::default()).map(move |event| (kind, event)).boxed())
         };
         let mut watched = futures::stream::select_all(kinds.into_iter().filter_map(stream));
         let kubernetes = self.kubernetes_version().await?;

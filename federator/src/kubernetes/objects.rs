@@ -23,6 +23,7 @@ use kube::runtime::watcher::{self, Event, watcher};
 use kube::{Api, Client};
 use tokio::sync::watch;
 use tokio::time::Instant;
+use tombolo_kubernetes::pauses::Pauses;
 use tombolo_model::resource::{KindInfo, ObjectKey};
 use tombolo_runtime::clock;
 
@@ -74,7 +75,7 @@ impl ObjectsTask {
         tracing::info!("objects of Kubernetes of group {} are kept", own::GROUP);
         let stream = |info: &'static KindInfo| {
             let api: Api<DynamicObject> = Api::all_with(self.client.clone(), &resource(info));
-            let events = watcher(api, watcher::Config::default()).default_backoff();
+            let events = watcher(api, watcher::Config::default()).backoff(Pauses::default());
             events.map(move |event| (info, event)).boxed()
         };
         let watched = futures::stream::select_all(own::kinds().map(stream));

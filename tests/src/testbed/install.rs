@@ -5,6 +5,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context as _, Result, bail};
 
 use super::{Cluster, Testbed, eventually};
+use crate::scenario::flat_link;
 
 pub const TRUST_DOMAIN: &str = "acme.example";
 pub const NAMESPACE: &str = "tombolo-system";
@@ -72,11 +73,7 @@ impl Testbed {
     pub fn flatten(&self) -> Result<()> {
         for cluster in &self.clusters {
             for peer in self.clusters.iter().filter(|peer| peer.name != cluster.name) {
-                let link = serde_json::json!({
-                    "apiVersion": "tombolo.dev/v1alpha1", "kind": "ClusterLink", "metadata": { "name": peer.name },
-                    "spec": { "flat": true },
-                });
-                self.operate(cluster, &["apply", "-f", "-"], &link.to_string())?;
+                self.operate(cluster, &["apply", "-f", "-"], &flat_link(&peer.name).to_string())?;
             }
         }
         Ok(())

@@ -195,13 +195,7 @@ fn services_are_exported_and_imported_between_kubernetes_clusters_as_mcs_has_it(
     let Some(bin) = require_control_plane(test) else { return Ok(()) };
     let begun = Instant::now();
     let mut mesh = Mesh::start(&Layout { gateways: 1, ..Layout::default() })?;
-    for (cluster, peer) in [("east", "west"), ("west", "east")] {
-        let link = json!({
-            "apiVersion": "tombolo.dev/v1alpha1", "kind": "ClusterLink", "metadata": { "name": peer },
-            "spec": { "flat": true },
-        });
-        mesh.apply(cluster, &link.to_string())?;
-    }
+    mesh.flatten("east", "west")?;
     let east = ControlPlane::start(&bin, &mut mesh, "east")?;
     let west = ControlPlane::start(&bin, &mut mesh, "west")?;
     east.federate(&mut mesh)?;

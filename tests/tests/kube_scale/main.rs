@@ -210,13 +210,7 @@ fn a_federator_of_a_large_cluster_stays_small_and_as_fast_as_an_empty_one() -> R
     let of = Population { services: usize::try_from(amount("TOMBOLO_SCALE_SERVICES", 100))?.max(2) };
     let mut mesh = Mesh::start(&Layout { gateways: 1, ..Layout::default() })?;
     // The dearest kind of link: endpoints cross it.
-    for (cluster, peer) in [("east", "west"), ("west", "east")] {
-        let link = json!({
-            "apiVersion": "tombolo.dev/v1alpha1", "kind": "ClusterLink", "metadata": { "name": peer },
-            "spec": { "flat": true },
-        });
-        mesh.apply(cluster, &link.to_string())?;
-    }
+    mesh.flatten("east", "west")?;
     let east = ControlPlane::start(&bin, &mut mesh, "east")?;
     let west = ControlPlane::start(&bin, &mut mesh, "west")?;
     for plane in [&east, &west] {

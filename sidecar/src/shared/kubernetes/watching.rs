@@ -18,6 +18,7 @@ use kube::runtime::watcher::{self, Event, watcher};
 use kube::{Api, Client};
 use prometheus_client::metrics::counter::Counter;
 use tokio::sync::{mpsc, watch};
+use tombolo_kubernetes::pauses::Pauses;
 
 use super::picture::Kind;
 
@@ -214,7 +215,7 @@ impl WatchTask {
                 Kind::Pod => config.fields("status.phase!=Succeeded,status.phase!=Failed"),
                 _ => config,
             };
-            let events = watcher(api, config).default_backoff();
+            let events = watcher(api, config).backoff(Pauses::default());
             events.map(move |event| (scope, kind, event)).boxed()
         };
         self.all().map(stream).collect()
