@@ -3,8 +3,9 @@
 //! Owner of every task of the process. On SIGTERM the operator's socket closes and the overlay's peers are told; members
 //! and peers keep what they know, so there is nothing to drain.
 
+mod errors;
+
 use std::collections::BTreeMap;
-use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -14,23 +15,22 @@ use std::time::Duration;
 use prometheus_client::registry::Registry as MetricsRegistry;
 use tokio::net::UnixListener;
 use tokio_stream::wrappers::UnixListenerStream;
+use tombolo_identity::authority::ClusterMaterial;
 use tombolo_identity::authority::adopt::Upstream;
-use tombolo_identity::authority::{AuthorityError, ClusterMaterial};
 use tombolo_identity::bundle::BundleSet;
-use tombolo_identity::issuer::{IssueError, KeyAndCsr};
-use tombolo_identity::tls::SvidError;
+use tombolo_identity::issuer::KeyAndCsr;
 use tombolo_identity::{Svid, SvidHandle, tls};
 use tombolo_model::names::ClusterName;
 use tombolo_model::virtual_ranges::VirtualRanges;
 use tombolo_names::metrics as names_metrics;
-use tombolo_names::server::{self as names_server, NamesConfig, NamesError};
+use tombolo_names::server::{self as names_server, NamesConfig};
 use tombolo_names::table::TableHandle;
 use tombolo_overlay::cid::Kind;
 use tombolo_overlay::grpc::{GrpcAcceptor, GrpcIncoming};
 use tombolo_overlay::member;
 use tombolo_overlay::member::renewal::due_at;
 use tombolo_overlay::revoking::Enforcer;
-use tombolo_overlay::{BindError, FirstContactTls, HandleClass, Limits, Overlay, OverlayConfig, ServerTls};
+use tombolo_overlay::{FirstContactTls, HandleClass, Limits, Overlay, OverlayConfig, ServerTls};
 use tombolo_proto::v1;
 use tombolo_proto::v1::admin_server::AdminServer;
 use tombolo_proto::v1::config_server::ConfigServer;
@@ -39,17 +39,17 @@ use tombolo_proto::v1::join_server::JoinServer;
 use tombolo_proto::v1::linking_server::LinkingServer;
 use tombolo_proto::v1::renewal_server::RenewalServer;
 use tombolo_proto::v1::workload_server::WorkloadServer;
-use tombolo_runtime::admin::{Admin, AdminError};
+use tombolo_runtime::admin::Admin;
 use tombolo_runtime::clock;
-use tombolo_runtime::dirs::{self, DirsError};
+use tombolo_runtime::dirs::{self};
 use tombolo_runtime::drain::Drain;
 use tombolo_runtime::readiness::{BlockReady, Readiness};
 use tombolo_runtime::tasks::TaskGroup;
 use tonic::transport::Server;
 
-use crate::bundle_endpoint::{BundleEndpoint, BundleEndpointConfig, BundleEndpointError};
+pub use self::errors::{BuildError, RunError};
+use crate::bundle_endpoint::{BundleEndpoint, BundleEndpointConfig};
 use crate::core::audit::Retention;
-use crate::core::boot::BootError;
 use crate::core::{Core, CoreError, CoreHandle};
 use crate::crl::{self, CrlTask};
 use crate::facts::FederatorEndpoint;
@@ -57,7 +57,7 @@ use crate::first_contact::FirstContactTask;
 use crate::foreign::client::{Patience, WebRoots};
 use crate::foreign::task::FederationTask;
 use crate::inject::metrics::Metrics as InjectMetrics;
-use crate::inject::{Inject, InjectConfig, InjectError};
+use crate::inject::{Inject, InjectConfig};
 use crate::kubernetes::metrics::Metrics as KubernetesMetrics;
 use crate::kubernetes::published::PublishTask;
 use crate::kubernetes::{KubernetesConfig, KubernetesTask, PodsConfig};
@@ -74,10 +74,8 @@ use crate::service::names::Names;
 use crate::service::renewal::RenewalService;
 use crate::service::workload::WorkloadService;
 use crate::snapshot::rings::Rings;
-use crate::store::StoreError;
-use crate::store::etcd::OpenError;
 use crate::store::etcd::{EtcdConfig, EtcdStore};
-use crate::token_review::access::{AccessError, KubernetesAccess};
+use crate::token_review::access::KubernetesAccess;
 use crate::token_review::api::ApiReviewer;
 use crate::token_review::{NoReviewer, TokenReviewer};
 use crate::{opening, wiring};
@@ -124,65 +122,6 @@ pub struct FederatorConfig {
     pub virtual_ranges: VirtualRanges,
     /// Where names are served to the cluster; `None`: nowhere.
     pub names: Option<NamesConfig>,
-}
-
-/// Why a federator did not start.
-#[derive(Debug, thiserror::Error)]
-pub enum BuildError {
-    #[error(transparent)]
-    Dir(#[from] DirsError),
-    #[error("{source}: make them with `tombolo trust cluster {cluster} --out {dir}`, or name them with --trust-dir", dir = dir.display())]
-    Trust { cluster: ClusterName, dir: PathBuf, source: AuthorityError },
-    #[error("{dir} holds the keys of cluster {found}, not of {expected}: give --trust-dir or --cluster accordingly", dir = dir.display())]
-    OtherCluster { dir: PathBuf, found: ClusterName, expected: ClusterName },
-    #[error(transparent)]
-    Store(#[from] StoreError),
-    #[error(transparent)]
-    Etcd(#[from] OpenError),
-    #[error(
-        "{file} holds this cluster's store, and etcd is empty: begin there with what it holds by --etcd-import, or move it away",
-        file = file.display()
-    )]
-    TwoStores { file: PathBuf },
-    #[error(transparent)]
-    Boot(#[from] BootError),
-    #[error(transparent)]
-    Core(#[from] CoreError),
-    #[error(transparent)]
-    Issue(#[from] IssueError),
-    #[error("the federator's own SVID can't be used: {0}")]
-    Svid(#[from] SvidError),
-    #[error("the TLS configuration can't be made: {0}")]
-    Tls(#[from] rustls::Error),
-    #[error(transparent)]
-    Overlay(#[from] BindError),
-    #[error("the core thread can't be started: {0}")]
-    Thread(io::Error),
-    #[error("the operators' socket {path} can't be used ({source}): choose another with --socket", path = path.display())]
-    Socket { path: PathBuf, source: io::Error },
-    #[error("another federator answers on {path}: end it, or choose another --socket", path = path.display())]
-    SocketInUse { path: PathBuf },
-    #[error(transparent)]
-    Admin(#[from] AdminError),
-    #[error(transparent)]
-    BundleEndpoint(#[from] BundleEndpointError),
-    #[error("--kubernetes: {0}")]
-    Kubernetes(#[from] AccessError),
-    #[error(transparent)]
-    Inject(#[from] InjectError),
-    #[error(transparent)]
-    Names(#[from] NamesError),
-}
-
-/// Why a running federator ended.
-#[derive(Debug, thiserror::Error)]
-pub enum RunError {
-    #[error(transparent)]
-    Admin(#[from] AdminError),
-    #[error("names can't be served: {0}")]
-    Names(io::Error),
-    #[error("{owner} has taken over this cluster: start this federator again, and it stands by")]
-    Replaced { owner: String },
 }
 
 /// Builds federators.

@@ -4,9 +4,11 @@
 //! handshake, bounded), one per live connection for its control streams, hops (probes and registrations), liveness
 //! (kicks and GONE), attestation (swapped SVIDs, ended ones). All end with the [`TaskGroup`] given to [`Overlay::bind`], or with [`Overlay::close`].
 
+mod stats;
+
 use std::collections::HashSet;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -18,10 +20,9 @@ use tombolo_identity::{Svid, SvidHandle};
 use tombolo_model::ids::{ClusterTag, EndpointId, Handle};
 use tombolo_runtime::tasks::TaskGroup;
 
+pub use self::stats::{OverlayCounters, OverlayStats};
 use crate::admission::Inbound;
-use crate::attestation::task::{
-    self as attestation, AttestationCounters, AttestationHandle, Cut, RefusalCounts,
-};
+use crate::attestation::task::{self as attestation, AttestationCounters, AttestationHandle, Cut};
 use crate::cid::Kind;
 use crate::connection::{HandleClass, PeerConnection, Pinned, close_code};
 use crate::control_stream::{self, Judge};
@@ -92,61 +93,6 @@ pub enum BindError {
     Socket { address: SocketAddr, source: std::io::Error },
     #[error(transparent)]
     Tls(#[from] UnusableTls),
-}
-
-/// Counters of one overlay, for metrics.
-#[derive(Debug, Default)]
-pub struct OverlayCounters {
-    pub accepted: AtomicU64,
-    pub refused: AtomicU64,
-    pub retried: AtomicU64,
-    pub handshakes_failed: AtomicU64,
-    pub importer_mismatch: AtomicU64,
-}
-
-/// A snapshot of what an overlay did.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct OverlayStats {
-    pub open_connections: usize,
-    pub accepted: u64,
-    pub refused: u64,
-    pub retried: u64,
-    pub handshakes_failed: u64,
-    pub importer_mismatch: u64,
-    /// Re-attestations of peers that were believed.
-    pub attested: u64,
-    pub attestations_refused: RefusalCounts,
-    /// Connections that ended after their peer's identity had.
-    pub expired_closed: u64,
-    /// Connections that were cut because their peer is revoked.
-    pub revoked_closed: u64,
-    pub no_route: u64,
-    pub send_errors: u64,
-    pub control_overflow: u64,
-    pub part_overflow: u64,
-    pub malformed: u64,
-}
-
-impl OverlayStats {
-    fn plus(self, other: Self) -> Self {
-        Self {
-            open_connections: self.open_connections + other.open_connections,
-            accepted: self.accepted + other.accepted,
-            refused: self.refused + other.refused,
-            retried: self.retried + other.retried,
-            handshakes_failed: self.handshakes_failed + other.handshakes_failed,
-            importer_mismatch: self.importer_mismatch + other.importer_mismatch,
-            attested: self.attested + other.attested,
-            attestations_refused: self.attestations_refused.plus(other.attestations_refused),
-            expired_closed: self.expired_closed + other.expired_closed,
-            revoked_closed: self.revoked_closed + other.revoked_closed,
-            no_route: self.no_route + other.no_route,
-            send_errors: self.send_errors + other.send_errors,
-            control_overflow: self.control_overflow + other.control_overflow,
-            part_overflow: self.part_overflow + other.part_overflow,
-            malformed: self.malformed + other.malformed,
-        }
-    }
 }
 
 /// What the parts of an endpoint have in common.
