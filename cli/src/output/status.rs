@@ -439,4 +439,24 @@ mod tests {
         status.links[0].reason = "\u{1b}[2J".into();
         assert!(!page(&status, true, now()).contains('\u{1b}'));
     }
+
+    #[test]
+    fn callers_that_have_gone_take_no_lines_and_are_counted() {
+        let endpoint = |id: &str, services: &[&str], healthy| EndpointStatus {
+            id: id.into(),
+            services: services.iter().map(|name| (*name).to_owned()).collect(),
+            healthy,
+            ..EndpointStatus::default()
+        };
+        let endpoints = vec![
+            endpoint("gone0001", &[], false),
+            endpoint("calls002", &[], true),
+            endpoint("ill00003", &["shop/web"], false),
+        ];
+        let status = ClusterStatus { endpoints, ..status() };
+        let narrow = page(&status, false, now());
+        assert!(narrow.contains("ENDPOINTS (1 more without services have gone: --output wide)"), "{narrow}");
+        assert!(!narrow.contains("gone0001") && narrow.contains("calls002") && narrow.contains("ill00003"));
+        assert!(page(&status, true, now()).contains("gone0001"));
+    }
 }

@@ -123,8 +123,8 @@ impl Core {
 
     /// Remembers for operators what became of a pod's request. `claimed`: what its token says of itself.
     pub fn pod_asked(&mut self, claimed: &str, refused: Option<&CoreError>, moment: Moment) {
-        // This side's own state is nothing that a pod could mend.
-        if matches!(refused, Some(CoreError::Gone | CoreError::Store(_))) {
+        // This side's own state, an API server that is away or a rush is nothing that a pod could mend: it asks again.
+        if matches!(refused, Some(CoreError::Gone | CoreError::Store(_) | CoreError::Exhausted(_))) {
             return;
         }
         if refused.is_none() && self.facts.pods.refused.is_empty() {

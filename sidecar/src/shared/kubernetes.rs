@@ -167,9 +167,11 @@ impl KubernetesSource {
 
     fn went_away(&mut self, now: Instant) {
         self.away = Some(now);
-        let former = self.remembered.former(clock::since_unix_epoch().as_secs());
+        if self.tables.is_synced() {
+            return;
+        }
         // Nothing was received yet: what a former process knew holds for as long as it would have.
-        if let Some((_, heard)) = former.filter(|_| !self.tables.is_synced()) {
+        if let Some(heard) = self.remembered.fall_back(clock::since_unix_epoch().as_secs()) {
             tracing::warn!(
                 heard_seconds_ago = heard.as_secs(),
                 "the API server is away: what was known before is used"
@@ -188,14 +190,13 @@ impl KubernetesSource {
         let unix = clock::since_unix_epoch().as_secs();
         let v6 = self.config.sidecar.bind.is_ipv6();
         let now = Instant::now();
-        let former = self.remembered.former(unix).filter(|_| self.away.is_some());
-        let (mut picture, incomplete) = match (self.tables.is_synced(), former) {
+        let (mut picture, incomplete) = match (self.tables.is_synced(), self.remembered.former()) {
             (true, _) => {
                 let picture = self.tables.picture(unix, v6, &self.numbered);
                 self.remembered.know(&picture, now);
                 (picture, false)
             }
-            (false, Some((former, _))) => (former.clone(), false),
+            (false, Some(former)) => (former.clone(), false),
             (false, None) => (Picture::default(), true),
         };
         if !incomplete {

@@ -79,7 +79,10 @@ fn who_is_not_vouched_for_is_refused_and_that_is_in_the_log() {
         let refused = east.core.join_pod(Err(error.clone()), Role::Sidecar, &csr(), at(1)).unwrap_err();
         assert_eq!(refused.kind(), kind, "{error}");
         assert_eq!(refused.to_string(), error.to_string());
+        east.core.pod_asked(kind, Some(&refused), at(1));
     }
+    let shown: Vec<&str> = east.core.facts.pods.refused.keys().map(String::as_str).collect();
+    assert_eq!(shown, ["denied"], "an API server that is away is nothing that a pod could mend");
     assert_says(&refusal(east.core.join_pod(Ok(pod("1", "web")), Role::Sidecar, &[1; 10], at(1))), &["CSR"]);
     assert_says(&refusal(join(&mut east, pod("1", "we b"), at(1))), &["we b"]);
     east.core.tick(at(5));

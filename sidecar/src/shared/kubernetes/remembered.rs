@@ -36,6 +36,8 @@ pub struct Remembered {
     path: PathBuf,
     /// What a former process kept, until it is of no use any more, and when the API server was heard then (unix seconds).
     former: Option<(Picture, u64)>,
+    /// The former is gone by.
+    used: bool,
     latest: Option<Picture>,
     due: Option<Instant>,
 }
@@ -58,13 +60,20 @@ impl Remembered {
             let accounts = accounts.into_iter().collect();
             (Picture { accounts, numbered, ..Picture::default() }, heard_unix)
         };
-        Self { path, former: former.map(picture), latest: None, due: None }
+        Self { path, former: former.map(picture), used: false, latest: None, due: None }
     }
 
-    /// What was known, and how long ago (by the wall clock) the API server was heard.
-    pub fn former(&self, unix: u64) -> Option<(&Picture, Duration)> {
-        let (picture, heard) = self.former.as_ref()?;
-        Some((picture, Duration::from_secs(unix.saturating_sub(*heard))))
+    /// What a former process knew is gone by, until everything was received: how long ago (by the wall clock) the API server
+    /// was heard then. `None`: there is nothing of it.
+    pub fn fall_back(&mut self, unix: u64) -> Option<Duration> {
+        let (_, heard) = self.former.as_ref()?;
+        self.used = true;
+        Some(Duration::from_secs(unix.saturating_sub(*heard)))
+    }
+
+    /// What is gone by while nothing is received.
+    pub fn former(&self) -> Option<&Picture> {
+        self.former.as_ref().filter(|_| self.used).map(|(picture, _)| picture)
     }
 
     /// A picture of what was received, whole.

@@ -31,15 +31,18 @@ fn picture() -> Picture {
 async fn what_is_kept_is_what_the_next_process_finds() {
     let dir = tempfile::tempdir().unwrap();
     let mut kept = Remembered::read(dir.path());
-    assert!(kept.former(1000).is_none());
+    assert!(kept.fall_back(1000).is_none());
     kept.know(&picture(), Instant::now());
     kept.write(Instant::now(), 1000, true);
-    while Remembered::read(dir.path()).former(1000).is_none() {
+    while Remembered::read(dir.path()).fall_back(1000).is_none() {
         tokio::task::yield_now().await;
     }
-    let next = Remembered::read(dir.path());
-    let (found, age) = next.former(1090).unwrap();
-    assert_eq!((found, age), (&picture(), Duration::from_secs(90)));
+    let mut next = Remembered::read(dir.path());
+    assert!(next.former().is_none(), "not before the API server is away");
+    assert_eq!(next.fall_back(1090), Some(Duration::from_secs(90)));
+    assert_eq!(next.former(), Some(&picture()));
+    next.know(&Picture::default(), Instant::now());
+    assert!(next.former().is_none(), "what was received holds");
 }
 
 #[tokio::test(start_paused = true)]
@@ -52,12 +55,12 @@ async fn nothing_is_written_while_the_api_server_is_not_heard() {
     assert_eq!(due, Instant::now() + REFRESH, "it is looked at again");
     kept.write(Instant::now(), 1000, true);
     tokio::time::sleep(Duration::from_millis(50)).await;
-    assert!(Remembered::read(dir.path()).former(1000).is_none(), "not before it is due");
+    assert!(Remembered::read(dir.path()).fall_back(1000).is_none(), "not before it is due");
 }
 
 #[test]
 fn what_can_not_be_read_is_left_out() {
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(dir.path().join(FILE), "{\"heard_unix\": 1, \"accounts\": [[").unwrap();
-    assert!(Remembered::read(dir.path()).former(2).is_none());
+    assert!(Remembered::read(dir.path()).fall_back(2).is_none());
 }
