@@ -7,6 +7,7 @@
 
 mod api;
 mod crowd;
+pub mod exporting;
 mod tools;
 
 use std::net::SocketAddr;

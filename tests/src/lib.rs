@@ -11,6 +11,7 @@
 pub mod balancer;
 pub mod capability;
 pub mod captured;
+pub mod cases;
 pub mod datagrams;
 pub mod hostile;
 pub mod kube;
@@ -31,6 +32,7 @@ pub mod spire;
 pub mod stolen;
 pub mod systemd;
 pub mod testbed;
+pub mod times;
 pub mod token_review;
 pub mod traffic;
 pub mod usage;

@@ -4,6 +4,8 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use crate::times::Times;
+
 /// Failures of a reason of which the moments are kept.
 const SHOWN: usize = 12;
 /// An answer that took longer is a part of a stall.
@@ -15,7 +17,7 @@ const STALLS: usize = 40;
 #[derive(Clone, Debug, Default)]
 pub struct Tally {
     /// From the moment that it was due, in the order of answers.
-    times: Vec<Duration>,
+    times: Times,
     /// By reason.
     pub failed: BTreeMap<String, Failures>,
 }
@@ -46,18 +48,12 @@ pub struct Report {
 
 impl Tally {
     pub fn answered(&self) -> u64 {
-        self.times.len() as u64
+        self.times.count() as u64
     }
 
     pub fn failures(&self) -> u64 {
         self.failed.values().map(|of| of.count).sum()
     }
-}
-
-fn percentile(mut times: Vec<Duration>, share: f64) -> Duration {
-    times.sort_unstable();
-    let last = times.len().saturating_sub(1);
-    times.get((last as f64 * share).round() as usize).copied().unwrap_or_default()
 }
 
 impl Report {
@@ -103,7 +99,7 @@ impl Report {
 
     /// The time that `share` (0 to 1) of the answers took at most.
     pub fn percentile(&self, share: f64) -> Duration {
-        percentile([&self.kept.times[..], &self.new.times[..]].concat(), share)
+        self.kept.times.with(&self.new.times).percentile(share)
     }
 }
 
@@ -159,13 +155,5 @@ mod tests {
         }
         let seconds = |(from, to): &(Duration, Duration)| (from.as_secs(), to.as_secs());
         assert_eq!(stalls.iter().map(seconds).collect::<Vec<_>>(), [(9, 13), (20, 21)]);
-    }
-
-    #[test]
-    fn percentiles_are_of_the_times_in_order() {
-        let times = |millis: &[u64]| millis.iter().copied().map(Duration::from_millis).collect::<Vec<_>>();
-        assert_eq!(percentile(times(&[3, 1, 2]), 0.5), Duration::from_millis(2));
-        assert_eq!(percentile(times(&[3, 1, 2]), 1.0), Duration::from_millis(3));
-        assert_eq!(percentile(Vec::new(), 0.5), Duration::ZERO);
     }
 }

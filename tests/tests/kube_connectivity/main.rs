@@ -8,9 +8,10 @@ mod names;
 use std::net::SocketAddr;
 use std::time::Instant;
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 use case::Case;
 use tombolo_tests::capability::require_netns;
+use tombolo_tests::cases::Cases;
 use tombolo_tests::testbed::{Dns, Layout, NAMESPACE, Programs, Testbed};
 
 /// Who answers for `clusterset.local`.
@@ -37,24 +38,18 @@ fn names_and_connections_between_clusters_are_as_mcs_has_them() -> Result<()> {
     bed.linked()?;
     println!("Tombolo is installed and linked after {:?}", begun.elapsed());
     bed.flatten()?;
-    let mut failed = Vec::new();
+    let mut held = Cases::new(begun);
     let mut number = 0;
     for (way, cases) in
         [("coredns", [names::CASES, connections::CASES].concat()), ("stub", names::CASES.to_vec())]
     {
         resolvers(&bed, way)?;
         for (name, check) in cases {
-            let (start, name) = (Instant::now(), format!("{way}: {name}"));
             number += 1;
-            match Case::begin(&bed, &format!("mcs-conformance-{number}")).and_then(|case| check(&case)) {
-                Ok(()) => println!("ok   {name} ({:?})", start.elapsed()),
-                Err(error) => {
-                    println!("FAIL {name}: {error:#}");
-                    failed.push(name);
-                }
-            }
+            held.run(&format!("{way}: {name}"), || {
+                Case::begin(&bed, &format!("mcs-conformance-{number}")).and_then(|case| check(&case))
+            });
         }
     }
-    println!("all of it took {:?}", begun.elapsed());
-    if failed.is_empty() { Ok(()) } else { bail!("{} cases failed: {}", failed.len(), failed.join("; ")) }
+    held.end()
 }

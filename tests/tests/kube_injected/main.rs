@@ -15,8 +15,9 @@ mod pods;
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 use tombolo_tests::capability::require_netns;
+use tombolo_tests::cases::Cases;
 use tombolo_tests::testbed::{Cluster, Dns, Layout, Programs, Testbed};
 
 const SOON: Duration = Duration::from_secs(30);
@@ -70,18 +71,9 @@ fn injected_pods_of_two_clusters_call_serve_and_end_as_pods_do() -> Result<()> {
     #[allow(clippy::disallowed_methods)] // the test's own settings
     let only = std::env::var("TOMBOLO_CASE").ok();
     let chosen = |name: &str| name == "captured" || only.as_deref().is_none_or(|only| only == name);
-    let mut failed = Vec::new();
+    let mut cases = Cases::new(begun);
     for (name, case) in CASES.iter().filter(|(name, _)| chosen(name)) {
-        let start = Instant::now();
-        match case(&world) {
-            Ok(()) => println!("ok   {name} ({:?})", start.elapsed()),
-            Err(error) => {
-                println!("FAIL {name}: {error:#}");
-                failed.push(format!("{name}: {error:#}"));
-            }
-        }
+        cases.run(name, || case(&world));
     }
-    println!("all of it took {:?}", begun.elapsed());
-    ensure!(failed.is_empty(), "{} cases failed:\n{}", failed.len(), failed.join("\n"));
-    Ok(())
+    cases.end()
 }

@@ -5,19 +5,22 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use serde_json::json;
 use tombolo_tests::capability::{amount, require_netns};
+use tombolo_tests::cases::Cases;
+use tombolo_tests::kube::exporting::exported;
 use tombolo_tests::kube::{ControlPlane, Object, require_control_plane};
 use tombolo_tests::mesh::{Layout, Mesh};
 use tombolo_tests::scenario::metric;
+use tombolo_tests::times::Times;
 
 mod case;
 mod practice;
 mod stale;
 mod standard;
 
-use case::{Case, MCS, SOON, namespace};
+use case::{Case, MCS, namespace};
 
 struct World {
     mesh: Mesh,
@@ -122,30 +125,14 @@ impl World {
     /// From an export in east to an import in west that has an address.
     fn latency(&self) -> Result<()> {
         let case = self.case("latency")?;
-        let mut times = Vec::new();
+        let mut times = Times::default();
         for n in 0..amount("TOMBOLO_MCS_EXPORTS", 50) {
             let name = format!("svc-{n}");
-            let metadata = json!({ "name": name, "namespace": "latency" });
             let spec = json!({ "ports": [{ "port": 80 }] });
-            case.east.api.create(
-                &json!({ "apiVersion": "v1", "kind": "Service", "metadata": metadata, "spec": spec }),
-            )?;
-            let start = Instant::now();
-            case.east
-                .api
-                .create(&json!({ "apiVersion": MCS, "kind": "ServiceExport", "metadata": metadata }))?;
-            let import = Object::new(MCS, "ServiceImport", "latency", &name);
-            case.west.api.until(&import, SOON, |found| {
-                let found = found.context("no import")?;
-                ensure!(found["spec"].get("ips").is_some(), "{found}");
-                Ok(())
-            })?;
-            times.push(start.elapsed());
+            times.push(exported(&case.east.api, &case.west.api, "latency", &name, &spec)?);
         }
-        times.sort_unstable();
-        let at = |share: usize| times[(times.len() * share / 100).min(times.len() - 1)];
-        println!("FIGURE export -> usable import: p50 {:?}, p99 {:?} of {}", at(50), at(99), times.len());
-        ensure!(at(99) <= Duration::from_secs(1), "p99 {:?}", at(99));
+        println!("FIGURE export -> usable import: {times}");
+        ensure!(times.percentile(0.99) <= Duration::from_secs(1), "{times}");
         Ok(())
     }
 
@@ -203,53 +190,32 @@ fn services_are_exported_and_imported_between_kubernetes_clusters_as_mcs_has_it(
     let mut world = World { mesh, east, west };
     println!("two clusters are ready after {:?}", begun.elapsed());
 
-    let mut failed = Vec::new();
-    let mut run = |name: &str, outcome: Result<()>, start: Instant| match outcome {
-        Ok(()) => println!("ok   {name} ({:?})", start.elapsed()),
-        Err(error) => {
-            println!("FAIL {name}: {error:#}");
-            failed.push(name.to_owned());
-        }
-    };
+    let mut cases = Cases::new(begun);
     for (number, (name, check)) in standard::CASES.iter().chain(practice::CASES).enumerate() {
-        let start = Instant::now();
-        let outcome = world.case(&format!("mcs-{number}")).and_then(|case| check(&case));
-        run(name, outcome, start);
+        cases.run(name, || world.case(&format!("mcs-{number}")).and_then(|case| check(&case)));
     }
-    let start = Instant::now();
-    run("namespaces come late and go with exports in them", world.namespaces_that_come_and_go(), start);
-    let start = Instant::now();
-    run("definitions are never downgraded", world.definitions_are_never_downgraded(), start);
-    let start = Instant::now();
-    run("an export is usable within a second", world.latency(), start);
-    let start = Instant::now();
-    run("an idle federator leaves the API server alone", world.idle(), start);
-    let start = Instant::now();
-    run("metrics agree", world.metrics(), start);
+    cases.run("namespaces come late and go with exports in them", || world.namespaces_that_come_and_go());
+    cases.run("definitions are never downgraded", || world.definitions_are_never_downgraded());
+    cases.run("an export is usable within a second", || world.latency());
+    cases.run("an idle federator leaves the API server alone", || world.idle());
+    cases.run("metrics agree", || world.metrics());
     // Before the restarts: an API server that has just started forbids everything until it has read its roles.
     for (cluster, plane) in [("east", &world.east), ("west", &world.west)] {
-        let start = Instant::now();
-        let forbidden = plane.forbidden_to_federator()?;
-        let outcome = match forbidden.as_slice() {
-            [] => Ok(()),
-            some => Err(anyhow::anyhow!("{cluster}: {some:?}")),
-        };
-        run("the federator asks for nothing that it may not", outcome, start);
+        cases.run("the federator asks for nothing that it may not", || {
+            let forbidden = plane.forbidden_to_federator()?;
+            ensure!(forbidden.is_empty(), "{cluster}: {forbidden:?}");
+            Ok(())
+        });
     }
-    let start = Instant::now();
-    let outcome = world.watches_that_are_stale();
-    run("what a watch has missed for good is read anew", outcome, start);
-    let start = Instant::now();
-    let outcome = world.api_servers_that_restart();
-    run("API servers restart, with and without the federator", outcome, start);
+    cases.run("what a watch has missed for good is read anew", || world.watches_that_are_stale());
+    cases.run("API servers restart, with and without the federator", || world.api_servers_that_restart());
     let World { mut mesh, east, west } = world;
-    if !failed.is_empty() {
+    if !cases.all_held() {
         for cluster in ["east", "west"] {
             println!("{}", mesh.process(&format!("{cluster}/federator"))?.tail());
         }
     }
     east.stop(&mut mesh)?;
     west.stop(&mut mesh)?;
-    println!("all of it took {:?}", begun.elapsed());
-    if failed.is_empty() { Ok(()) } else { bail!("{} cases failed: {}", failed.len(), failed.join("; ")) }
+    cases.end()
 }

@@ -10,9 +10,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 use tombolo_tests::capability::{amount, require_netns};
+use tombolo_tests::kube::exporting::exported;
 use tombolo_tests::kube::{ControlPlane, Object, condition, require_control_plane};
 use tombolo_tests::mesh::{Layout, Mesh};
 use tombolo_tests::scenario::metric;
+use tombolo_tests::times::Times;
 use tombolo_tests::usage::{self, Memory};
 
 mod population;
@@ -31,7 +33,6 @@ const QUIET: Duration = Duration::from_secs(3);
 /// What is left of writes is done by then, and a tenth of a second for each service.
 const SETTLED: Duration = Duration::from_secs(60);
 const EXPORTS: u32 = 50;
-const SOON: Duration = Duration::from_secs(20);
 const WINDOW: Duration = Duration::from_secs(20);
 
 struct World {
@@ -126,37 +127,16 @@ impl World {
 
     /// From an export in east to an import in west that has an address.
     fn latency(&self) -> Result<()> {
-        let mut times = Vec::new();
+        let mut times = Times::default();
         for number in 0..amount("TOMBOLO_MCS_EXPORTS", EXPORTS) {
-            let metadata = json!({ "name": format!("late-{number}"), "namespace": "team-0" });
             let selector =
                 json!({ "app": format!("app-{}", usize::try_from(number)? % self.of.deployments()) });
             let spec = json!({ "ports": [{ "port": 80 }], "selector": selector });
-            self.east.api.create(
-                &json!({ "apiVersion": "v1", "kind": "Service", "metadata": metadata, "spec": spec }),
-            )?;
-            let start = Instant::now();
-            let export = json!({ "apiVersion": MCS, "kind": "ServiceExport", "metadata": metadata });
-            self.east.api.create(&export)?;
-            let import = Object::new(MCS, "ServiceImport", "team-0", &format!("late-{number}"));
-            self.west.api.until(&import, SOON, |found| {
-                let found = found.context("no import")?;
-                ensure!(found["spec"].get("ips").is_some(), "{found}");
-                Ok(())
-            })?;
-            times.push(start.elapsed());
+            let name = format!("late-{number}");
+            times.push(exported(&self.east.api, &self.west.api, "team-0", &name, &spec)?);
         }
-        times.sort_unstable();
-        let at =
-            |share: usize| times.get(times.len() * share / 100).or(times.last()).copied().unwrap_or_default();
-        println!(
-            "FIGURE export -> usable import beside {} others: p50 {:?}, p99 {:?} of {}",
-            self.of.services,
-            at(50),
-            at(99),
-            times.len(),
-        );
-        ensure!(at(99) <= Duration::from_secs(1), "p99 {:?}", at(99));
+        println!("FIGURE export -> usable import beside {} others: {times}", self.of.services);
+        ensure!(times.percentile(0.99) <= Duration::from_secs(1), "{times}");
         Ok(())
     }
 

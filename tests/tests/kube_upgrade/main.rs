@@ -10,8 +10,9 @@ mod shop;
 
 use std::time::Instant;
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 use tombolo_tests::capability::{require_netns, require_programs};
+use tombolo_tests::cases::Cases;
 use tombolo_tests::testbed::{Layout, Programs, Testbed};
 
 type Part = fn(&Testbed) -> Result<()>;
@@ -42,17 +43,11 @@ fn pods_are_replaced_under_load_and_removed_without_a_trace() -> Result<()> {
         ready.elapsed()
     );
     shop::open(&bed)?;
-    let mut failed = Vec::new();
+    let mut parts = Cases::new(begun);
     for (part, run) in PARTS {
-        let start = Instant::now();
-        let outcome = run(&bed);
-        println!("{} {part} ({:.1?})", if outcome.is_ok() { "ok  " } else { "FAIL" }, start.elapsed());
-        if let Err(error) = outcome {
-            println!("{error:#}");
+        if !parts.run(part, || run(&bed)) {
             shop::explain(&bed);
-            failed.push(*part);
         }
     }
-    println!("all of it took {:.1?}", begun.elapsed());
-    if failed.is_empty() { Ok(()) } else { bail!("{} parts failed: {}", failed.len(), failed.join("; ")) }
+    parts.end()
 }

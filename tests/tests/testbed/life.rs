@@ -296,6 +296,14 @@ pub fn logs(_: &Testbed, cluster: &Cluster, namespace: &str) -> Result<()> {
     Ok(())
 }
 
+pub fn attach(_: &Testbed, cluster: &Cluster, namespace: &str) -> Result<()> {
+    let run =
+        ["run", "once", "-n", namespace, "--image=busybox", "-i", "--quiet", "--restart=Never", "--rm", "--"];
+    let said = cluster.kubectl(&[&run[..], &["sh", "-c", "echo begun; sleep 2; echo over"]].concat())?;
+    ensure!(said.contains("begun\nover\n"), "{said}");
+    Ok(())
+}
+
 pub fn unknown_images(_: &Testbed, cluster: &Cluster, namespace: &str) -> Result<()> {
     cluster.api.apply(&pod(
         namespace,

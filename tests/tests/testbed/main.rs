@@ -7,9 +7,10 @@ mod network;
 
 use std::time::Instant;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
 use serde_json::{Value, json};
 use tombolo_tests::capability::require_netns;
+use tombolo_tests::cases::Cases;
 use tombolo_tests::testbed::{Cluster, Layout, Programs, Testbed};
 
 type Check = fn(&Testbed, &Cluster, &str) -> Result<()>;
@@ -88,6 +89,7 @@ const CASES: &[(&str, Check)] = &[
     ("a claim's files outlive the pod", life::claims),
     ("a pod that is deleted is asked to end, and then ended", life::ending),
     ("logs are what the container wrote", life::logs),
+    ("whoever attaches sees what it writes until it ends", life::attach),
     ("an image that is not here is said so", life::unknown_images),
 ];
 
@@ -100,30 +102,19 @@ fn pods_of_the_testbed_live_as_pods_do() -> Result<()> {
     let bed = Testbed::start(programs, &Layout { nodes: 2, ..Layout::default() })?;
     println!("two clusters are ready after {:?}", begun.elapsed());
     let cluster = bed.cluster("east")?;
-    let mut failed = Vec::new();
+    let mut held = Cases::new(begun);
     for (number, (name, check)) in CASES.iter().enumerate() {
-        let (start, namespace) = (Instant::now(), format!("case-{number}"));
+        let namespace = format!("case-{number}");
         cluster.namespace(&namespace)?;
-        match check(&bed, cluster, &namespace) {
-            Ok(()) => println!("ok   {name} ({:?})", start.elapsed()),
-            Err(error) => {
-                println!("FAIL {name}: {error:#}");
-                failed.push(*name);
-            }
-        }
+        held.run(name, || check(&bed, cluster, &namespace));
     }
-    println!("all of it took {:?}", begun.elapsed());
     let logs = cluster.logs();
     let stopped = Instant::now();
     let dir = bed.dir().to_owned();
     drop(bed);
     println!("taken down in {:?}", stopped.elapsed());
     anyhow::ensure!(!dir.exists(), "{} is still there", dir.display());
-    if failed.is_empty() {
-        Ok(())
-    } else {
-        bail!("{} cases failed: {}\n{logs}", failed.len(), failed.join("; "))
-    }
+    held.end().context(logs)
 }
 
 /// The pod's address, once it is ready.
