@@ -260,8 +260,16 @@ async fn serve_stream(
     let meter = Arc::new(Meter::new(metrics.sent.clone(), metrics.received.clone(), None));
     let _counted = Held::new(&metrics.open);
     let mut carried = Carried::default();
+    // Refused before its header is awaited: a draining process holds nothing for new callers. Also one whose drain is over, for
+    // as long as it hears anybody: what comes then was never begun, and is not to be cut.
+    let sent_away =
+        shared.context.drain.is_draining() || target.leaving.sends_away(tokio::time::Instant::now());
     let reason = tokio::select! {
         biased;
+        () = std::future::ready(()), if sent_away => {
+            stream.abort(codes::DRAINING);
+            codes::name(VarInt::from_u32(codes::DRAINING))
+        }
         () = shared.context.drain.forced() => {
             stream.abort(codes::CUT_BY_DRAIN);
             "cut_by_drain"
@@ -334,10 +342,6 @@ async fn carry(
         stream.abort(code);
         codes::name(VarInt::from_u32(code))
     };
-    // Refused before its header is awaited: a draining process holds nothing for new callers.
-    if shared.context.drain.is_draining() || target.leaving.sends_away(tokio::time::Instant::now()) {
-        return refuse(stream, codes::DRAINING);
-    }
     if caller.connection.expired() {
         return refuse(stream, codes::EXPIRED);
     }

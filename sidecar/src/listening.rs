@@ -22,7 +22,7 @@ const BACKLOG: i32 = 1024;
 /// `accept` fails when file descriptors run out: trying again at once would only burn CPU.
 pub(crate) const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// For handshakes that are half done when a listener closes: a round trip within the site.
-const LAST_HANDSHAKES: Duration = Duration::from_millis(50);
+pub(crate) const LAST_HANDSHAKES: Duration = Duration::from_millis(50);
 
 /// Drops SYNs, lets everything else in. The kernel shows a filter of a TCP socket the segment from its header on.
 const NO_MORE_SYNS: [SockFilter; 4] = [

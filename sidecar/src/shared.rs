@@ -167,7 +167,7 @@ impl Shared {
             () = shutdown.started() => Ok(()),
             () = follow => Ok(()),
         };
-        fronts.end();
+        fronts.end().await;
         running.end(&shutdown).await;
         tasks.shutdown(END_PATIENCE).await;
         result

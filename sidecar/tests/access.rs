@@ -1,5 +1,5 @@
-//! Access policies on real overlays: a served application, callers with identities of their own, policies that come and
-//! go while streams are open.
+//! Access policies and drains on real overlays: a served application, callers with identities of their own, policies that come
+//! and go while streams are open.
 
 #![allow(clippy::unwrap_used, clippy::expect_used)] // a panic is a test's failure
 
@@ -53,7 +53,7 @@ struct World {
     callers: Mutex<HashMap<Block, SocketAddr>>,
     metrics: Metrics,
     tasks: TaskGroup,
-    _drain: drain::DrainTrigger,
+    drain: drain::DrainTrigger,
     _dir: tempfile::TempDir,
 }
 
@@ -76,7 +76,7 @@ impl World {
             callers: Mutex::default(),
             metrics: Metrics::register(&mut Registry::default()),
             tasks: TaskGroup::new(),
-            _drain: trigger,
+            drain: trigger,
             _dir: dir,
         };
         let server = world.overlay(1, &world.svid("web"));
@@ -321,6 +321,21 @@ async fn a_change_cuts_open_streams_that_are_no_longer_admitted_and_no_others() 
     tokio::time::timeout(PATIENCE, thief.connection.closed()).await.expect("the connection is closed");
     assert_eq!(good.echoes().await, Ok(()));
     assert!(!cart.connection.is_closed());
+}
+
+#[tokio::test]
+async fn a_drain_that_is_over_cuts_what_is_open_and_still_refuses_what_comes() {
+    let world = World::start().await;
+    world.policies(&[("cart", allow("cart"))]);
+    let cart = world.caller(2, "cart").await;
+    let mut open = cart.open(80).await;
+    assert_eq!(open.echoes().await, Ok(()));
+    world.drain.start();
+    assert_eq!(cart.tries(80).await, Err(codes::DRAINING));
+    assert_eq!(open.echoes().await, Ok(()), "what is open goes on");
+    world.drain.force();
+    assert_eq!(open.cut().await, codes::CUT_BY_DRAIN);
+    assert_eq!(cart.tries(80).await, Err(codes::DRAINING), "it was never begun: its caller may go elsewhere");
 }
 
 #[tokio::test]

@@ -31,7 +31,7 @@ use super::calls::Datagrams;
 use super::config::{Application, Callers};
 use crate::config::UpstreamConfig;
 use crate::copy;
-use crate::listening::{self, ListenError, accept_until_drained};
+use crate::listening::{self, LAST_HANDSHAKES, ListenError, accept_until_drained};
 use crate::metrics::Metrics;
 
 /// Connections that an application's sidecar has not taken yet: it takes them within microseconds, or when it has started.
@@ -242,10 +242,11 @@ impl Fronts {
         Ok(())
     }
 
-    /// Listens nowhere any more.
-    pub fn end(&mut self) {
+    /// Listens nowhere any more, and waits until the last connections have been handed over: who takes them must not end before.
+    pub async fn end(&mut self) {
         self.wanted.clear();
         self.listening.clear();
+        tokio::time::sleep(2 * LAST_HANDSHAKES).await;
     }
 }
 
